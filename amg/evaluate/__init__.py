@@ -1,0 +1,23 @@
+"""What the figures rest on: shares, independent judges, FID, detection, alignment."""
+
+from amg.evaluate.alignment import alignment, class_accuracy
+from amg.evaluate.detection import auc, tpr_at_fpr
+from amg.evaluate.fid import fid, kid
+from amg.evaluate.judges import MEMORIZED_CORRELATION, luminance_correlation, standardized_luminance
+from amg.evaluate.shares import bootstrap_interval, memorized_share, top1, top5
+
+__all__ = [
+    "MEMORIZED_CORRELATION",
+    "alignment",
+    "auc",
+    "bootstrap_interval",
+    "class_accuracy",
+    "fid",
+    "kid",
+    "luminance_correlation",
+    "memorized_share",
+    "standardized_luminance",
+    "top1",
+    "top5",
+    "tpr_at_fpr",
+]

@@ -1,0 +1,92 @@
+"""Fréchet and kernel distances between generated and reference pictures, with any feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+
+def fid(generated: torch.Tensor, reference: torch.Tensor, network: Network, batch_size: int = 64) -> float:
+    """Fréchet distance between Gaussians fitted to the features of two sets (Heusel et al. 2017, equation 6).
+
+    generated, reference: float [N, 3, H, W] in [0, 1], N >= 2 each; network: float [B, 3, H, W] -> [B, D].
+    The features are taken as the network gives them, the statistics in float64. State the network and the
+    reference set with the number; with N below a few thousand it is biased upwards, so compare equal N only.
+    """
+    _check(generated, reference, 2)
+    module = _metrics().fid.FrechetInceptionDistance(feature=_Features(network, _width(network, generated)))
+    _update(module, generated, reference, batch_size)
+    return float(module.compute())
+
+
+def kid(
+    generated: torch.Tensor,
+    reference: torch.Tensor,
+    network: Network,
+    batch_size: int = 64,
+    subsets: int = 100,
+    subset_size: int = 50,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Unbiased squared MMD with the cubic kernel (x·y/D + 1)^3 (Binkowski et al. 2018), mean and deviation.
+
+    Shapes as in `fid`; each of `subsets` draws `subset_size` <= N features of either set, seeded by `seed`.
+    """
+    _check(generated, reference, subset_size)
+    module = _metrics().kid.KernelInceptionDistance(
+        feature=_Features(network, _width(network, generated)), subsets=subsets, subset_size=subset_size
+    )
+    _update(module, generated, reference, batch_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mean, deviation = module.compute()
+    return float(mean), float(deviation)
+
+
+class _Features(torch.nn.Module):
+    """What torchmetrics wants of a custom network: a module with `num_features`; float64 out."""
+
+    def __init__(self, network: Network, num_features: int) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = num_features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images).double()
+
+
+def _width(network: Network, images: torch.Tensor) -> int:
+    with torch.no_grad():
+        features = network(images[:1])
+    if features.ndim != 2:
+        raise ValueError(f"`network` must return [B, D], got {list(features.shape)}")
+    return features.shape[1]
+
+
+@torch.no_grad()
+def _update(module: Any, generated: torch.Tensor, reference: torch.Tensor, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    for images, real in ((reference, True), (generated, False)):
+        for batch in images.split(batch_size):
+            module.update(batch, real=real)
+
+
+def _check(generated: torch.Tensor, reference: torch.Tensor, least: int) -> None:
+    for name, images in (("generated", generated), ("reference", reference)):
+        if images.ndim != 4 or len(images) < least or not images.is_floating_point():
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"`{name}` must be float [N, 3, H, W] in [0, 1] with N >= {least}, got {shape}")
+
+
+def _metrics() -> Any:
+    try:
+        import torchmetrics.image.fid
+        import torchmetrics.image.kid
+    except ImportError as error:
+        raise ImportError("FID and KID need torchmetrics: pip install 'amg[metrics]'") from error
+    return torchmetrics.image
