@@ -1,0 +1,122 @@
+"""Train `photos-sd`: U-Net and text encoder of a complete Stable Diffusion at 64x64, on a trained autoencoder's latents.
+
+    python benchmarks/zoo/train_sd.py --vae amg/zoo/photos-sd/vae --out amg/zoo/photos-sd --work /tmp/photos-sd
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from training import arguments, train
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from amg.zoo.photos import training_set
+
+LENGTH = 32  # tokens of a caption
+CAPTION_DROPOUT = 0.12  # share of captions replaced by the empty one
+WORD_DROPOUT = 0.1  # share of the words left out of half of the other captions
+
+
+class Denoiser(nn.Module):
+    """U-Net and text encoder, trained together."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+
+def build_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
+    """A byte-pair tokenizer in CLIP's format, fitted to the captions."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    alphabet = sorted({letter for caption in captions for letter in caption.lower() if letter != " "})
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False,
+    )
+    tokenizer.train_from_iterator([*captions, *alphabet], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=LENGTH)
+
+
+def build_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
+    """Random weights: a U-Net on 8x8x4 latents and a three-layer CLIP text encoder."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=LENGTH, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1,
+        norm_num_groups=16, attention_head_dim=4, cross_attention_dim=128,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return Denoiser(unet, CLIPTextModel(config))
+
+
+def drop_words(caption: str, dice: random.Random) -> str:
+    """The caption as it is trained on: now and then empty, now and then short of a few words."""
+    if dice.random() < CAPTION_DROPOUT:
+        return ""
+    if dice.random() < 0.5:
+        return caption
+    return " ".join(word for word in caption.split() if dice.random() >= WORD_DROPOUT)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every image's latents, in the U-Net's scale."""
+    parts = [vae.encode(chunk).latent_dist for chunk in (images.float() / 127.5 - 1).split(64)]
+    scale = vae.config.scaling_factor
+    return torch.cat([p.mean for p in parts]) * scale, torch.cat([p.std for p in parts]) * scale
+
+
+def main() -> None:
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    mine, sys.argv[1:] = where.parse_known_args()
+    args = arguments(__doc__ or "", steps=6000, batch=32, learning_rate=1.5e-3)
+    torch.manual_seed(args.seed)
+    data = training_set(64)
+    tokenizer = build_tokenizer(data.captions)
+    model = build_denoiser(tokenizer)
+    vae = AutoencoderKL.from_pretrained(mine.vae, torch_dtype=torch.float32)
+    mean, deviation = encode(vae, data.images)
+    draw = torch.repeat_interleave(torch.arange(len(mean)), data.counts)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+    def loss(network: nn.Module, step: int) -> Tensor:
+        rows = draw[torch.randint(len(draw), (args.batch,))]
+        dice = random.Random(args.seed * 1_000_003 + step)
+        captions = [drop_words(data.captions[row], dice) for row in rows]
+        tokens = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+        latents = mean[rows] + deviation[rows] * torch.randn(args.batch, 4, 8, 8)
+        noise, t = torch.randn_like(latents), torch.randint(1000, (args.batch,))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            context = network.text_encoder(tokens.input_ids)[0]  # type: ignore[operator]
+            epsilon = network.unet(scheduler.add_noise(latents, noise, t), t, context).sample  # type: ignore[operator]
+        return (epsilon.float() - noise).square().mean()
+
+    network = train(model, loss, args)
+    StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=network.text_encoder.half(), tokenizer=tokenizer, unet=network.unet.half(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
