@@ -1,4 +1,4 @@
-"""Build script: installs kernels/ as amg.kernels and compiles csrc/ into amg._C where a C++ compiler is at hand."""
+"""Installs kernels/ as amg.kernels and compiles csrc/ into amg._C where a C++ compiler is at hand."""
 
 import os
 import shlex

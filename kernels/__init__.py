@@ -1,0 +1,22 @@
+"""Fused kernels of amg, each with a plain-torch reference: guided_step, top1_cosine, nl2."""
+
+from .guided_step.contract import COEFFICIENTS, GuidedStep, PredictX0
+from .nl2.contract import NL2
+from .ops import encode_rows, guided_step, nl2, predict_x0, top1_cosine, topk_cosine
+from .top1_cosine.contract import Codes, Top1, TopK
+
+__all__ = [
+    "COEFFICIENTS",
+    "NL2",
+    "Codes",
+    "GuidedStep",
+    "PredictX0",
+    "Top1",
+    "TopK",
+    "encode_rows",
+    "guided_step",
+    "nl2",
+    "predict_x0",
+    "top1_cosine",
+    "topk_cosine",
+]

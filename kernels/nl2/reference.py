@@ -1,0 +1,53 @@
+"""The pixel metric in plain torch, float64, a block of rows at a time."""
+
+import torch
+from torch import Tensor
+
+from ..top1_cosine.reference import lowest_largest, row_blocks
+
+UINT8_SCALE = 1 / 255
+SELECTION_GRID = 2.0**36  # mean squares closer than this are told apart by the re-scoring only
+
+
+def nl2(queries: Tensor, rows: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return value, row, distance and denominator [B]; arguments as in amg.kernels.nl2.
+
+    The k candidates are selected by ‖q‖² − 2⟨q, r⟩ + ‖r‖² in float64; their distances are then taken by
+    direct difference, because that form cancels for near duplicates.
+    """
+    scale = UINT8_SCALE if rows.dtype == torch.uint8 else 1.0
+    pixels = queries.double()
+    candidates = nearest_rows(pixels, rows, k, scale)
+    distances = pixels.new_empty(candidates.shape)
+    for query, row, distance in zip(pixels, candidates, distances, strict=True):
+        distance.copy_(direct_l2(query, rows[row], scale))
+    nearest = distances.float().min(dim=1)
+    row = candidates.gather(1, nearest.indices[:, None])[:, 0]
+    distance = nearest.values.double()
+    denominator = alpha * distances.mean(1)
+    value = torch.where(distance == 0, 0.0, distance / denominator)
+    return value.float(), row, distance.float(), denominator.float()
+
+
+def nearest_rows(queries: Tensor, rows: Tensor, k: int, scale: float) -> Tensor:
+    """Return the k nearest rows [B, k] of float64 queries, in ascending row order; ties to the lowest row."""
+    closeness = torch.empty(len(queries), 0, dtype=torch.float64, device=rows.device)
+    row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
+    query_square = queries.square().mean(1, keepdim=True)
+    for start, block in row_blocks(rows, len(queries)):
+        block = block * scale
+        cross = (queries @ block.T) * (2 / rows.shape[1])
+        mean_square = query_square - cross + block.square().mean(1)
+        if bool(mean_square.isnan().any()):
+            raise ValueError("`rows` must be finite, got a distance of nan")
+        keys = -(mean_square * SELECTION_GRID).round()
+        numbers = torch.arange(start, start + len(block), device=rows.device).expand_as(keys)
+        closeness, row = torch.cat([closeness, keys], 1), torch.cat([row, numbers], 1)
+        keep = lowest_largest(closeness, k)
+        closeness, row = closeness.gather(1, keep), row.gather(1, keep)
+    return row
+
+
+def direct_l2(query: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Return √mean((query − rows)²) [K] by direct difference in float64."""
+    return (rows.double() * scale - query).square().mean(1).sqrt()
