@@ -1,3 +1,36 @@
-"""amg: sample from diffusion models without regurgitating their training set."""
+"""amg: sample from diffusion models without regurgitating their training set.
+
+Anti-Memorization Guidance (Chen, Liu, Xu, CVPR 2024, arXiv 2404.00922) as a library. Start with `protect`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from amg.config import AMGConfig
+from amg.verdict import MemorizedError, Neighbour, TraceStep, Verdict
+
+if TYPE_CHECKING:
+    from amg.index import Hits, Index
+    from amg.integrations import protect, unprotect
+    from amg.integrations.sampler import Sampler, SamplerOutput
+    from amg.scheduler import AMGScheduler
 
 __version__ = "0.1.0"
+__all__ = [
+    "AMGConfig", "AMGScheduler", "Hits", "Index", "MemorizedError", "Neighbour", "Sampler", "SamplerOutput", "TraceStep",
+    "Verdict", "protect", "unprotect",
+]
+_LAZY = {
+    "AMGScheduler": "amg.scheduler", "Hits": "amg.index", "Index": "amg.index", "Sampler": "amg.integrations.sampler", "SamplerOutput": "amg.integrations.sampler",
+    "protect": "amg.integrations.protect", "unprotect": "amg.integrations.protect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs diffusers is imported when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'amg' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -59,3 +59,16 @@ class Verdict:
         """The verdict as plain JSON values; `trace=False` leaves the per-step trace out."""
         kept = self if trace else replace(self, trace=())
         return asdict(kept)
+
+
+class MemorizedError(RuntimeError):
+    """`on_memorized="raise"`: an image broke the promise; `verdicts` are those of the whole batch."""
+
+    def __init__(self, verdicts: list[Verdict]):
+        rows = [row for row, verdict in enumerate(verdicts) if verdict.memorized]
+        worst = max((verdicts[row] for row in rows), key=lambda verdict: verdict.similarity)
+        super().__init__(
+            f"{len(rows)} of {len(verdicts)} images are memorised (rows {rows}): similarity {worst.similarity:.3f} "
+            f"> {worst.threshold} to training image {worst.neighbour.id!r}"
+        )
+        self.verdicts = verdicts

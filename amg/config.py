@@ -1,0 +1,143 @@
+"""What guidance is asked to do: `AMGConfig` and its presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+_CHOICES = {
+    "metric": ("cosine", "nl2", None),
+    "form": ("paper", "released"),
+    "threshold_schedule": ("parabolic", "constant", "exponential"),
+    "gradient": ("frozen", "full"),
+    "step_length": ("constant", "exact"),
+    "on_memorized": ("resample", "block", "flag", "raise"),
+}
+
+
+@dataclass(frozen=True)
+class AMGConfig:
+    """Options of anti-memorization guidance; frozen. Build one with `AMGConfig.preset(name, **overrides)`.
+
+    Similarities and thresholds are sigma of ALGORITHM.md: larger is closer, cosine in [-1, 1], or -nL2. A field left
+    None is filled in from the preset once the index's metric is known (`for_metric`).
+    """
+
+    preset_name: str = "main"
+    metric: str | None = None
+    """"cosine" or "nl2"; None until the index is known."""
+    guidance_scale: float = 7.5
+    """s0, for `Sampler` and `AMGScheduler`; a protected pipeline's own argument wins."""
+    form: str = "paper"
+    """"paper": terms and gates as published. "released": the authors' code for Stable Diffusion (ungated c1, its own
+    scales and its order, similarity measured again after the first two terms)."""
+    threshold: float | None = None
+    """The promise: a delivered image is memorised when its similarity exceeds this."""
+    threshold_schedule: str = "parabolic"
+    """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max, "exponential"
+    lambda_min + (lambda_max - lambda_min)·exp(-0.005 t)."""
+    lambda_min: float | None = None
+    """lambda_t of the noisiest step."""
+    lambda_max: float | None = None
+    """lambda_t of the last step."""
+    c1: float | None = None
+    """Despecification: s1 = max(min(c1·sigma, s0 - 1), 0)."""
+    c2: float | None = None
+    """Caption de-duplication: s2 = max(min(c2·sigma, s0 - s1 - 1), 0)."""
+    c3: float | None = None
+    """Dissimilarity with `step_length="constant"`: s3 = c3. With "exact": 0 turns the term off."""
+    gradient: str = "frozen"
+    """"frozen" holds the noise prediction constant in the gradient of sigma; "full" goes through the denoiser."""
+    step_length: str | None = None
+    """"constant": c3. "exact": the length along the same direction that brings sigma to lambda_t."""
+    gated: bool = True
+    """False applies the terms at every step (the paper's ungated ablation)."""
+    rewind_at: tuple[float, ...] | None = None
+    """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
+    rewind_to: float = 0.06
+    """The fraction of the trajectory it goes back to, re-noised with fresh noise of its own."""
+    rewind_threshold: float | None = None
+    """Similarity of x0_hat at a checkpoint above which a sample goes back."""
+    max_rewinds: int = 2
+    """How often one sample may go back in one run."""
+    rewind_guidance: float | None = None
+    """Guidance scale of a sample's later tries up to the checkpoint it came back from; None keeps s0."""
+    null_class: int | None = None
+    """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
+    on_memorized: str = "resample"
+    """"resample" (run that sample again with the `strong` preset, then block), "block" (a blank image), "flag",
+    "raise"."""
+    max_retries: int = 3
+    """Whole re-runs of one sample before it is blocked."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "step_length" and value is None):
+                raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+        for name in ("max_rewinds", "max_retries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
+        for name in ("c1", "c2", "c3"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be finite and >= 0, got {value}")
+        if not 0 <= self.rewind_to < 1 or any(not self.rewind_to < at <= 1 for at in self.rewind_at or ()):
+            raise ValueError(
+                "`rewind_to` must be in [0, 1) and every `rewind_at` in (rewind_to, 1], "
+                f"got rewind_to={self.rewind_to}, rewind_at={self.rewind_at}"
+            )
+
+    @staticmethod
+    def preset(name: str, **overrides: Any) -> AMGConfig:
+        """The preset `name` ("main", "strong", "released", "off") with fields overridden by keyword."""
+        if name not in PRESETS:
+            raise ValueError(f"`name` must be one of {tuple(PRESETS)}, got {name!r}")
+        known = {field.name for field in fields(AMGConfig)} - {"preset_name"}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise TypeError(f"unknown option {unknown[0]!r}; options are {sorted(known)}")
+        return AMGConfig(preset_name=name, **{**_FORMS.get(name, {}), **overrides})
+
+    def for_metric(self, metric: str) -> AMGConfig:
+        """This config with every open field filled in for `metric` ("cosine" or "nl2")."""
+        if metric not in ("cosine", "nl2"):
+            raise ValueError(f'`metric` must be "cosine" or "nl2", got {metric!r}')
+        if self.metric is not None and self.metric != metric:
+            raise ValueError(f"`metric` of the config is {self.metric!r} but the index measures {metric!r}")
+        open_fields = {name: value for name, value in PRESETS[self.preset_name][metric].items() if getattr(self, name) is None}
+        return replace(self, metric=metric, **open_fields)
+
+    @property
+    def active(self) -> bool:
+        """Whether guidance acts at all."""
+        return self.preset_name != "off"
+
+
+_OFF = {"c1": 0.0, "c2": 0.0, "c3": 0.0, "step_length": "constant", "rewind_at": ()}
+_FORMS: dict[str, dict[str, Any]] = {
+    "released": {"form": "released", "threshold_schedule": "exponential", "rewind_at": (), "step_length": "constant"},
+    "off": {"on_memorized": "flag"},
+}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "main": {
+        "cosine": {"threshold": 0.5, "lambda_min": 0.3, "lambda_max": 0.45, "c1": 10.0, "c2": 3.0, "c3": 1.0,
+                   "step_length": "exact", "rewind_at": (0.5, 0.8), "rewind_threshold": 0.5, "rewind_guidance": 1.0},
+        "nl2": {"threshold": -1.4, "lambda_min": -1.6, "lambda_max": -1.45, "c1": 0.0, "c2": 0.0, "c3": 1.0,
+                "step_length": "exact", "rewind_at": (0.56, 0.8), "rewind_threshold": -1.5},
+    },
+    "strong": {
+        "cosine": {"threshold": 0.4, "lambda_min": 0.25, "lambda_max": 0.35, "c1": 10.0, "c2": 3.0, "c3": 1.0,
+                   "step_length": "exact", "rewind_at": (0.5, 0.8), "rewind_threshold": 0.4, "rewind_guidance": 1.0},
+        "nl2": {"threshold": -1.6, "lambda_min": -1.8, "lambda_max": -1.65, "c1": 0.0, "c2": 0.0, "c3": 1.0,
+                "step_length": "exact", "rewind_at": (0.56, 0.8), "rewind_threshold": -1.65},
+    },
+    "released": {
+        "cosine": {"threshold": 0.5, "lambda_min": 0.3, "lambda_max": 0.4, "c1": 13.0, "c2": 1 / 0.3, "c3": 100.0},
+        "nl2": {"threshold": -1.4, "lambda_min": -1.95, "lambda_max": -1.5, "c1": 0.0, "c2": 0.0, "c3": 80000.0},
+    },
+    "off": {
+        "cosine": {"threshold": 0.5, "lambda_min": 1.0, "lambda_max": 1.0, **_OFF},
+        "nl2": {"threshold": -1.4, "lambda_min": 0.0, "lambda_max": 0.0, **_OFF},
+    },
+}

@@ -1,0 +1,40 @@
+"""One sample in flight: what has happened to it so far."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from amg.verdict import TraceStep
+
+
+@dataclass
+class Flight:
+    """The mutable record of one sample, kept through rewinds and re-runs.
+
+    `generator` is the sample's own source of fresh noise, seeded by its initial noise alone, so what happens to a
+    sample never depends on its batch-mates. `rewinds` counts returns in the current run, `total_rewinds` in all.
+    """
+
+    generator: torch.Generator
+    rewinds: int = 0
+    total_rewinds: int = 0
+    retries: int = 0
+    evaluations: int = 0
+    despecified_until: int = 0
+    deduplicated_until: int = 0
+    pending: Tensor | None = None  # x0_hat to rewind from, set at a checkpoint and consumed by the step that follows
+    trace: list[TraceStep] = field(default_factory=list)
+
+    @staticmethod
+    def from_noise(initial: Tensor) -> Flight:
+        """A flight for one sample's initial noise [C, H, W]; equal noise gives an equal flight."""
+        digest = hashlib.sha256(initial.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+        return Flight(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Fresh standard normal noise shaped like `like`, from this sample's own generator."""
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32).to(like.device, like.dtype)

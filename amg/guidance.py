@@ -1,0 +1,100 @@
+"""The scales and the three terms of anti-memorization guidance, in plain torch: the oracle.
+
+Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models", CVPR 2024 (arXiv 2404.00922), section 4; the
+constants of `released_*` are those of the authors' code. All tensors are [B, C, H, W], all per-sample values [B].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scales(NamedTuple):
+    """Per-sample strengths of despecification (s1), de-duplication (s2) and dissimilarity (s3), each [B]."""
+
+    s1: Tensor
+    s2: Tensor
+    s3: Tensor
+
+
+def classifier_free(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
+    """eps_u + s0·(eps_c - eps_u), in the very operations of diffusers' pipelines, so the result is theirs bit for bit."""
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+def scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float) -> Scales:
+    """s1 = max(min(c1·sigma, s0 - 1), 0); s2 = max(min(c2·sigma, s0 - s1 - 1), 0); s3 = c3. Raises on a NaN sigma."""
+    require_finite("similarity", similarity)
+    room = max(guidance_scale - 1, 0.0)
+    s1 = (c1 * similarity).clamp(max=room).clamp(min=0)
+    s2 = torch.minimum(c2 * similarity, room - s1).clamp(min=0)
+    return Scales(s1, s2, torch.full_like(similarity, c3))
+
+
+def released_scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float, t: float) -> Scales:
+    """The authors' code: s1 = clip(c1·sigma, 0, s0 - 1), s2 = clip((s0 - 1 - s1)·c2·sigma, 0, s0 - 1 - s1) and
+    s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170), c1 = 13, c2 = 1/0.3, c3 = 100; `t` on the 0-1000 scale."""
+    require_finite("similarity", similarity)
+    room = max(guidance_scale - 1, 0.0)
+    s1 = (c1 * similarity).clamp(0, room)
+    s2 = torch.minimum(((room - s1) * c2 * similarity).clamp(min=0), room - s1)
+    return Scales(s1, s2, c3 * (similarity - 0.3) * math.exp((1000 - t) / 170))
+
+
+def despecification(eps_uncond: Tensor, eps_cond: Tensor, s1: Tensor) -> Tensor:
+    """G_spe = -s1·(eps_c - eps_u)."""
+    return -per_sample(s1, eps_cond) * (eps_cond - eps_uncond)
+
+
+def deduplication(eps_uncond: Tensor, eps_neighbour: Tensor, s2: Tensor) -> Tensor:
+    """G_dup = -s2·(eps_N - eps_u), eps_N conditioned on the neighbour's caption."""
+    return -per_sample(s2, eps_neighbour) * (eps_neighbour - eps_uncond)
+
+
+def dissimilarity(similarity_grad: Tensor, s3: Tensor, alpha_bar: float) -> Tensor:
+    """G_sim = +s3·sqrt(1 - alpha_bar)·grad_{x_t} sigma."""
+    return per_sample(s3, similarity_grad) * math.sqrt(1 - alpha_bar) * similarity_grad
+
+
+def frozen_gradient(x0_grad: Tensor, alpha_bar: float) -> Tensor:
+    """grad_{x_t} sigma with the noise prediction held constant: (1 / sqrt(alpha_bar))·d sigma / d x0_hat."""
+    return x0_grad / math.sqrt(alpha_bar)
+
+
+def exact_dissimilarity(shift: Tensor, alpha_bar: float) -> Tensor:
+    """The change of the noise prediction that moves x0_hat by `shift`: -sqrt(alpha_bar / (1 - alpha_bar))·shift."""
+    return -math.sqrt(alpha_bar / (1 - alpha_bar)) * shift
+
+
+def newton_shift(x0_grad: Tensor, similarity: Tensor, threshold: float, limit: float = 0.5, scale: float = 1.0) -> Tensor:
+    """One Newton step on sigma along its gradient, -(sigma - lambda)·g / |g|², its length clipped.
+
+    The root mean square of the shift is at most `limit`·`scale`; `scale` is the size of x0_hat's own values.
+    """
+    size = x0_grad[0].numel()
+    norm = x0_grad.flatten(1).norm(dim=1).clamp(min=1e-12)
+    length = ((similarity - threshold).clamp(min=0) / norm).clamp(max=limit * scale * math.sqrt(size))
+    return -per_sample(length / norm, x0_grad) * x0_grad
+
+
+def open_gates(similarity: Tensor, threshold: float) -> Tensor:
+    """[B] bool, sigma > lambda_t. A NaN neither opens nor closes a gate: it raises."""
+    require_finite("similarity", similarity)
+    return similarity > threshold
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise FloatingPointError, naming the rows, if `tensor` has a NaN or an infinity."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        rows = (~finite.flatten(1).all(1) if tensor.ndim > 1 else ~finite).nonzero().flatten().tolist()
+        raise FloatingPointError(f"`{name}` must be finite, got NaN or infinity in rows {rows} of {list(tensor.shape)}")
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1] in the dtype of `like`, for broadcasting."""
+    return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,262 @@
+"""One step of guidance for a batch: measure, decide per sample, correct the noise prediction of the open rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amg import guidance
+from amg.config import AMGConfig
+from amg.flight import Flight
+from amg.predict import Conditions, Denoiser, predict, predict_neighbours
+from amg.schedule import Prediction, alpha_bar_at, threshold_at
+from amg.similarity import Measured, Similarity
+from amg.verdict import TraceStep
+
+FREQUENT_CAPTION = 20  # the released code de-duplicates a caption that occurs more often than this
+HELD_STEPS = 10  # and keeps doing so for this many steps
+
+
+class Step(NamedTuple):
+    """Where in the trajectory a batch is: `index` of `count` steps, the scheduler's `t`, alpha_bar and lambda_t."""
+
+    index: int
+    count: int
+    t: Any
+    alpha_bar: float
+    threshold: float
+
+
+class Guided(NamedTuple):
+    """`output` [B, C, H, W], guided, in the denoiser's own parameterisation; `changed` [B] bool, rows that differ from
+    plain classifier-free guidance."""
+
+    output: Tensor
+    changed: Tensor
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Anti-memorization guidance over one index; stateless, what happens to a sample is kept in its `Flight`."""
+
+    config: AMGConfig
+    index: Any
+    similarity: Similarity
+    denoiser: Denoiser
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+
+    def at(self, scheduler: Any, index: int) -> Step:
+        """The step's place and numbers, out of the scheduler's current timesteps."""
+        cfg, t, alpha_bar = self.config, scheduler.timesteps[index], alpha_bar_at(scheduler, index)
+        assert cfg.lambda_min is not None and cfg.lambda_max is not None, "config must be resolved by `for_metric`"
+        threshold = threshold_at(cfg.threshold_schedule, cfg.lambda_min, cfg.lambda_max, alpha_bar, float(t))
+        return Step(index, len(scheduler.timesteps), t, alpha_bar, threshold)
+
+    def __call__(
+        self,
+        step: Step,
+        sample: Tensor,
+        output_uncond: Tensor | None,
+        output_cond: Tensor,
+        conditions: Conditions,
+        flights: Sequence[Flight],
+    ) -> Guided:
+        """Guide one step. `sample` is the denoiser's (variance preserving) input; outputs are raw, [B, C, H, W]."""
+        return _Step(self, step, sample, output_uncond, output_cond, conditions, flights).run()
+
+
+class _Step:
+    """The tensors of one step, so that its stages need not pass them along."""
+
+    def __init__(
+        self,
+        guide: Guide,
+        step: Step,
+        sample: Tensor,
+        output_uncond: Tensor | None,
+        output_cond: Tensor,
+        conditions: Conditions,
+        flights: Sequence[Flight],
+    ):
+        self.guide, self.config, self.step, self.flights = guide, guide.config, step, flights
+        self.sample, self.conditions = sample, conditions
+        self.prediction = Prediction(guide.denoiser.prediction_type, step.alpha_bar)
+        self.output_uncond, self.output_cond = output_uncond, output_cond
+        self.terms: list[list[str]] = [[] for _ in flights]
+
+    def run(self) -> Guided:
+        output, changed = self.classifier_free()
+        for flight in self.flights:
+            flight.evaluations += 1 if self.output_uncond is None else 2
+        if not self.config.active:
+            return Guided(output, changed)
+        eps = self.prediction.to_eps(output, self.sample)
+        x0_hat = self.prediction.x0_hat(eps, self.sample)
+        measured = self.guide.similarity.measure(x0_hat)
+        opened = guidance.open_gates(measured.similarity, self.step.threshold) | (not self.config.gated)
+        acting = opened | (self.ungated(measured) if self.config.form == "released" else False)
+        if bool(acting.any()):
+            rows = acting.nonzero().flatten()
+            corrected = self.correct(rows, eps[rows], x0_hat[rows], _take(measured, rows), opened[rows])
+            output = output.clone()
+            output[rows] = self.prediction.from_eps(corrected, self.sample[rows]).to(output.dtype)
+            changed = changed | acting
+        self.mark_rewinds(x0_hat, measured)
+        self.record(measured)
+        return Guided(output, changed)
+
+    def classifier_free(self) -> tuple[Tensor, Tensor]:
+        """Plain guidance, except that a later try of a rewound sample starts with its own, lower scale."""
+        changed = torch.zeros(len(self.flights), dtype=torch.bool, device=self.output_cond.device)
+        if self.output_uncond is None:
+            return self.output_cond, changed
+        output = guidance.classifier_free(self.output_uncond, self.output_cond, self.guide.guidance_scale)
+        if self.guide.guidance_rescale > 0:
+            output = _rescale(output, self.output_cond, self.guide.guidance_rescale)
+        low = self.config.rewind_guidance
+        for row, flight in enumerate(self.flights):
+            if low is not None and self.step.index < flight.despecified_until:
+                output[row] = guidance.classifier_free(self.output_uncond[row], self.output_cond[row], low)
+                changed[row] = True
+                self.terms[row].append("despecification")
+        return output, changed
+
+    def ungated(self, measured: Measured) -> Tensor:
+        """Rows on which the released form acts below lambda_t: despecification whenever sigma > 0, held captions."""
+        held = torch.tensor([self.step.index < flight.deduplicated_until for flight in self.flights])
+        return (measured.similarity > 0) | held.to(measured.similarity.device)
+
+    def correct(self, rows: Tensor, eps: Tensor, x0_hat: Tensor, measured: Measured, opened: Tensor) -> Tensor:
+        """The noise prediction of the open `rows` with the three terms added."""
+        eps = eps.float()
+        if self.output_uncond is not None:
+            before = eps
+            eps = self.despecify_and_deduplicate(rows, eps, measured, opened)
+            if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
+                x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
+                measured = self.guide.similarity.measure(x0_hat)
+                opened = guidance.open_gates(measured.similarity, self.step.threshold)
+        if not self.config.c3 or not bool(opened.any()):
+            return eps
+        inner = opened.nonzero().flatten()
+        for row in rows[inner].tolist():
+            self.terms[row].append("dissimilarity")
+        eps = eps.clone()
+        eps[inner] += self.dissimilarity(rows[inner], x0_hat[inner], _take(measured, inner))
+        return eps
+
+    def despecify_and_deduplicate(self, rows: Tensor, eps: Tensor, measured: Measured, opened: Tensor) -> Tensor:
+        assert self.output_uncond is not None
+        s1, s2 = self.strengths(rows, measured, opened)
+        if not bool((s1 > 0).any() or (s2 > 0).any()):
+            return eps
+        sample = self.sample[rows]
+        eps_uncond = self.prediction.to_eps(self.output_uncond[rows], sample).float()
+        eps_cond = self.prediction.to_eps(self.output_cond[rows], sample).float()
+        eps = eps + guidance.despecification(eps_uncond, eps_cond, s1)
+        for row in rows[s1 > 0].tolist():
+            self.terms[row].append("despecification")
+        repeated = [self.guide.index.captions[row] for row in measured.row.tolist()]
+        act = torch.tensor([bool(scale > 0) and caption is not None for scale, caption in zip(s2, repeated, strict=True)])
+        if bool(act.any()) and self.guide.denoiser.encode_captions is not None:
+            where = act.nonzero().flatten().to(rows.device)
+            captions = [caption for caption, used in zip(repeated, act.tolist(), strict=True) if used]
+            chosen = rows[where]
+            output = predict_neighbours(
+                self.guide.denoiser, self.sample[chosen], self.step.t, self.conditions.take(chosen), captions
+            )
+            eps_neighbour = self.prediction.to_eps(output, self.sample[chosen]).float()
+            eps = eps.clone()
+            eps[where] += guidance.deduplication(eps_uncond[where], eps_neighbour, s2[where])
+            for row in chosen.tolist():
+                self.flights[row].evaluations += 1
+                self.terms[row].append("deduplication")
+        return eps
+
+    def strengths(self, rows: Tensor, measured: Measured, opened: Tensor) -> tuple[Tensor, Tensor]:
+        """s1 and s2 of the open rows; a row already despecified by its later try keeps s1 = s2 = 0."""
+        cfg, scale = self.config, self.guide.guidance_scale
+        assert cfg.c1 is not None and cfg.c2 is not None and cfg.c3 is not None
+        if cfg.form == "released":
+            s1, s2, _ = guidance.released_scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3, float(self.step.t))
+            return s1, torch.where(self.deduplicating(rows, measured, opened), s2, 0.0)
+        s1, s2, _ = guidance.scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3)
+        flights = [self.flights[row] for row in rows.tolist()]
+        low = torch.tensor([self.step.index < flight.despecified_until for flight in flights], device=s1.device)
+        return torch.where(low, 0.0, s1), torch.where(low, 0.0, s2)
+
+    def deduplicating(self, rows: Tensor, measured: Measured, opened: Tensor) -> Tensor:
+        """[R] bool: the released form de-duplicates a frequent caption of an open row and goes on for ten steps."""
+        counts = self.guide.index.caption_counts()
+        for row, nearest, is_open in zip(rows.tolist(), measured.row.tolist(), opened.tolist(), strict=True):
+            if is_open and counts[nearest] > FREQUENT_CAPTION:
+                self.flights[row].deduplicated_until = self.step.index + HELD_STEPS
+        held = [self.step.index < self.flights[row].deduplicated_until for row in rows.tolist()]
+        return torch.tensor(held, device=rows.device)
+
+    def dissimilarity(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> Tensor:
+        """G_sim of the open rows: exact length, or s3·sqrt(1 - alpha_bar)·grad_{x_t} sigma."""
+        cfg, alpha_bar = self.config, self.step.alpha_bar
+        if cfg.step_length == "exact" and cfg.gradient == "frozen":
+            shift = self.guide.similarity.shift(x0_hat, measured, self.step.threshold)
+            return guidance.exact_dissimilarity(shift, alpha_bar)
+        x0_grad = self.guide.similarity.gradient(x0_hat, measured)
+        gradient = guidance.frozen_gradient(x0_grad, alpha_bar)
+        if cfg.gradient == "full":
+            gradient = self.full_gradient(rows, x0_grad)
+        assert cfg.c1 is not None and cfg.c2 is not None and cfg.c3 is not None
+        if cfg.step_length == "exact":
+            x0_gradient = gradient * alpha_bar**0.5
+            shift = guidance.newton_shift(x0_gradient, measured.similarity, self.step.threshold)
+            return guidance.exact_dissimilarity(shift, alpha_bar)
+        s3 = torch.full_like(measured.similarity, cfg.c3)
+        if cfg.form == "released" and self.guide.index.metric == "cosine":
+            t = float(self.step.t)
+            s3 = guidance.released_scales(measured.similarity, 1.0, cfg.c1, cfg.c2, cfg.c3, t).s3
+        return guidance.dissimilarity(gradient, s3, alpha_bar)
+
+    def full_gradient(self, rows: Tensor, x0_grad: Tensor) -> Tensor:
+        """grad_{x_t} sigma through the denoiser: x0_grad carried back along x0_hat(x_t)."""
+        with torch.enable_grad():
+            leaf = self.sample[rows].detach().requires_grad_()
+            uncond, cond = predict(self.guide.denoiser, leaf, self.step.t, self.conditions.take(rows))
+            output = cond if uncond is None else guidance.classifier_free(uncond, cond, self.guide.guidance_scale)
+            x0_hat = self.prediction.x0_hat(self.prediction.to_eps(output, leaf), leaf)
+            (gradient,) = torch.autograd.grad(x0_hat, leaf, x0_grad)
+        for row in rows.tolist():
+            self.flights[row].evaluations += 1 if self.output_uncond is None else 2
+        return gradient
+
+    def mark_rewinds(self, x0_hat: Tensor, measured: Measured) -> None:
+        """At a checkpoint, note the samples that are still too close: the scheduler step that follows sends them back."""
+        cfg, last = self.config, self.step.count - 1
+        if self.step.index not in {round(at * last) for at in cfg.rewind_at or ()} or cfg.rewind_threshold is None:
+            return
+        for row, flight in enumerate(self.flights):
+            if float(measured.similarity[row]) > cfg.rewind_threshold and flight.rewinds < cfg.max_rewinds:
+                flight.pending = x0_hat[row]
+                self.terms[row].append("rewind")
+
+    def record(self, measured: Measured) -> None:
+        similarity, rows = measured.similarity.tolist(), measured.row.tolist()
+        for flight, value, nearest, terms in zip(self.flights, similarity, rows, self.terms, strict=True):
+            flight.trace.append(
+                TraceStep(self.step.index, float(self.step.t), value, self.step.threshold, nearest, tuple(terms))
+            )
+
+
+def _take(measured: Measured, rows: Tensor) -> Measured:
+    extras = {name: value[rows] for name, value in measured.extras.items()}
+    return Measured(measured.similarity[rows], measured.row[rows], extras)
+
+
+def _rescale(output: Tensor, output_cond: Tensor, amount: float) -> Tensor:
+    """Lin et al. 2023 (arXiv 2305.08891), section 3.4: blend towards the conditional output's standard deviation."""
+    axes = tuple(range(1, output.ndim))
+    matched = output * (output_cond.std(axes, keepdim=True) / output.std(axes, keepdim=True))
+    return amount * matched + (1 - amount) * output

@@ -1,0 +1,106 @@
+"""What guidance needs of a diffusers pipeline: a `Denoiser`, and the conditions in a call of its U-Net."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.predict import Conditions, Denoiser
+
+CAPTIONS_KEPT = 4096
+
+
+def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denoiser:
+    """The `Denoiser` of a DDPM, DDIM or Stable Diffusion pipeline; `network` replaces its U-Net's forward."""
+    forward = network if network is not None else pipe.unet
+    prediction_type = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
+
+    def run(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
+        output: Tensor = forward(sample, t, **{**conditions, "return_dict": False})[0]
+        return output
+
+    if not is_latent(pipe):
+        return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
+    vae = pipe.vae
+
+    def decode(x0: Tensor) -> Tensor:
+        return vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+
+    return Denoiser(run, decode, prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
+
+
+def is_latent(pipe: Any) -> bool:
+    """Whether the pipeline denoises a VAE's latents rather than pixels."""
+    return getattr(pipe, "vae", None) is not None
+
+
+class CaptionCache:
+    """Captions -> {"encoder_hidden_states": [B, L, D]}; each caption is encoded once and kept (bounded, least recent
+    dropped)."""
+
+    def __init__(self, pipe: Any):
+        self.pipe, self.kept = pipe, OrderedDict[str, Tensor]()
+
+    def __call__(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        for caption in captions:
+            if caption not in self.kept:
+                with torch.no_grad():
+                    self.kept[caption] = self.pipe.encode_prompt(caption, self.pipe._execution_device, 1, False)[0][0]
+            self.kept.move_to_end(caption)
+        states = torch.stack([self.kept[caption] for caption in captions])
+        while len(self.kept) > CAPTIONS_KEPT:
+            self.kept.popitem(last=False)
+        return {"encoder_hidden_states": states}
+
+
+def split_call(arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:
+    """The conditions in the keyword arguments of one U-Net call of `batch` rows, twice as many if `guided`.
+
+    Tensors whose first dimension is the number of rows belong to the rows, unconditional first; the rest is shared.
+    """
+    rows = 2 * batch if guided else batch
+    own, shared = _split(arguments, rows)
+    if not guided:
+        return Conditions(own, None, shared)
+    return Conditions(_half(own, batch, first=False), _half(own, batch, first=True), shared)
+
+
+def _split(arguments: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    own: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name == "return_dict":
+            continue
+        if isinstance(value, Mapping):
+            inner, rest = _split(value, rows)
+            (shared if rest or not inner else own)[name] = value
+        else:
+            (own if isinstance(value, Tensor) and value.ndim and len(value) == rows else shared)[name] = value
+    return own, shared
+
+
+def _half(own: Mapping[str, Any], batch: int, first: bool) -> dict[str, Any]:
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: cut(inner) for name, inner in value.items()}
+        return value[:batch] if first else value[batch:]
+
+    return {name: cut(value) for name, value in own.items()}
+
+
+def class_conditions(unet: Any, labels: Tensor | None, batch: int, null_class: int | None, scale: float) -> Conditions:
+    """Conditions of a class-conditional U-Net: `labels` int64 [B] against the null class; None means unconditional."""
+    classes = unet.config.num_class_embeds
+    null = torch.full((batch,), classes - 1 if null_class is None else null_class, device=unet.device)
+    if labels is None:
+        return Conditions({"class_labels": null}, None, {})
+    labels = torch.as_tensor(labels, device=unet.device).long()
+    if labels.shape != (batch,) or not bool(((labels >= 0) & (labels < classes)).all()):
+        raise ValueError(f"`class_labels` must be [{batch}] integers in [0, {classes}), got {labels.tolist()}")
+    if scale == 1:
+        return Conditions({"class_labels": labels}, None, {})
+    return Conditions({"class_labels": labels}, {"class_labels": null}, {})

@@ -1,0 +1,170 @@
+"""`protect`: a diffusers pipeline in, the same object out, whose calls are guided and whose images are checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amg.config import AMGConfig
+from amg.integrations.denoiser import is_latent
+from amg.integrations.hook import Session, guided_call
+from amg.promise import decode, deliver
+from amg.verdict import Verdict
+
+SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What a protected pipeline carries: the index, the config for its metric, and further judges of the final check."""
+
+    index: Any
+    config: AMGConfig
+    also: tuple[Any, ...]
+
+
+def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
+    """Make every call of `pipe` guided away from `index` and checked against it; returns the same object.
+
+    pipe: a DDPMPipeline, DDIMPipeline or StableDiffusionPipeline (a subclass too), with any scheduler.
+    index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more indexes the finished images
+    are held to. The pipeline's call keeps its arguments and its result, which gains `.amg`, a list of `Verdict`; it is
+    also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose U-Net is class-conditional
+    additionally take `class_labels` (int64 [B]; default: the null class) and `guidance_scale`.
+    Errors: TypeError for another pipeline; whatever prevents a check is raised, never an unchecked image.
+    """
+    config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+    if not any(base.__name__ in SUPPORTED for base in type(pipe).__mro__):
+        raise TypeError(f"`pipe` must be one of {SUPPORTED}, got {type(pipe).__name__}")
+    if hasattr(pipe, "_amg_protection"):
+        unprotect(pipe)
+    pipe.__class__ = _protected(type(pipe))
+    pipe._amg_protection = Protection(index, config, tuple(also))
+    return pipe
+
+
+def unprotect(pipe: Any) -> Any:
+    """Restore a protected pipeline to what it was; returns the same object."""
+    if not hasattr(pipe, "_amg_protection"):
+        raise ValueError("`pipe` must be a protected pipeline, got one that `amg.protect` has not seen")
+    pipe.__class__ = type(pipe).__mro__[1]
+    del pipe._amg_protection
+    pipe.__dict__.pop("amg_verdicts", None)
+    return pipe
+
+
+@functools.lru_cache(maxsize=None)
+def _protected(kind: type) -> type:
+    """A subclass of the pipeline's class, of the same name, whose call is guided and checked."""
+    call = kind.__call__  # type: ignore[operator]
+
+    @functools.wraps(call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call(self, call, args, kwargs)
+
+    if not issubclass_by_name(kind, "StableDiffusionPipeline"):
+        __call__.__signature__ = _with_classes(call)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _with_classes(call: Any) -> inspect.Signature:
+    signature, word = inspect.signature(call), inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter("class_labels", word, default=None), inspect.Parameter("guidance_scale", word, default=None)]
+    return signature.replace(parameters=[*signature.parameters.values(), *more])
+
+
+def issubclass_by_name(kind: type, name: str) -> bool:
+    """Whether a class of that name is among the bases; pipelines are told apart without importing them."""
+    return any(base.__name__ == name for base in kind.__mro__)
+
+
+def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    protection: Protection = pipe._amg_protection
+    session = Session(pipe, protection.index, protection.config)
+    if not is_latent(pipe):
+        session.class_labels, session.class_scale = kwargs.pop("class_labels", None), kwargs.pop("guidance_scale", None)
+    bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    if bound.arguments.get("num_inference_steps", 1) < 1:
+        raise ValueError(f"`num_inference_steps` must be >= 1, got {bound.arguments['num_inference_steps']}")
+    _warn_without_guidance(protection.config, bound.arguments.get("guidance_scale"))
+    with guided_call(session):
+        result = call(pipe, *args, **kwargs)
+    images = result[0] if isinstance(result, tuple) else result.images
+    images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also)
+    pipe.amg_verdicts = verdicts
+    if isinstance(result, tuple):
+        return (images, *result[1:])
+    result.images = images
+    result.amg = verdicts
+    return result
+
+
+def _deliver(session: Session, images: Any, output_type: str, also: Sequence[Any]) -> tuple[Any, list[Verdict]]:
+    """Check what the pipeline would hand out, and replace what breaks the promise in the pipeline's own output type."""
+    run, conditions = session.run, session.conditions
+    if run is None or conditions is None:
+        raise RuntimeError("the pipeline finished without one call of its U-Net: its images cannot be checked")
+    if output_type == "latent":
+        sample = images
+        pictures = decode(run, sample)
+    else:
+        pictures = to_tensor(images)
+        sample = session.blank
+    delivery = deliver(pictures, sample, run, conditions, session.flights, also)
+    if not delivery.replaced:
+        return images, delivery.verdicts
+    if output_type == "latent":
+        return delivery.sample, delivery.verdicts
+    return _replace(images, delivery.images, delivery.replaced), delivery.verdicts
+
+
+def to_tensor(images: Any) -> Tensor:
+    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float32 [B, 3, H, W] in
+    [0, 1]."""
+    if isinstance(images, Tensor):
+        return images.float()
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    arrays = [torch.from_numpy(np.asarray(image.convert("RGB")).copy()) for image in images]
+    return torch.stack(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def to_pil(images: Tensor) -> list[Any]:
+    """float [B, 3, H, W] in [0, 1] as 8-bit PIL images."""
+    from PIL import Image
+
+    array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:
+    if isinstance(images, Tensor):
+        images = images.clone()
+        images[rows] = new[rows].to(images.device, images.dtype)
+    elif isinstance(images, np.ndarray):
+        images = images.copy()
+        images[rows] = new[rows].permute(0, 2, 3, 1).cpu().numpy()
+    else:
+        images = list(images)
+        for row, picture in zip(rows, to_pil(new[rows]), strict=True):
+            images[row] = picture
+    return images
+
+
+def _warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
+    if guidance_scale is not None and guidance_scale <= 1 and config.active and (config.c1 or config.c2):
+        warnings.warn(
+            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale > 1 to act "
+            "on; only dissimilarity, rewinds and the final check protect this call",
+            stacklevel=4,
+        )
+

@@ -1,0 +1,121 @@
+"""alpha_bar and step coefficients out of a diffusers scheduler, and the schedules of lambda_t.
+
+Schedulers are read through their public attributes only (`alphas_cumprod`, `sigmas`, `timesteps`, `config`), so this
+module does not import diffusers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def alpha_bar_at(scheduler: Any, step: int) -> float:
+    """alpha_bar of step `step` of the scheduler's current `timesteps`, for the input the denoiser sees.
+
+    The denoiser's input is variance preserving in every scheduler (Euler divides by sqrt(sigma² + 1)), so
+    alpha_bar = 1 / (1 + sigma²) wherever the scheduler works in sigmas, and alphas_cumprod[t] elsewhere.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) > step and getattr(scheduler, "num_inference_steps", None) is not None:
+        return 1.0 / (1.0 + float(sigmas[step]) ** 2)
+    return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+
+
+def threshold_at(schedule: str, lambda_min: float, lambda_max: float, alpha_bar: float, t: float) -> float:
+    """lambda_t. `t` is on the 0-1000 scale; see `AMGConfig.threshold_schedule` for the three formulas."""
+    if schedule == "constant":
+        return lambda_max
+    if schedule == "parabolic":
+        return lambda_min + (lambda_max - lambda_min) * alpha_bar**2
+    if schedule == "exponential":
+        return lambda_min + (lambda_max - lambda_min) * math.exp(-0.005 * t)
+    raise ValueError(f'`schedule` must be "parabolic", "constant" or "exponential", got {schedule!r}')
+
+
+class Prediction(NamedTuple):
+    """Conversions between a denoiser's output and the noise prediction at one step: affine, slope `gain` >= 0 or < 0.
+
+    epsilon: eps = m. v_prediction: eps = sqrt(alpha_bar)·v + sqrt(1 - alpha_bar)·x_t.
+    sample: eps = (x_t - sqrt(alpha_bar)·x0) / sqrt(1 - alpha_bar).
+    """
+
+    kind: str
+    alpha_bar: float
+
+    def to_eps(self, output: Tensor, sample: Tensor) -> Tensor:
+        """Noise prediction from the denoiser's `output` at `sample`, both [B, C, H, W]."""
+        signal, noise = math.sqrt(self.alpha_bar), math.sqrt(1 - self.alpha_bar)
+        if self.kind == "epsilon":
+            return output
+        if self.kind == "v_prediction":
+            return signal * output + noise * sample
+        if self.kind == "sample":
+            return (sample - signal * output) / noise
+        raise ValueError(f'`prediction_type` must be "epsilon", "v_prediction" or "sample", got {self.kind!r}')
+
+    def from_eps(self, eps: Tensor, sample: Tensor) -> Tensor:
+        """The denoiser output that stands for the noise prediction `eps`: the inverse of `to_eps`."""
+        signal, noise = math.sqrt(self.alpha_bar), math.sqrt(1 - self.alpha_bar)
+        if self.kind == "v_prediction":
+            return (eps - noise * sample) / signal
+        if self.kind == "sample":
+            return (sample - noise * eps) / signal
+        return eps
+
+    def x0_hat(self, eps: Tensor, sample: Tensor) -> Tensor:
+        """x0_hat = (x_t - sqrt(1 - alpha_bar)·eps) / sqrt(alpha_bar)."""
+        return (sample - math.sqrt(1 - self.alpha_bar) * eps) / math.sqrt(self.alpha_bar)
+
+
+class StepCoefficients(NamedTuple):
+    """prev_sample = k_sample·sample + k_eps·eps + k_noise·noise."""
+
+    k_sample: float
+    k_eps: float
+    k_noise: float
+
+
+def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoefficients:
+    """The closed form of one DDPM, DDIM (any eta) or Euler step without clipping; raises for other schedulers.
+
+    `sample` is the scheduler's own x_t (for Euler the unscaled one). Source: Ho et al. 2020, eq. 6-7 (variance
+    "fixed_small"); Song et al. 2021, eq. 12; Karras et al. 2022, algorithm 2 without churn.
+    """
+    kind = type(scheduler).__name__
+    if kind == "EulerDiscreteScheduler":
+        return StepCoefficients(1.0, float(scheduler.sigmas[step + 1] - scheduler.sigmas[step]), 0.0)
+    if kind not in ("DDIMScheduler", "DDPMScheduler"):
+        raise ValueError(f"`scheduler` must be a DDPM, DDIM or Euler scheduler for a closed-form step, got {kind}")
+    t = int(scheduler.timesteps[step])
+    previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    if kind == "DDPMScheduler":
+        previous = int(scheduler.previous_timestep(t))
+    alpha_bar = float(scheduler.alphas_cumprod[t])
+    last = 1.0 if kind == "DDPMScheduler" else float(scheduler.final_alpha_cumprod)
+    alpha_bar_previous = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else last
+    variance = (1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_previous)
+    spread = math.sqrt(max(variance, 0.0)) * (1.0 if kind == "DDPMScheduler" else eta)
+    if kind == "DDPMScheduler" and t == 0:
+        spread = 0.0
+    deviation = math.sqrt(max(1 - alpha_bar_previous - spread**2, 0.0))
+    k_sample = math.sqrt(alpha_bar_previous / alpha_bar)
+    if kind == "DDPMScheduler":
+        # the posterior mean equals DDIM with eta = 1
+        deviation = math.sqrt(max(1 - alpha_bar_previous - variance, 0.0))
+    return StepCoefficients(k_sample, deviation - k_sample * math.sqrt(1 - alpha_bar), spread)
+
+
+def renoise(x0_hat: Tensor, alpha_bar: float, noise: Tensor) -> Tensor:
+    """sqrt(alpha_bar)·x0_hat + sqrt(1 - alpha_bar)·noise, variance preserving."""
+    return math.sqrt(alpha_bar) * x0_hat + math.sqrt(1 - alpha_bar) * noise
+
+
+def sampler_scale(scheduler: Any, step: int) -> float:
+    """How much larger the scheduler's own x_t is than the variance-preserving one: sqrt(sigma² + 1) for Euler, else 1."""
+    if type(scheduler).__name__.startswith("Euler"):
+        return math.sqrt(float(torch.as_tensor(scheduler.sigmas[step])) ** 2 + 1)
+    return 1.0

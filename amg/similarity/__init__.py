@@ -1,0 +1,38 @@
+"""x0_hat -> similarity to the nearest training image, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Measured(NamedTuple):
+    """What one measurement found: `similarity` [B] (sigma), `row` [B] (the neighbour), `extras` of the metric."""
+
+    similarity: Tensor
+    row: Tensor
+    extras: dict[str, Tensor]
+
+
+class Similarity(Protocol):
+    """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or latents)."""
+
+    def measure(self, x0_hat: Tensor) -> Measured:
+        """Similarity and nearest row of every sample; raises FloatingPointError on NaN or infinity."""
+
+    def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
+        """d sigma / d x0_hat."""
+
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+        """The change of x0_hat along the gradient's direction that brings sigma down to `threshold`."""
+
+
+def similarity_for(index: Any, denoiser: Any) -> Similarity:
+    """The similarity of an index's metric for a denoiser's x0_hat."""
+    from amg.similarity.cosine import CosineSimilarity
+    from amg.similarity.nl2 import NL2Similarity
+
+    if index.metric == "cosine":
+        return CosineSimilarity(index, denoiser.decode)
+    return NL2Similarity(index, denoiser.decode, pixels=denoiser.pixels)

@@ -1,0 +1,47 @@
+"""Cosine similarity of x0_hat's embedding to the nearest training image's (ALGORITHM: sigma = E(x0_hat)·E(n0))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.guidance import newton_shift, require_finite
+from amg.similarity import Measured
+
+
+def embedding_gradient(embedding: Tensor, neighbour: Tensor) -> Tensor:
+    """d sigma / d e = (w - sigma·e/|e|) / |e|, e [B, D] un-normalised, w [B, D] unit vectors, sigma = w·e/|e|."""
+    norm = embedding.norm(dim=1, keepdim=True)
+    unit = embedding / norm
+    return (neighbour - (unit * neighbour).sum(1, keepdim=True) * unit) / norm
+
+
+class CosineSimilarity:
+    """Decode, embed, search; the gradient runs back through embedder and decoder from the closed form above."""
+
+    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor]):
+        self.index, self.decode = index, decode
+
+    @torch.no_grad()
+    def measure(self, x0_hat: Tensor) -> Measured:
+        embedding = self.index.embedder(self.decode(x0_hat).clamp(0, 1))
+        require_finite("embedding", embedding)
+        unit = torch.nn.functional.normalize(embedding.float())
+        similarity, row, _ = self.index.nearest(unit)
+        return Measured(similarity, row, {})
+
+    def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
+        neighbour = self.index.rows[measured.row.to(self.index.rows.device)].to(x0_hat.device, torch.float32)
+        with torch.enable_grad():
+            leaf = x0_hat.detach().requires_grad_()
+            embedding = self.index.embedder(self.decode(leaf))
+            cotangent = embedding_gradient(embedding.detach().float(), neighbour).to(embedding.dtype)
+            (gradient,) = torch.autograd.grad(embedding, leaf, cotangent)
+        require_finite("similarity_grad", gradient)
+        return gradient
+
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+        return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)

@@ -1,0 +1,69 @@
+"""Normalised L2 distance to the nearest training image (Carlini et al. 2023, arXiv 2301.13188), sigma = -nL2.
+
+nL2 = l2(x0_hat, n0) / D, D = alpha·mean of l2 over the k nearest rows, l2(a, b) = sqrt(mean((a - b)²)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.guidance import newton_shift, per_sample, require_finite
+from amg.similarity import Measured
+
+
+def nl2_gradient(x0: Tensor, neighbour: Tensor, distance: Tensor, denominator: Tensor) -> Tensor:
+    """d sigma / d x0 with the denominator held constant: -(x0 - n0) / (N·l2·D); [B, N] flattened images."""
+    return -(x0 - neighbour) / (x0.shape[1] * distance * denominator)[:, None]
+
+
+def nl2_gradient_full(x0: Tensor, nearest: Tensor, alpha: float = 0.5) -> Tensor:
+    """d sigma / d x0 that differentiates the denominator too; `nearest` [B, k, N], nearest row first.
+
+    The float64 oracle; guidance uses `nl2_gradient`, whose direction needs one row instead of k.
+    """
+    difference = x0[:, None] - nearest
+    distance = difference.square().mean(2).sqrt()
+    slopes = difference / (x0.shape[1] * distance[:, :, None])
+    denominator = alpha * distance.mean(1)
+    top, bottom = slopes[:, 0] / denominator[:, None], alpha * slopes.mean(1)
+    return -(top - (distance[:, 0] / denominator**2)[:, None] * bottom)
+
+
+class NL2Similarity:
+    """nL2 over a pixel index. `pixels`: x0_hat is itself the picture in [-1, 1]; otherwise gradients pass `decode`."""
+
+    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor], *, pixels: bool):
+        self.index, self.decode, self.pixels = index, decode, pixels
+
+    @torch.no_grad()
+    def measure(self, x0_hat: Tensor) -> Measured:
+        require_finite("x0_hat", x0_hat)
+        images = self.index.embed(self.decode(x0_hat).clamp(0, 1).float())
+        similarity, row, extras = self.index.nearest(images)
+        return Measured(similarity, row, {"distance": extras.distance, "denominator": extras.denominator})
+
+    def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
+        with torch.enable_grad():
+            leaf = x0_hat.detach().requires_grad_()
+            images = self.index.embed(self.decode(leaf).float())
+            distance = measured.extras["distance"].clamp(min=1e-6)
+            cotangent = nl2_gradient(images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"])
+            (gradient,) = torch.autograd.grad(images, leaf, cotangent.to(images.dtype))
+        return gradient
+
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+        """Pixels: x0' - x0_hat with x0' = n0 + (x0_hat - n0)·lambda·D/l2, lambda on the nL2 scale. Else one Newton step."""
+        if not self.pixels:
+            return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
+        image = x0_hat.clamp(-1, 1)
+        neighbour = self._neighbour(measured, image).view_as(image) * 2 - 1
+        wanted = -threshold * measured.extras["denominator"] / measured.extras["distance"].clamp(min=1e-6)
+        return (image - neighbour) * per_sample((wanted - 1).clamp(min=0), image)
+
+    def _neighbour(self, measured: Measured, like: Tensor) -> Tensor:
+        rows = self.index.rows[measured.row.to(self.index.rows.device)]
+        return rows.to(like.device, torch.float32) / 255
