@@ -49,15 +49,15 @@ def build_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=LENGTH)
 
 
-def build_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
-    """Random weights: a U-Net on 8x8x4 latents and a three-layer CLIP text encoder."""
+def build_denoiser(tokenizer: CLIPTokenizer, channels: int) -> Denoiser:
+    """Random weights: a U-Net on 8x8x16 latents and a three-layer CLIP text encoder."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=LENGTH, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1,
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(64, 128, 128), layers_per_block=1,
         norm_num_groups=16, attention_head_dim=4, cross_attention_dim=128,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -90,8 +90,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = training_set(64)
     tokenizer = build_tokenizer(data.captions)
-    model = build_denoiser(tokenizer)
     vae = AutoencoderKL.from_pretrained(mine.vae, torch_dtype=torch.float32)
+    model = build_denoiser(tokenizer, vae.config.latent_channels)
     mean, deviation = encode(vae, data.images)
     draw = torch.repeat_interleave(torch.arange(len(mean)), data.counts)
     scheduler = DDIMScheduler(
@@ -104,7 +104,7 @@ def main() -> None:
         dice = random.Random(args.seed * 1_000_003 + step)
         captions = [drop_words(data.captions[row], dice) for row in rows]
         tokens = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-        latents = mean[rows] + deviation[rows] * torch.randn(args.batch, 4, 8, 8)
+        latents = mean[rows] + deviation[rows] * torch.randn_like(mean[rows])
         noise, t = torch.randn_like(latents), torch.randint(1000, (args.batch,))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             context = network.text_encoder(tokens.input_ids)[0]  # type: ignore[operator]
