@@ -1,0 +1,138 @@
+// The block loop, written once over a vector type. Included by one source per instruction set; everything
+// is in an anonymous namespace so that no level's code is linked into another's.
+#pragma once
+
+#include <cstring>
+
+#include "guided_step.h"
+
+namespace {
+
+using amg::BFloat;
+using amg::DType;
+using amg::GuidedStepArgs;
+using amg::Half;
+using amg::SampleScales;
+
+// Pointers into one sample's block.
+template <class T>
+struct BlockPointers {
+  const T *sample, *eps_uncond, *eps_cond, *eps_neighbour, *noise;
+  const void* similarity_grad;
+  T *prev_sample, *x0_hat;
+};
+
+template <class T>
+const T* at(const void* base, std::int64_t offset) {
+  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
+}
+
+// A vector's worth of elements, or the last few of them padded with zeros (which add nothing to the signals).
+template <class V, class T>
+typename V::Reg load_some(const T* source, std::int64_t count) {
+  if (count == V::width) return V::load(source);
+  T padded[V::width] = {};
+  std::memcpy(padded, source, count * sizeof(T));
+  return V::load(padded);
+}
+
+template <class V, class T>
+void store_some(T* target, std::int64_t count, typename V::Reg value) {
+  if (count == V::width) return V::store(target, value);
+  T padded[V::width];
+  V::store(padded, value);
+  std::memcpy(target, padded, count * sizeof(T));
+}
+
+template <class V, class T>
+typename V::Reg load_grad(const BlockPointers<T>& p, DType grad_dtype, std::int64_t offset, std::int64_t count) {
+  if (grad_dtype == DType::f32) return load_some<V>(static_cast<const float*>(p.similarity_grad) + offset, count);
+  return load_some<V>(static_cast<const T*>(p.similarity_grad) + offset, count);
+}
+
+template <class V>
+struct Accumulators {
+  typename V::Reg delta = V::zero(), cross = V::zero(), uncond = V::zero(), step = V::zero();
+
+  void add(const Accumulators& other) {
+    delta = V::add(delta, other.delta);
+    cross = V::add(cross, other.cross);
+    uncond = V::add(uncond, other.uncond);
+    step = V::add(step, other.step);
+  }
+};
+
+constexpr std::int64_t kRun = 16;  // vectors summed before they join the block's sum: short sums lose less
+
+// `count` elements from `offset`: Open reads neighbour and gradient, Step writes prev_sample.
+template <class V, class T, bool Open, bool Step>
+inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t offset,
+                          std::int64_t count, Accumulators<V>& sums) {
+  const auto x_t = load_some<V>(p.sample + offset, count);
+  const auto eps_u = load_some<V>(p.eps_uncond + offset, count);
+  const auto delta = V::sub(load_some<V>(p.eps_cond + offset, count), eps_u);
+  auto eps_guided = V::fma(V::set(s.guidance), delta, eps_u);
+  if constexpr (Open) {
+    if (p.eps_neighbour != nullptr) {
+      const auto caption = V::sub(load_some<V>(p.eps_neighbour + offset, count), eps_u);
+      eps_guided = V::fma(V::set(-s.caption), caption, eps_guided);
+    }
+    if (p.similarity_grad != nullptr)
+      eps_guided = V::fma(V::set(s.push), load_grad<V>(p, grad_dtype, offset, count), eps_guided);
+  }
+  sums.delta = V::fma(delta, delta, sums.delta);
+  sums.cross = V::fma(eps_u, delta, sums.cross);
+  sums.uncond = V::fma(eps_u, eps_u, sums.uncond);
+  const auto clean = V::fma(V::set(-s.root), eps_guided, x_t);
+  store_some<V>(p.x0_hat + offset, count, V::mul(clean, V::set(s.inv_root_alpha)));
+  if constexpr (Step) {
+    auto prev = V::fma(V::set(s.k_eps), eps_guided, V::mul(V::set(s.k_sample), x_t));
+    if (p.noise != nullptr) prev = V::fma(V::set(s.k_noise), load_some<V>(p.noise + offset, count), prev);
+    store_some<V>(p.prev_sample + offset, count, prev);
+    const auto moved = V::sub(prev, x_t);
+    sums.step = V::fma(moved, moved, sums.step);
+  }
+}
+
+template <class V, class T, bool Open, bool Step>
+void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t size, double* partial) {
+  Accumulators<V> sums;
+  for (std::int64_t start = 0; start < size; start += kRun * V::width) {
+    const std::int64_t stop = size - start < kRun * V::width ? size : start + kRun * V::width;
+    Accumulators<V> run;
+    std::int64_t offset = start;
+    for (; offset + V::width <= stop; offset += V::width)
+      step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, V::width, run);
+    if (offset < stop) step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, stop - offset, run);
+    sums.add(run);
+  }
+  partial[0] = V::sum(sums.delta);
+  partial[1] = V::sum(sums.cross);
+  partial[2] = V::sum(sums.uncond);
+  partial[3] = V::sum(sums.step);
+}
+
+template <class V, class T>
+void typed_block(const GuidedStepArgs& a, const SampleScales& s, std::int64_t offset, std::int64_t size, double* partial) {
+  BlockPointers<T> p{at<T>(a.sample, offset), at<T>(a.eps_uncond, offset), at<T>(a.eps_cond, offset),
+                     at<T>(a.eps_neighbour, offset), at<T>(a.noise, offset), nullptr,
+                     const_cast<T*>(at<T>(a.prev_sample, offset)), const_cast<T*>(at<T>(a.x0_hat, offset))};
+  if (a.similarity_grad != nullptr && a.grad_dtype == DType::f32) p.similarity_grad = at<float>(a.similarity_grad, offset);
+  if (a.similarity_grad != nullptr && a.grad_dtype != DType::f32) p.similarity_grad = at<T>(a.similarity_grad, offset);
+  if (a.prev_sample == nullptr) return run_block<V, T, false, false>(p, s, a.grad_dtype, size, partial);
+  if (s.open) return run_block<V, T, true, true>(p, s, a.grad_dtype, size, partial);
+  run_block<V, T, false, true>(p, s, a.grad_dtype, size, partial);
+}
+
+template <class V>
+void any_block(const GuidedStepArgs& a, const SampleScales& s, std::int64_t sample_index, std::int64_t begin,
+               std::int64_t end, double* partial) {
+  const std::int64_t offset = sample_index * a.size + begin;
+  switch (a.dtype) {
+    case DType::f16: return typed_block<V, Half>(a, s, offset, end - begin, partial);
+    case DType::bf16: return typed_block<V, BFloat>(a, s, offset, end - begin, partial);
+    default: return typed_block<V, float>(a, s, offset, end - begin, partial);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// Sixteen fp32 lanes (AVX-512 F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "dtype.h"
+
+namespace {
+
+struct Avx512Vec {
+  using Reg = __m512;
+  static constexpr int width = 16;
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set(float value) { return _mm512_set1_ps(value); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const amg::Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Reg load(const amg::BFloat* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void store(amg::Half* p, Reg v) {
+    const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  }
+  static void store(amg::BFloat* p, Reg v) {
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(chosen));
+  }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static double sum(Reg v) {
+    alignas(64) float lanes[width];
+    _mm512_store_ps(lanes, v);
+    double total = 0;
+    for (const float lane : lanes) total += lane;
+    return total;
+  }
+};
+
+}  // namespace
