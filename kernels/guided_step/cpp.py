@@ -39,7 +39,7 @@ def predict_x0(
 
 
 def launch(inputs: list[Tensor | None], outputs: list[Any]) -> None:
-    """Call the extension; inputs in the op's order, outputs prev_sample (None: first half), x0_hat, signals."""
+    """Call the extension; inputs in the op's order; outputs prev_sample (or None), x0_hat, signals."""
     inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     sample, similarity_grad, coefficients = inputs[0], inputs[4], inputs[-1]
     assert sample is not None and coefficients is not None
