@@ -1,0 +1,24 @@
+"""The training set on disk: build, open, search, verify."""
+
+from amg.index.errors import (
+    EmbedderMismatch,
+    IndexBuildError,
+    IndexCorrupt,
+    IndexFault,
+    IndexNotFound,
+    IndexStorageError,
+    IndexVersionError,
+)
+from amg.index.index import Hits, Index
+
+__all__ = [
+    "EmbedderMismatch",
+    "Hits",
+    "Index",
+    "IndexBuildError",
+    "IndexCorrupt",
+    "IndexFault",
+    "IndexNotFound",
+    "IndexStorageError",
+    "IndexVersionError",
+]

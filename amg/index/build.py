@@ -1,0 +1,145 @@
+"""Images in, an index on disk out: streaming, folding duplicates, resumable, all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from amg.index.captions import Captions, caption_column, read_captions
+from amg.index.errors import IndexBuildError, IndexStorageError
+from amg.index.finish import finish_index
+from amg.index.images import ImageSource, TrainingImage, UnreadableImage, open_source
+from amg.index.journal import Journal, State, check_identity, read_state
+from amg.index.plan import BuildPlan
+from amg.index.shards import ShardReader, content_digest
+from amg.index.store import partial_path
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def build_index(
+    images: Any, captions: Any, path: Path, plan: BuildPlan, *, progress: bool, resume: bool
+) -> None:
+    """Build an index at `path`: in `path`.partial first, renamed when whole.
+
+    A killed build leaves only path.partial, and the same call goes on from its last shard. A failed one leaves
+    path.partial only where going on makes sense (disk full after some shards); the message says so.
+    Raises IndexBuildError for the input, IndexStorageError for the disk.
+    """
+    if path.exists():
+        raise IndexBuildError(f"`path` exists already: {path}; remove it, or build elsewhere")
+    source = open_source(images, caption_column(images, captions))
+    table = read_captions(None if caption_column(images, captions) else captions)
+    if source.length is not None:
+        plan.check_totals(table, source.length)
+    identity, partial = plan.identity(source, table), partial_path(path)
+    with _locked(partial):
+        state = read_state(partial) if resume else None
+        if state is None:
+            _empty(partial)
+            state = State(identity)
+        check_identity(state, identity, partial)
+        try:
+            _run(source, table, plan, state, partial, progress)
+        except BaseException as error:
+            _after_failure(error, partial)
+            raise
+        os.rename(partial, path)
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the partial directory against a second build of the same index."""
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise IndexBuildError(f"another process is building in {partial}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _after_failure(error: BaseException, partial: Path) -> None:
+    """Keep a partial build that can go on; remove it where there is nothing to go on from."""
+    state = read_state(partial)
+    hopeless = isinstance(error, IndexBuildError) and not isinstance(error.__cause__, UnreadableImage)
+    resumable = state is not None and state.shards > 0 and not hopeless
+    if not resumable:
+        shutil.rmtree(partial)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        rest = "nothing was left behind"
+        if resumable and state is not None:
+            rest = f"free space and run the same build again: it resumes at image {state.position} from {partial}"
+        raise IndexStorageError(
+            error.errno, f"disk full while building ({os.strerror(error.errno)}); {rest}"
+        ) from error
+
+
+def _run(
+    source: ImageSource, captions: Captions, plan: BuildPlan, state: State, partial: Path, progress: bool
+) -> None:
+    """Shards from where the state stands to the end, then the finished files."""
+    journal = None
+    if state.shards:
+        journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
+    with _progress_bar(source.length, state.position, progress) as bar:
+        reader = ShardReader(_resume_stream(source, state), captions, plan, state.image_size, bar)
+        while shard := reader.read():
+            if journal is None:
+                state = dataclasses.replace(state, dimension=reader.dimension(), image_size=reader.image_size)
+                journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
+            journal.commit(shard.rows, shard.entries, shard.last_digest)
+    if journal is None:
+        raise IndexBuildError("`images` is empty")
+    if journal.state.kept == 0:
+        raise IndexBuildError(f"`images`: none of the {journal.state.position} images could be read")
+    plan.check_totals(captions, journal.state.position)
+    finish_index(journal, plan)
+
+
+def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
+    """Images from the state's position on, after checking that the one before it is still the same."""
+    if state.position == 0:
+        return source.read(0)
+    stream = source.read(state.position - 1)
+    last = next(stream, None)
+    digest = "missing"
+    if last is not None:
+        try:
+            digest = content_digest(last.load())
+        except UnreadableImage as error:
+            digest = content_digest(str(error))
+    if digest != state.last_digest:
+        raise IndexBuildError(
+            f"`images` changed since the build was interrupted (image {state.position - 1} differs): "
+            "pass resume=False (--no-resume) to start again"
+        )
+    return stream
+
+
+@contextmanager
+def _progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]:
+    if not shown:
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'amg[index]'") from error
+    with tqdm(total=total, initial=position, unit="image", desc="index", dynamic_ncols=True) as bar:
+        yield bar

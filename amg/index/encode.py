@@ -1,0 +1,87 @@
+"""Images → what an index stores or compares: unit vectors under an embedder, or flattened pixels."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import interpolate
+
+from amg.index.errors import EmbedderMismatch
+from amg.index.store import EmbedderRecord
+
+
+class Embedder(Protocol):
+    """float [B, 3, H, W] in [0, 1] → [B, dimension]; `preprocessing: str` is optional, `sha` is of the weights."""
+
+    name: str
+    dimension: int
+    sha: str
+
+    def __call__(self, images: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def embedder_record(embedder: Any) -> EmbedderRecord:
+    """What the manifest says of an embedder. Raises TypeError when it lacks an attribute."""
+    for attribute, kind in (("name", str), ("dimension", int), ("sha", str)):
+        value = getattr(embedder, attribute, None)
+        if not callable(embedder) or not isinstance(value, kind):
+            raise TypeError(
+                "`embedder` must be a callable with `name: str`, `dimension: int` and `sha: str`; "
+                f"{type(embedder).__name__}.{attribute} is {value!r}"
+            )
+    return EmbedderRecord(embedder.name, embedder.sha, str(getattr(embedder, "preprocessing", "")))
+
+
+def check_embedder(embedder: Any, expected: EmbedderRecord | None, dimension: int) -> None:
+    """The embedder is the one the index was built with. Raises EmbedderMismatch naming what differs."""
+    found = embedder_record(embedder)
+    if expected is None:
+        raise EmbedderMismatch(f"`embedder`: a pixel index has none, got {found.name!r}")
+    pairs = {
+        "name": (expected.name, found.name),
+        "sha": (expected.sha256, found.sha256),
+        "dimension": (dimension, embedder.dimension),
+        "preprocessing": (expected.preprocessing, found.preprocessing),
+    }
+    different = [f"{key} {ours!r}, got {theirs!r}" for key, (ours, theirs) in pairs.items() if ours != theirs]
+    if different:
+        raise EmbedderMismatch(f"`embedder` must be the one the index was built with: {'; '.join(different)}")
+
+
+def resize_images(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """[B, 3, H, W] → [B, 3, *size], bilinear, antialiased, aspect not kept; unchanged where it has that size."""
+    if size is None or tuple(images.shape[-2:]) == size:
+        return images
+    return interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def unit_vectors(images: torch.Tensor, embedder: Any) -> torch.Tensor:
+    """float [B, 3, H, W] in [0, 1] → unit fp32 [B, dimension], differentiable if the embedder is.
+
+    Raises ValueError for an output of another shape, of an integer dtype, non-finite, or zero.
+    """
+    embedded = embedder(images)
+    expected = (len(images), embedder.dimension)
+    if (
+        not isinstance(embedded, torch.Tensor)
+        or tuple(embedded.shape) != expected
+        or not embedded.is_floating_point()
+    ):
+        got = (
+            f"{list(embedded.shape)} {embedded.dtype}"
+            if isinstance(embedded, torch.Tensor)
+            else type(embedded)
+        )
+        raise ValueError(f"embedder {embedder.name!r} must return float {list(expected)}, got {got}")
+    return normalise(embedded, f"embedder {embedder.name!r} returned")
+
+
+def normalise(vectors: torch.Tensor, origin: str) -> torch.Tensor:
+    """float [B, D] → unit fp32 [B, D]. Raises ValueError for a zero or non-finite vector: never similar silently."""
+    vectors = vectors.float()
+    lengths = vectors.norm(dim=1, keepdim=True)
+    if not bool(((lengths > 0) & lengths.isfinite()).all()):
+        bad = (~((lengths > 0) & lengths.isfinite())).flatten().nonzero().flatten().tolist()
+        raise ValueError(f"{origin} zero or non-finite vectors at {bad[:8]} of {len(vectors)}")
+    return vectors / lengths

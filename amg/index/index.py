@@ -1,0 +1,332 @@
+"""Index: the training set, opened from disk, embedded and searched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
+from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
+from amg.index.store import (
+    CODE_ERRORS,
+    CODE_SCALES,
+    CODES,
+    Manifest,
+    check_hashes,
+    check_sizes,
+    map_file,
+    map_rows,
+    read_manifest,
+    read_meta,
+)
+from amg.kernels import Codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Hits:
+    """What a search found: similarity and row, [B] for k = 1, else [B, k], best first."""
+
+    similarity: torch.Tensor
+    row: torch.Tensor
+    index: Index = dataclasses.field(repr=False)
+
+    @property
+    def captions(self) -> list:
+        """Caption of each row found, None where it has none; lists in a list for k > 1."""
+        return _pick(self.index.captions, self.row.tolist())
+
+    @property
+    def ids(self) -> list:
+        """Id of each row found; lists in a list for k > 1."""
+        return _pick(self.index.ids, self.row.tolist())
+
+
+def _pick(values: list, rows: list) -> list:
+    return [_pick(values, row) if isinstance(row, list) else values[row] for row in rows]
+
+
+class Index:
+    """A training set on disk, memory-mapped. Build or open one with Index.build and Index.open.
+
+    metric: "cosine" (unit vectors of an embedder) or "nl2" (pixels). rows: [count, dimension] on `device`, fp16 or
+    fp32 unit vectors, or uint8 pixels in CHW order. image_size: (H, W) of a pixel index, else None. manifest: what
+    the index says of itself (store.Manifest). similarity is larger = closer everywhere: the cosine, or −nL2.
+    Nothing in it changes after opening, so threads may share one.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
+        self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
+        self.embedder: Any = None
+        self.searcher_spec = "exact"
+        self.searcher: Searcher = _make_searcher("exact", rows, manifest.metric, codes)
+
+    @staticmethod
+    def build(
+        images: Any,
+        captions: Sequence[str | None] | str | os.PathLike | None = None,
+        embedder: Any = None,
+        path: str | os.PathLike = "",
+        *,
+        ids: Sequence[str] | None = None,
+        size: int | tuple[int, int] | None = None,
+        dtype: str = "float16",
+        batch_size: int = 64,
+        near_duplicate: float | bool = True,
+        progress: bool = True,
+        resume: bool = True,
+        on_error: str = "skip",
+    ) -> Index:
+        """Build an index of `images` at `path` and open it. Streams; a killed build resumes with the same call.
+
+        images: a folder (recursive), a Parquet file or a folder of them (a struct {bytes, path} or binary column),
+        an iterable of PIL images, uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1]; any mode becomes RGB.
+        captions: a list as long as images, a JSONL path ({"index" | "id" | "file": …, "caption": …}), a Parquet
+        column name, or None (name.txt beside name.png, if there).
+        embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder (metric "cosine").
+        ids: one distinct name per image; by default the path, or the position.
+        size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where images
+        differ in size. dtype: "float16" or "float32" rows under an embedder; pixels are uint8.
+        near_duplicate: exact copies are always folded into one row with a count; near copies too, at cosine
+        ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at a threshold of one's own, or not (False). A folded
+        row keeps its first image and the most frequent caption.
+        on_error: an unreadable image is "skip"ped and listed in manifest.skipped, or "raise"s.
+        resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
+        """
+        from amg.index.build import build_index
+        from amg.index.plan import make_plan
+
+        if not os.fspath(path):
+            raise ValueError("`path` must say where the index is to be written")
+        plan = make_plan(embedder, ids, size, dtype, batch_size, near_duplicate, on_error)
+        build_index(images, captions, Path(path), plan, progress=progress, resume=resume)
+        return Index.open(path, embedder)
+
+    @staticmethod
+    def open(
+        path: str | os.PathLike,
+        embedder: Any = None,
+        *,
+        searcher: str = "exact",
+        device: str | torch.device = "cpu",
+        verify: bool = False,
+    ) -> Index:
+        """Open an index: memory-mapped, version, sizes and dimension checked; verify=True also checks every hash.
+
+        embedder: the one it was built with; without one a cosine index takes vectors but no images.
+        searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
+        Raises IndexNotFound, IndexCorrupt, IndexVersionError, EmbedderMismatch.
+        """
+        directory = Path(path)
+        manifest = read_manifest(directory)
+        (check_hashes if verify else check_sizes)(directory, manifest)
+        if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
+            warnings.warn(
+                f"{directory} has {manifest.count} rows: nL2 is over the {NL2_NEIGHBOURS} nearest, and with fewer "
+                "its usual threshold of 1.4 does not mean the same",
+                stacklevel=2,
+            )
+        index = Index(directory, manifest, map_rows(directory, manifest), _map_codes(directory, manifest))
+        index = index.to(device)
+        if embedder is not None:
+            index = index.attach(embedder)
+        return index if searcher == "exact" else index.with_searcher(searcher)
+
+    def attach(self, embedder: Any) -> Index:
+        """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with."""
+        check_embedder(embedder, self.manifest.embedder, self.dimension)
+        attached = copy.copy(self)
+        attached.embedder = embedder
+        return attached
+
+    def with_searcher(self, searcher: str) -> Index:
+        """This index with another searcher: "exact" or "faiss:<index factory string>[;name=value]"."""
+        if searcher == self.searcher_spec:
+            return self
+        other = copy.copy(self)
+        other.searcher_spec = searcher
+        other.searcher = _make_searcher(searcher, self.rows, self.metric, self.codes)
+        return other
+
+    def to(self, device: str | torch.device) -> Index:
+        """This index with its rows on another device; queries must be there too."""
+        target = torch.device(device)
+        if target == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.rows = self.rows.to(target)
+        moved.codes = None if self.codes is None else Codes(*(part.to(target) for part in self.codes))
+        moved.searcher = _make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)
+        return moved
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.rows.device
+
+    @property
+    def metric(self) -> str:
+        """ "cosine" or "nl2"."""
+        return self.manifest.metric
+
+    @property
+    def dimension(self) -> int:
+        """Length of a row."""
+        return self.manifest.dimension
+
+    @property
+    def count(self) -> int:
+        """Rows, after folding duplicates."""
+        return self.manifest.count
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) of a pixel index, None under an embedder."""
+        return self.manifest.image_size if self.metric == "nl2" else None
+
+    @functools.cached_property
+    def _meta(self) -> dict[str, list]:
+        return read_meta(self.path, self.manifest)
+
+    @property
+    def ids(self) -> list[str]:
+        """Id of each row: that of the first image folded into it."""
+        return self._meta["id"]
+
+    @property
+    def captions(self) -> list[str | None]:
+        """Caption of each row: the most frequent among the images folded into it."""
+        return self._meta["caption"]
+
+    @property
+    def sources(self) -> list[str]:
+        """Where each row's first image lay: a path, a Parquet row, a position."""
+        return self._meta["source"]
+
+    @functools.cached_property
+    def counts(self) -> torch.Tensor:
+        """Training images folded into each row, int64 [count]."""
+        return torch.tensor(self._meta["count"], dtype=torch.int64)
+
+    def caption_counts(self) -> torch.Tensor:
+        """How often each row's caption occurs among all training images, int64 [count]; 0 without a caption."""
+        return torch.tensor(self._meta["caption_count"], dtype=torch.int64)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """float [B, 3, H, W] in [0, 1] → vectors [B, dimension] fp32, differentiable.
+
+        Unit vectors of the embedder, or pixels of a pixel index, resized to image_size (bilinear, antialiased).
+        Raises ValueError for another shape or dtype, without an embedder, or for zero or non-finite vectors.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"`images` must be float [B, 3, H, W] in [0, 1], got {list(images.shape)} {images.dtype}"
+            )
+        images = resize_images(images, self.manifest.image_size)
+        if self.metric == "nl2":
+            return images.float().flatten(1)
+        if self.embedder is None:
+            expected = self.manifest.embedder
+            raise ValueError(
+                f"{self.path} was opened without an embedder and can only be searched with vectors: pass "
+                f"{expected.name if expected else 'its embedder'!r} to Index.open(path, embedder)"
+            )
+        return unit_vectors(images, self.embedder)
+
+    def nearest(self, vectors: torch.Tensor) -> Nearest:
+        """Closest row of each vector [B, dimension] from embed() → (similarity [B], row [B], extras).
+
+        The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance, denominator …),
+        None for cosine. Raises ValueError for a wrong shape, dtype or device and for non-finite vectors.
+        """
+        return self.searcher.nearest(self._check(vectors))
+
+    def search(self, queries: Any, k: int = 1) -> Hits:
+        """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.
+
+        queries: images, float [B, 3, H, W] in [0, 1], uint8 [B, 3, H, W] or a list of PIL images; or vectors
+        [B, dimension] as embed() gives. Raises ValueError, TypeError.
+        """
+        if not 1 <= k <= self.count:
+            raise ValueError(f"`k` must be in [1, {self.count}] (rows of the index), got {k}")
+        vectors = self._check(self._vectors_of(queries))
+        if k == 1:
+            found = self.searcher.nearest(vectors)
+            return Hits(found.similarity, found.row, self)
+        return Hits(*self.searcher.top(vectors, k), self)
+
+    def verify(self) -> None:
+        """Check size and sha256 of every file, and read the metadata. Raises IndexCorrupt naming the file."""
+        check_hashes(self.path, read_manifest(self.path))
+        read_meta(self.path, self.manifest)
+
+    def _check(self, vectors: torch.Tensor) -> torch.Tensor:
+        expected = f"floating [B, {self.dimension}] on {self.device} (the index's device)"
+        got = f"got {list(vectors.shape)} {vectors.dtype} on {vectors.device}"
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or not vectors.is_floating_point():
+            raise ValueError(f"`queries` must be {expected}, {got}")
+        if vectors.device != self.device:
+            raise ValueError(
+                f"`queries` must be {expected}, {got}: move them, or the index with index.to(device)"
+            )
+        vectors = vectors.detach()
+        return normalise(vectors, "`queries` hold") if self.metric == "cosine" else vectors
+
+    def _vectors_of(self, queries: Any) -> torch.Tensor:
+        if isinstance(queries, torch.Tensor):
+            return queries if queries.ndim == 2 else self._embed_queries(queries)
+        if not isinstance(queries, (list, tuple)) or not queries:
+            raise TypeError(
+                "`queries` must be images (float or uint8 [B, 3, H, W], or a non-empty list of PIL images) or "
+                f"vectors [B, {self.dimension}], got {type(queries).__name__}"
+            )
+        from amg.index.images import import_pil, pil_to_tensor
+
+        if not all(isinstance(query, import_pil().Image) for query in queries):
+            raise TypeError(f"`queries`: a list must hold PIL images, got {type(queries[0]).__name__}")
+        return torch.cat(
+            [self._embed_queries(pil_to_tensor(query)[None].to(self.device)) for query in queries]
+        )
+
+    @torch.no_grad()
+    def _embed_queries(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if images.is_floating_point() and images.numel():
+            low, high = images.aminmax()
+            if not (low >= -1e-4 and high <= 1 + 1e-4):  # also refuses NaN
+                raise ValueError(
+                    f"`queries` must be in [0, 1], got values from {low.item():g} to {high.item():g}"
+                )
+        return self.embed(images)
+
+    def __repr__(self) -> str:
+        return (
+            f"Index({str(self.path)!r}, {self.metric}, {self.count} rows of {self.dimension}, {self.device})"
+        )
+
+
+def _make_searcher(spec: str, rows: torch.Tensor, metric: str, codes: Codes | None) -> Searcher:
+    if spec == "exact":
+        return ExactCosine(rows, codes) if metric == "cosine" else ExactPixels(rows)
+    from amg.index.faiss import FaissSearcher
+
+    return FaissSearcher(rows, metric, spec)
+
+
+def _map_codes(directory: Path, manifest: Manifest) -> Codes | None:
+    if not manifest.has_codes:
+        return None
+    count, dimension = manifest.count, manifest.dimension
+    return Codes(
+        map_file(directory / CODES, torch.int8, count, dimension),
+        map_file(directory / CODE_SCALES, torch.float32, count),
+        map_file(directory / CODE_ERRORS, torch.float32, count),
+    )

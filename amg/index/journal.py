@@ -1,0 +1,189 @@
+"""A build's progress on disk: kept rows appended shard by shard, one log a shard, one small state file.
+
+A shard counts once state.json names it; whatever a killed build wrote beyond that is cut off on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from amg.index.errors import IndexBuildError
+from amg.index.fold import (
+    FoldRule,
+    HashTable,
+    fold_shard,
+    row_hashes,
+    same_content,
+    sketch_dimension,
+    sketch_rows,
+)
+from amg.index.store import DTYPES, ROWS_FILE, import_parquet, map_file, write_atomically
+
+STATE, SHARDS, SKETCHES = "state.json", "shards", "sketches.f32"
+HASH_BLOCK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W)."""
+
+    identity: dict[str, Any]
+    position: int = 0
+    kept: int = 0
+    shards: int = 0
+    last_digest: str = ""
+    image_size: tuple[int, int] | None = None
+    dimension: int | None = None
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One training image: the row it became or folded into, or −1 with the reason it was skipped."""
+
+    position: int
+    id: str
+    source: str
+    caption: str | None
+    row: int
+    reason: str | None
+
+
+def read_state(partial: Path) -> State | None:
+    """The state a killed build left, None if it left none that can be used."""
+    try:
+        record = json.loads((partial / STATE).read_bytes())
+        size = record["image_size"]
+        return State(**{**record, "image_size": None if size is None else (size[0], size[1])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_identity(state: State, identity: dict[str, Any], partial: Path) -> None:
+    """A resumed build must be the same build. Raises IndexBuildError naming what differs."""
+    theirs, ours = state.identity, json.loads(json.dumps(identity))
+    different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if different:
+        raise IndexBuildError(
+            f"{partial} holds an unfinished build with a different {', '.join(different)}: "
+            "resume it with the same arguments, or pass resume=False (--no-resume) to discard it"
+        )
+
+
+def read_logs(partial: Path, shards: int) -> Iterator[Any]:
+    """The log table of each shard, in order."""
+    parquet = import_parquet()
+    for shard in range(shards):
+        yield parquet.read_table(_log_path(partial, shard))
+
+
+def _log_path(partial: Path, shard: int) -> Path:
+    return partial / SHARDS / f"{shard:07d}.parquet"
+
+
+class Journal:
+    """The rows kept so far and the way to add a shard to them; one writer."""
+
+    def __init__(self, partial: Path, state: State, dtype: str, rule: FoldRule):
+        assert state.dimension is not None
+        self.partial, self.state, self.rule = partial, state, rule
+        self.dtype, self.dimension = DTYPES[dtype], state.dimension
+        self.rows_path, self.sketch_path = partial / ROWS_FILE[dtype], partial / SKETCHES
+        self.table = HashTable()
+        (partial / SHARDS).mkdir(exist_ok=True)
+        self._cut_back()
+
+    def _cut_back(self) -> None:
+        """Drop what lies beyond the state, and hash the rows that stay."""
+        row_bytes = self.dimension * torch.empty((), dtype=self.dtype).element_size()
+        _truncate(self.rows_path, self.state.kept * row_bytes)
+        _truncate(self.sketch_path, self.state.kept * 4 * sketch_dimension(self.dimension, self.rule))
+        rows, step = self.rows(), max(1, HASH_BLOCK_BYTES // row_bytes)
+        for start in range(0, self.state.kept, step):
+            self.table.add(row_hashes(rows[start : start + step]), start)
+
+    def rows(self) -> torch.Tensor:
+        """Rows kept so far [kept, D], memory-mapped."""
+        if self.state.kept == 0:
+            return torch.empty(0, self.dimension, dtype=self.dtype)
+        return map_file(self.rows_path, self.dtype, self.state.kept, self.dimension)
+
+    def sketches(self) -> torch.Tensor:
+        """Sketches of the rows kept so far [kept, d] fp32, memory-mapped."""
+        width = sketch_dimension(self.dimension, self.rule)
+        if self.state.kept == 0:
+            return torch.empty(0, width)
+        return map_file(self.sketch_path, torch.float32, self.state.kept, width)
+
+    def commit(self, rows: torch.Tensor, entries: list[LogEntry], last_digest: str) -> None:
+        """Fold a shard's rows [n, D] in and flush it. entries: all its images; those with reason None have rows."""
+        hashes, kept = row_hashes(rows), self.rows()
+        sketches = sketch_rows(rows, self.rule) if len(rows) else torch.empty(0, self.sketches().shape[1])
+        duplicate_of = same_content(hashes, rows, self.table, kept)
+        assigned, keep = fold_shard(rows, sketches, duplicate_of, kept, self.sketches(), self.rule)
+        _append(self.rows_path, rows[keep])
+        _append(self.sketch_path, sketches[keep])
+        row_of = iter(assigned)
+        numbered = [
+            entry if entry.reason else dataclasses.replace(entry, row=next(row_of)) for entry in entries
+        ]
+        _write_log(_log_path(self.partial, self.state.shards), numbered)
+        self.table.add(hashes[keep], self.state.kept)
+        self._advance(entries[-1].position + 1, self.state.kept + len(keep), last_digest)
+
+    def _advance(self, position: int, kept: int, last_digest: str) -> None:
+        shards = self.state.shards + 1
+        state = dataclasses.replace(
+            self.state, position=position, kept=kept, shards=shards, last_digest=last_digest
+        )
+        write_atomically(self.partial / STATE, json.dumps(dataclasses.asdict(state)))
+        self.state = state
+
+    def clear(self) -> None:
+        """Remove everything that is not part of the finished index; the state first."""
+        (self.partial / STATE).unlink(missing_ok=True)
+        self.sketch_path.unlink(missing_ok=True)
+        shutil.rmtree(self.partial / SHARDS)
+
+
+def _truncate(path: Path, size: int) -> None:
+    if size and (not path.is_file() or path.stat().st_size < size):
+        raise IndexBuildError(
+            f"{path} is shorter than the build's state says: pass resume=False to discard it"
+        )
+    with open(path, "ab") as file:
+        file.truncate(size)
+
+
+def _append(path: Path, values: torch.Tensor) -> None:
+    with open(path, "ab") as file:
+        file.write(np.ascontiguousarray(values.numpy()).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_log(path: Path, entries: list[LogEntry]) -> None:
+    import pyarrow
+
+    kinds = {"position": "int64", "id": "string", "source": "string", "caption": "string"}
+    kinds |= {"row": "int64", "reason": "string"}
+    columns = {
+        name: pyarrow.array([getattr(entry, name) for entry in entries], getattr(pyarrow, kind)())
+        for name, kind in kinds.items()
+    }
+    content = io.BytesIO()
+    import_parquet().write_table(pyarrow.table(columns), content)
+    with open(path, "wb") as file:
+        file.write(content.getvalue())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,243 @@
+"""The index on disk: a directory of manifest.json, rows.*, meta.parquet and, optionally, codes.*.
+
+rows.f16 | rows.f32   [count, dimension] unit vectors, little-endian, row-major (metric "cosine")
+rows.u8               [count, 3 * H * W] pixels in CHW order (metric "nl2")
+codes.i8              [count, dimension] int8 codes of the rows        } optional, cosine only
+codes.scales.f32      [count] one scale per row                       }
+codes.errors.f32      [count] norm of each row's rounding error       }
+meta.parquet          id, caption, count, source, caption_count: one line per row
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amg.index.errors import IndexCorrupt, IndexNotFound, IndexVersionError
+
+FORMAT = "amg-index"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+META = "meta.parquet"
+CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
+ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+METRICS = ("cosine", "nl2")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file of the index."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be read while the index was built."""
+
+    position: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EmbedderRecord:
+    """Which embedder made the rows; another one is refused."""
+
+    name: str
+    sha256: str
+    preprocessing: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index holds and how it was made; contains no time, so equal builds give equal bytes.
+
+    count: rows after folding. images: training images folded into them. skipped: unreadable images.
+    near_duplicate: fold threshold (cosine similarity, or RMS distance on [0, 1] for pixels), None if off.
+    preprocessing: what happened to an image before it became a row (or entered the embedder).
+    """
+
+    metric: str
+    dimension: int
+    count: int
+    images: int
+    dtype: str
+    image_size: tuple[int, int] | None
+    embedder: EmbedderRecord | None
+    preprocessing: str
+    near_duplicate: float | None
+    skipped: tuple[Skipped, ...]
+    files: dict[str, FileRecord]
+    version: int = FORMAT_VERSION
+
+    @property
+    def rows_file(self) -> str:
+        return ROWS_FILE[self.dtype]
+
+    @property
+    def has_codes(self) -> bool:
+        return CODES in self.files
+
+
+def _digest_of(record: dict[str, Any]) -> str:
+    canonical = json.dumps({key: value for key, value in record.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, with a sha256 of its own content."""
+    record = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    record = json.loads(json.dumps(record))
+    record["sha256"] = _digest_of(record)
+    write_atomically(directory / MANIFEST, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json. Raises IndexNotFound, IndexVersionError or IndexCorrupt."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise IndexNotFound(_missing_message(directory))
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise IndexCorrupt(
+            f"{path} is not valid JSON ({error}): the index is damaged, build it again"
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise IndexCorrupt(f"{path} is not the manifest of an {FORMAT} (its `format` field says otherwise)")
+    version = record.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise IndexVersionError(
+            f"{path} has format version {version}, this package reads up to {FORMAT_VERSION}: "
+            "upgrade amg, or build the index again"
+        )
+    if version != FORMAT_VERSION or record.get("sha256") != _digest_of(record):
+        raise IndexCorrupt(f"{path} does not match its own sha256: it was changed or damaged")
+    return _manifest_of(record, path)
+
+
+def _missing_message(directory: Path) -> str:
+    partial = partial_path(directory)
+    if partial.is_dir():
+        return f"no index at {directory}; an unfinished build lies at {partial}: run the same build again to resume"
+    if directory.is_dir():
+        return f"{directory} is not an index: it has no {MANIFEST}"
+    return f"no index at {directory}: there is no such directory"
+
+
+def _manifest_of(record: dict[str, Any], path: Path) -> Manifest:
+    try:
+        fields = {field.name: record[field.name] for field in dataclasses.fields(Manifest)}
+        if fields["metric"] not in METRICS or fields["dtype"] not in DTYPES:
+            raise ValueError(f"metric {fields['metric']!r}, dtype {fields['dtype']!r}")
+        size = fields["image_size"]
+        fields["image_size"] = None if size is None else (int(size[0]), int(size[1]))
+        fields["embedder"] = None if fields["embedder"] is None else EmbedderRecord(**fields["embedder"])
+        fields["skipped"] = tuple(Skipped(**entry) for entry in fields["skipped"])
+        fields["files"] = {name: FileRecord(**entry) for name, entry in fields["files"].items()}
+        return Manifest(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise IndexCorrupt(f"{path} lacks a field or holds an unknown one ({error!r})") from error
+
+
+def partial_path(path: Path) -> Path:
+    """Where an index is built before it is renamed to `path`."""
+    return path.with_name(path.name + ".partial")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write, flush to disk, then rename over `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return FileRecord(path.stat().st_size, digest.hexdigest())
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Every file there, with the size the manifest states: O(files), no content read. Raises IndexCorrupt."""
+    required = {manifest.rows_file, META}
+    for name in sorted(required | set(manifest.files)):
+        if name not in manifest.files:
+            raise IndexCorrupt(f"{directory / MANIFEST} does not list {name}")
+        path, expected = directory / name, manifest.files[name].size
+        if not path.is_file():
+            raise IndexCorrupt(f"{path} is missing (its manifest expects {expected} bytes)")
+        if path.stat().st_size != expected:
+            raise IndexCorrupt(f"{path} has {path.stat().st_size} bytes, its manifest expects {expected}")
+    itemsize = torch.empty((), dtype=DTYPES[manifest.dtype]).element_size()
+    needed = manifest.count * manifest.dimension * itemsize
+    if manifest.files[manifest.rows_file].size != needed:
+        raise IndexCorrupt(
+            f"{directory / manifest.rows_file} has {manifest.files[manifest.rows_file].size} bytes, "
+            f"{manifest.count} rows of {manifest.dimension} {manifest.dtype} need {needed}"
+        )
+
+
+def check_hashes(directory: Path, manifest: Manifest) -> None:
+    """Sizes and sha256 of every file; reads all of them. Raises IndexCorrupt naming the file."""
+    check_sizes(directory, manifest)
+    for name, expected in sorted(manifest.files.items()):
+        found = file_record(directory / name)
+        if found != expected:
+            raise IndexCorrupt(
+                f"{directory / name} was changed or damaged: sha256 {found.sha256}, manifest {expected.sha256}"
+            )
+
+
+def map_file(path: Path, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """A private memory map of a raw file as a tensor [*shape]; nothing is read until it is used."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(*shape)
+
+
+def map_rows(directory: Path, manifest: Manifest) -> torch.Tensor:
+    """The exact rows [count, dimension] over their memory map."""
+    return map_file(
+        directory / manifest.rows_file, DTYPES[manifest.dtype], manifest.count, manifest.dimension
+    )
+
+
+def read_meta(directory: Path, manifest: Manifest) -> dict[str, list]:
+    """Columns of meta.parquet as lists. Raises IndexCorrupt if it cannot be read or does not match."""
+    parquet = import_parquet()
+    path = directory / META
+    try:
+        table = parquet.read_table(path, columns=["id", "caption", "count", "source", "caption_count"])
+        columns = table.to_pydict()
+    except Exception as error:  # pyarrow raises many types on damaged files
+        raise IndexCorrupt(f"{path} cannot be read ({error})") from error
+    if table.num_rows != manifest.count:
+        raise IndexCorrupt(f"{path} has {table.num_rows} lines, its manifest expects {manifest.count}")
+    return columns
+
+
+def import_parquet() -> Any:
+    """pyarrow.parquet, or an error that names the extra to install."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("an index needs pyarrow: pip install 'amg[index]'") from error
+    return pyarrow.parquet
