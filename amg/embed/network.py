@@ -134,7 +134,10 @@ class NetworkEmbedder:
 
     def _replica(self, device: torch.device) -> nn.Module:
         if device not in self._replicas:
-            self._replicas[device] = copy.deepcopy(self._network).to(device)
+            with torch.inference_mode(
+                False
+            ):  # tensors made in inference mode could never be differentiated through
+                self._replicas[device] = copy.deepcopy(self._network).to(device)
         return self._replicas[device]
 
     def __call__(self, images: Tensor) -> Tensor:

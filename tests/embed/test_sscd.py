@@ -160,6 +160,16 @@ def test_weights_are_frozen_and_in_evaluation_mode(converted_file):
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
+def test_a_replica_made_in_inference_mode_still_has_gradients(converted_file):
+    embedder = load_sscd(converted_file)
+    with torch.inference_mode():
+        replica = embedder._replica(torch.device("meta"))
+    assert {p.device.type for p in replica.parameters()} == {"meta"}
+    assert not any(tensor.is_inference() for tensor in (*replica.parameters(), *replica.buffers()))
+    assert embedder._replica(torch.device("meta")) is replica
+    assert {p.device.type for p in embedder._network.parameters()} == {"cpu"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @torch.no_grad()
