@@ -6,6 +6,7 @@
 
 #include "cpu_level.h"
 #include "guided_step/guided_step.h"
+#include "top1_cosine/top1_cosine.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,26 @@ void guided_step(Address sample, Address eps_uncond, Address eps_cond, Address e
   amg::guided_step(args);
 }
 
+void topk_cosine(Address queries, Address rows, Address codes, Address scales, Address errors, Address similarity,
+                 Address row, std::int64_t batch, std::int64_t count, std::int64_t dimension, std::int64_t k, int dtype,
+                 int num_threads) {
+  const amg::CosineArgs args{
+      pointer<const double>(queries), pointer<const void>(rows),   pointer<const std::int8_t>(codes),
+      pointer<const float>(scales),   pointer<const float>(errors), pointer<float>(similarity),
+      pointer<std::int64_t>(row),     batch,                        count,
+      dimension,                      k,                            static_cast<amg::DType>(dtype),
+      num_threads};
+  py::gil_scoped_release release;
+  amg::topk_cosine(args);
+}
+
+void encode_rows(Address rows, int dtype, std::int64_t count, std::int64_t dimension, Address codes, Address scales,
+                 Address errors, int num_threads) {
+  py::gil_scoped_release release;
+  amg::encode_rows(pointer<const void>(rows), static_cast<amg::DType>(dtype), count, dimension,
+                   pointer<std::int8_t>(codes), pointer<float>(scales), pointer<float>(errors), num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -41,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_level", [] { return std::string(amg::level_name(amg::cpu_level())); });
   m.def("detected_level", [] { return std::string(amg::level_name(amg::detected_level())); });
   m.def("guided_step", &guided_step);
+  m.def("topk_cosine", &topk_cosine);
+  m.def("encode_rows", &encode_rows);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

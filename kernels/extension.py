@@ -3,8 +3,9 @@
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  loaded first so that the extension shares torch's OpenMP runtime
+import torch  # loaded first, so that the extension shares torch's OpenMP runtime
 
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}  # csrc/dtype.h
 EXTENSION: ModuleType | None
 REASON: str | None
 try:

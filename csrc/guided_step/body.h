@@ -2,9 +2,8 @@
 // is in an anonymous namespace so that no level's code is linked into another's.
 #pragma once
 
-#include <cstring>
-
 #include "guided_step.h"
+#include "simd/tail.h"
 
 namespace {
 
@@ -25,23 +24,6 @@ struct BlockPointers {
 template <class T>
 const T* at(const void* base, std::int64_t offset) {
   return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
-}
-
-// A vector's worth of elements, or the last few of them padded with zeros (which add nothing to the signals).
-template <class V, class T>
-typename V::Reg load_some(const T* source, std::int64_t count) {
-  if (count == V::width) return V::load(source);
-  T padded[V::width] = {};
-  std::memcpy(padded, source, count * sizeof(T));
-  return V::load(padded);
-}
-
-template <class V, class T>
-void store_some(T* target, std::int64_t count, typename V::Reg value) {
-  if (count == V::width) return V::store(target, value);
-  T padded[V::width];
-  V::store(padded, value);
-  std::memcpy(target, padded, count * sizeof(T));
 }
 
 template <class V, class T>

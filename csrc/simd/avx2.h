@@ -10,6 +10,7 @@ namespace {
 struct Avx2Vec {
   using Reg = __m256;
   static constexpr int width = 8;
+  static constexpr int row_tile = 2;  // rows whose sums fit the registers beside four queries
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set(float value) { return _mm256_set1_ps(value); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -37,6 +38,11 @@ struct Avx2Vec {
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static float reduce(Reg v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
   static double sum(Reg v) {
     alignas(32) float lanes[width];
     _mm256_store_ps(lanes, v);

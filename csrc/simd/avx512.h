@@ -10,6 +10,7 @@ namespace {
 struct Avx512Vec {
   using Reg = __m512;
   static constexpr int width = 16;
+  static constexpr int row_tile = 4;  // rows whose sums fit the registers beside four queries
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set(float value) { return _mm512_set1_ps(value); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
@@ -35,6 +36,7 @@ struct Avx512Vec {
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static float reduce(Reg v) { return _mm512_reduce_add_ps(v); }
   static double sum(Reg v) {
     alignas(64) float lanes[width];
     _mm512_store_ps(lanes, v);

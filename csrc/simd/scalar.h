@@ -55,6 +55,7 @@ inline std::uint16_t float_to_bfloat(float value) {
 struct ScalarVec {
   using Reg = float;
   static constexpr int width = 1;
+  static constexpr int row_tile = 1;  // rows whose sums fit the registers beside four queries
   static Reg zero() { return 0.0f; }
   static Reg set(float value) { return value; }
   static Reg load(const float* p) { return *p; }
@@ -67,6 +68,7 @@ struct ScalarVec {
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static float reduce(Reg v) { return v; }
   static double sum(Reg v) { return v; }
 };
 

@@ -5,10 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extension import extension
+from ..extension import DTYPE_CODES, extension
 from .contract import COEFFICIENTS
-
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def guided_step(

@@ -8,6 +8,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

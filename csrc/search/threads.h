@@ -1,0 +1,20 @@
+// Runs a screening kernel over all rows, a contiguous share a thread, and settles what it leaves.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "search/candidates.h"
+#include "search/offer.h"
+
+namespace amg {
+
+// `screen` offers rows [begin, end); `exact` decides between what is left; `take` receives each query's k best rows,
+// best first. Throws std::invalid_argument where a score is NaN.
+void search_rows(std::int64_t queries, std::int64_t count, std::int64_t k, int num_threads,
+                 const std::function<float(std::int64_t query, std::int64_t row)>& exact,
+                 const std::function<void(std::int64_t begin, std::int64_t end, const Screen& screen)>& screen,
+                 const std::function<void(std::int64_t query, const std::vector<Candidate>& best)>& take);
+
+}  // namespace amg

@@ -1,0 +1,131 @@
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_level.h"
+#include "search/candidates.h"
+#include "search/threads.h"
+#include "top1_cosine/top1_cosine.h"
+
+namespace amg {
+namespace {
+
+constexpr double kCodeMax = 127;
+
+CosineKernels level_kernels() {
+#ifdef AMG_X86
+  switch (cpu_level()) {
+    case CpuLevel::avx512: return avx512::cosine_kernels();
+    case CpuLevel::avx2: return avx2::cosine_kernels();
+    default: break;
+  }
+#endif
+  return scalar::cosine_kernels();
+}
+
+// Everything the kernels need of the queries, in their layouts.
+struct PreparedQueries {
+  std::vector<double> exact;  // [batch, dimension], normalised
+  std::vector<float> unit, scales, errors;
+  std::vector<std::int8_t> codes;
+  std::vector<std::uint8_t> packed;
+  std::vector<std::int32_t> sums;
+};
+
+void encode_query(const double* unit, std::int64_t query, const CosineArgs& args, std::int64_t padded,
+                  PreparedQueries& prepared) {
+  double largest = 0, lost = 0;
+  for (std::int64_t i = 0; i < args.dimension; ++i) largest = std::max(largest, std::fabs(unit[i]));
+  const float scale = static_cast<float>(largest / kCodeMax);
+  std::int32_t sum = 0;
+  for (std::int64_t i = 0; i < args.dimension; ++i) {
+    const double code = std::max(-kCodeMax, std::min(kCodeMax, std::nearbyint(unit[i] / scale)));
+    prepared.codes[query * padded + i] = static_cast<std::int8_t>(code);
+    sum += static_cast<std::int32_t>(code);
+    lost += (unit[i] - code * scale) * (unit[i] - code * scale);
+  }
+  prepared.scales[query] = scale;
+  prepared.errors[query] = static_cast<float>(std::sqrt(lost) * (1 + 1e-6)) + kRoundingSlack;
+  prepared.sums[query] = sum;
+}
+
+// [groups][padded / 4][kLanes][4]: four consecutive dimensions of sixteen queries, biased to unsigned.
+void pack_queries(std::int64_t batch, std::int64_t padded, PreparedQueries& prepared) {
+  const std::int64_t groups = (batch + kLanes - 1) / kLanes;
+  prepared.packed.assign(groups * padded * kLanes, 128);
+  for (std::int64_t query = 0; query < batch; ++query)
+    for (std::int64_t i = 0; i < padded; ++i) {
+      const std::int64_t word = (query / kLanes * (padded / 4) + i / 4) * kLanes + query % kLanes;
+      prepared.packed[word * 4 + i % 4] = static_cast<std::uint8_t>(prepared.codes[query * padded + i] + 128);
+    }
+}
+
+PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
+  const std::int64_t lanes = (args.batch + kLanes - 1) / kLanes * kLanes;
+  PreparedQueries prepared;
+  prepared.exact.resize(args.batch * args.dimension);
+  prepared.unit.assign(args.batch * padded, 0.0f);
+  prepared.codes.assign(args.batch * padded, 0);
+  prepared.scales.assign(lanes, 0.0f);
+  prepared.errors.assign(lanes, 0.0f);
+  prepared.sums.assign(lanes, 0);
+  for (std::int64_t query = 0; query < args.batch; ++query) {
+    const double* raw = args.queries + query * args.dimension;
+    double* unit = &prepared.exact[query * args.dimension];
+    double square = 0;
+    for (std::int64_t i = 0; i < args.dimension; ++i) square += raw[i] * raw[i];
+    for (std::int64_t i = 0; i < args.dimension; ++i) {
+      unit[i] = raw[i] / std::sqrt(square);
+      prepared.unit[query * padded + i] = static_cast<float>(unit[i]);
+    }
+    if (args.codes != nullptr) encode_query(unit, query, args, padded, prepared);
+  }
+  if (args.codes != nullptr && args.batch >= kPackedFrom) pack_queries(args.batch, padded, prepared);
+  return prepared;
+}
+
+std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+void topk_cosine(const CosineArgs& args) {
+  const CosineKernels kernels = level_kernels();
+  const std::int64_t padded = (args.dimension + kPadding - 1) / kPadding * kPadding;
+  const PreparedQueries prepared = prepare_queries(args, padded);
+  const CosineScan scan{args.rows, args.dtype, args.count, args.dimension, args.codes, args.scales, args.errors, args.batch,
+                        padded, prepared.unit.data(), prepared.codes.data(), prepared.packed.data(),
+                        prepared.scales.data(), prepared.errors.data(), prepared.sums.data()};
+  const std::int64_t row_bytes = args.dimension * element_size(args.dtype);
+  const std::function<float(std::int64_t, std::int64_t)> exact = [&](std::int64_t query, std::int64_t row) {
+    const void* address = static_cast<const char*>(args.rows) + row * row_bytes;
+    return static_cast<float>(kernels.dot(&prepared.exact[query * args.dimension], address, args.dtype, args.dimension));
+  };
+  const ScanFunction run = args.codes == nullptr ? kernels.scan_rows : kernels.scan_codes;
+  search_rows(args.batch, args.count, args.k, args.num_threads, exact,
+              [&](std::int64_t begin, std::int64_t end, const Screen& screen) { run(scan, begin, end, screen); },
+              [&](std::int64_t query, const std::vector<Candidate>& best) {
+                for (std::int64_t rank = 0; rank < args.k; ++rank) {
+                  args.similarity[query * args.k + rank] = best[rank].upper;
+                  args.row[query * args.k + rank] = best[rank].row;
+                }
+              });
+}
+
+void encode_rows(const void* rows, DType dtype, std::int64_t count, std::int64_t dimension, std::int8_t* codes,
+                 float* scales, float* errors, int num_threads) {
+  const EncodeFunction encode = level_kernels().encode;
+  const std::int64_t row_bytes = dimension * element_size(dtype);
+  std::int64_t bad_row = count;
+#pragma omp parallel for num_threads(num_threads) reduction(min : bad_row)
+  for (std::int64_t row = 0; row < count; ++row) {
+    const void* address = static_cast<const char*>(rows) + row * row_bytes;
+    if (!encode(address, dtype, dimension, codes + row * dimension, scales + row, errors + row))
+      bad_row = std::min(bad_row, row);
+  }
+  if (bad_row < count)
+    throw std::invalid_argument("`rows` must be finite, got a non-finite value in row " + std::to_string(bad_row));
+}
+
+}  // namespace amg
