@@ -29,13 +29,17 @@ class AMGConfig:
     guidance_scale: float = 7.5
     """s0, for `Sampler` and `AMGScheduler`; a protected pipeline's own argument wins."""
     form: str = "paper"
-    """"paper": terms and gates as published. "released": the authors' code for Stable Diffusion (ungated c1, its own
-    scales and its order, similarity measured again after the first two terms)."""
+    """"paper": terms and gates as published. "released": the authors' code. Cosine: ungated c1, its own scales and
+    order, similarity measured again after the first two terms. nL2: s3 = c3·(sigma - lambda_t), which is its shift of
+    the posterior mean by variance·c3·(threshold - nL2)·grad nL2; unlike there, x0_hat is measured, not x_t against a
+    re-noised training set."""
     threshold: float | None = None
     """The promise: a delivered image is memorised when its similarity exceeds this."""
     threshold_schedule: str = "parabolic"
     """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max, "exponential"
-    lambda_min + (lambda_max - lambda_min)·exp(-0.005 t)."""
+    lambda_min + (lambda_max - lambda_min)·exp(-threshold_decay·t), t on the 0-1000 scale."""
+    threshold_decay: float | None = None
+    """Rate of the exponential lambda_t."""
     lambda_min: float | None = None
     """lambda_t of the noisiest step."""
     lambda_max: float | None = None
@@ -105,7 +109,8 @@ class AMGConfig:
             raise ValueError(f'`metric` must be "cosine" or "nl2", got {metric!r}')
         if self.metric is not None and self.metric != metric:
             raise ValueError(f"`metric` of the config is {self.metric!r} but the index measures {metric!r}")
-        open_fields = {name: value for name, value in PRESETS[self.preset_name][metric].items() if getattr(self, name) is None}
+        preset = {"threshold_decay": 0.005, **PRESETS[self.preset_name][metric]}
+        open_fields = {name: value for name, value in preset.items() if getattr(self, name) is None}
         return replace(self, metric=metric, **open_fields)
 
     @property
@@ -134,7 +139,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "released": {
         "cosine": {"threshold": 0.5, "lambda_min": 0.3, "lambda_max": 0.4, "c1": 13.0, "c2": 1 / 0.3, "c3": 100.0},
-        "nl2": {"threshold": -1.4, "lambda_min": -1.95, "lambda_max": -1.5, "c1": 0.0, "c2": 0.0, "c3": 80000.0},
+        "nl2": {"threshold": -1.4, "lambda_min": -1.95, "lambda_max": -1.5, "threshold_decay": 0.025 / 4, "c1": 0.0,
+                "c2": 0.0, "c3": 80000.0},
     },
     "off": {
         "cosine": {"threshold": 0.5, "lambda_min": 1.0, "lambda_max": 1.0, **_OFF},

@@ -54,7 +54,8 @@ class Guide:
         """The step's place and numbers, out of the scheduler's current timesteps."""
         cfg, t, alpha_bar = self.config, scheduler.timesteps[index], alpha_bar_at(scheduler, index)
         assert cfg.lambda_min is not None and cfg.lambda_max is not None, "config must be resolved by `for_metric`"
-        threshold = threshold_at(cfg.threshold_schedule, cfg.lambda_min, cfg.lambda_max, alpha_bar, float(t))
+        limits, decay = (cfg.lambda_min, cfg.lambda_max), cfg.threshold_decay or 0.005
+        threshold = threshold_at(cfg.threshold_schedule, *limits, alpha_bar, float(t), decay)
         return Step(index, len(scheduler.timesteps), t, alpha_bar, threshold)
 
     def __call__(
@@ -215,7 +216,9 @@ class _Step:
             shift = guidance.newton_shift(x0_gradient, measured.similarity, self.step.threshold)
             return guidance.exact_dissimilarity(shift, alpha_bar)
         s3 = torch.full_like(measured.similarity, cfg.c3)
-        if cfg.form == "released" and self.guide.index.metric == "cosine":
+        if cfg.form == "released" and self.guide.index.metric == "nl2":
+            s3 = cfg.c3 * (measured.similarity - self.step.threshold)
+        elif cfg.form == "released":
             t = float(self.step.t)
             s3 = guidance.released_scales(measured.similarity, 1.0, cfg.c1, cfg.c2, cfg.c3, t).s3
         return guidance.dissimilarity(gradient, s3, alpha_bar)

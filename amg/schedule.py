@@ -25,14 +25,16 @@ def alpha_bar_at(scheduler: Any, step: int) -> float:
     return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
 
 
-def threshold_at(schedule: str, lambda_min: float, lambda_max: float, alpha_bar: float, t: float) -> float:
+def threshold_at(
+    schedule: str, lambda_min: float, lambda_max: float, alpha_bar: float, t: float, decay: float = 0.005
+) -> float:
     """lambda_t. `t` is on the 0-1000 scale; see `AMGConfig.threshold_schedule` for the three formulas."""
     if schedule == "constant":
         return lambda_max
     if schedule == "parabolic":
         return lambda_min + (lambda_max - lambda_min) * alpha_bar**2
     if schedule == "exponential":
-        return lambda_min + (lambda_max - lambda_min) * math.exp(-0.005 * t)
+        return lambda_min + (lambda_max - lambda_min) * math.exp(-decay * t)
     raise ValueError(f'`schedule` must be "parabolic", "constant" or "exponential", got {schedule!r}')
 
 

@@ -60,6 +60,16 @@ class Verdict:
         kept = self if trace else replace(self, trace=())
         return asdict(kept)
 
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Verdict:
+        """The verdict that `as_dict` described."""
+        trace = tuple(
+            TraceStep(**{**step, "terms": tuple(step["terms"]), "signals": step["signals"] and tuple(step["signals"])})
+            for step in values["trace"]
+        )
+        also = tuple(Verdict.from_dict(other) for other in values["also"])
+        return Verdict(**{**values, "neighbour": Neighbour(**values["neighbour"]), "trace": trace, "also": also})
+
 
 class MemorizedError(RuntimeError):
     """`on_memorized="raise"`: an image broke the promise; `verdicts` are those of the whole batch."""

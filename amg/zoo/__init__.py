@@ -1,0 +1,45 @@
+"""Bundled demo models that really memorise: `photos-ddpm`, `photos-sd`, and the networks that measure and judge them.
+
+Trained by benchmarks/zoo/, described in amg/zoo/README.md. Needs the extra `demo`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+MODELS = ("photos-ddpm", "photos-sd")
+
+
+def load(name: str, device: str = "cpu") -> Any:
+    """A bundled pipeline in float32: "photos-ddpm" (DDPMPipeline, 32x32) or "photos-sd" (Stable Diffusion, 64x64)."""
+    import torch
+
+    if name not in MODELS:
+        raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
+    pipe = _pipeline_class(name).from_pretrained(FOLDER / name, local_files_only=True, torch_dtype=torch.float32)
+    return pipe.to(device)
+
+
+def _pipeline_class(name: str) -> Any:
+    import diffusers
+
+    return diffusers.DDPMPipeline if name == "photos-ddpm" else diffusers.StableDiffusionPipeline
+
+
+def build_index(name: str, path: str | Path, progress: bool = True) -> Any:
+    """Build the index of a bundled model's training set at `path`: pixels for photos-ddpm, embeddings for photos-sd."""
+    from amg.embed.photos import load_photos
+    from amg.index import Index
+    from amg.zoo.photos import training_set
+
+    if name not in MODELS:
+        raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
+    data = training_set(32 if name == "photos-ddpm" else 64)
+    embedder = None if name == "photos-ddpm" else load_photos()
+    copies = [(row, copy) for row, count in enumerate(data.counts.tolist()) for copy in range(count)]
+    rows = [row for row, _ in copies]
+    ids = [data.ids[row] + (f"#{copy}" if copy else "") for row, copy in copies]
+    captions = [data.captions[row] for row in rows]
+    return Index.build(data.images[rows], captions, embedder, path, ids=ids, progress=progress)

@@ -1,0 +1,97 @@
+"""`amg …`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import amg
+from amg.config import PRESETS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
+    from amg.embed.cli import add_parser as add_embedder
+    from amg.index.cli import add_parser as add_index
+
+    parser = argparse.ArgumentParser(prog="amg", description="Sample from diffusion models without regurgitating training images.")
+    parser.add_argument("--version", action="version", version=f"amg {amg.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_sample(commands)
+    add_index(commands)
+    add_embedder(commands)
+    add_demo(commands)
+    commands.add_parser("info", help="versions, device and which kernels run").set_defaults(run=_info)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("amg: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        print(f"amg {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def add_sample(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sample", help="sample from a model, guided away from an index and checked against it",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd")
+    parser.add_argument("--index", type=Path, required=True, help="index of the training set (`amg index build`)")
+    parser.add_argument("--embedder", help="what made the index, if not pixels: photos, sscd:FILE, open_clip:MODEL:FILE")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="another pixel index for the final check")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--prompts", type=Path, help="a file with one prompt a line, or JSONL with `caption`")
+    what.add_argument("--class", dest="label", type=int, help="class of a class-conditional model (default: none)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="how guidance acts")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--scheduler", help="a diffusers scheduler: ddpm, ddim, pndm, euler, euler-a, dpm++, unipc (default: the model's own)")
+    parser.add_argument("--guidance-scale", type=float, help="s0 (default: 7.5, and 2 for pixel models)")
+    parser.add_argument("--images", type=int, default=1, help="images per prompt, or in all without prompts")
+    parser.add_argument("--batch-size", type=int, default=8, help="images sampled together; changes nothing else")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next have the next seeds")
+    parser.add_argument("--on-memorized", choices=("resample", "block", "flag", "raise"), help="what to do with a copy")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--out", type=Path, required=True, help="folder for PNGs and verdicts.jsonl; resumes")
+    parser.set_defaults(run=_sample)
+
+
+def add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo", help="the bundled models, unguided and guided, with a report",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the report, the indexes and the pictures")
+    parser.add_argument("--images", type=int, default=64, help="images per model and column")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.set_defaults(run=_demo)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from amg.sampling import run
+
+    return run(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from amg.demo import run
+
+    return run(arguments.out, arguments.images, arguments.seed, arguments.steps)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from amg import info
+
+    print(info.text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""`amg demo`: the bundled models, the same seeds unguided and guided, a table and a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import amg
+from amg import info, zoo
+from amg.config import AMGConfig
+from amg.evaluate.alignment import alignment, class_accuracy
+from amg.evaluate.fid import fid
+from amg.evaluate.judges import luminance_correlation
+from amg.evaluate.shares import memorized_share, top1, top5
+from amg.integrations.sampler import Sampler
+from amg.promise import summary
+from amg.report import Report, Sample, Section, Table, table_text, write
+from amg.verdict import Verdict
+from amg.zoo.judge import PhotosJudge, load_judge
+from amg.zoo.photos import DUPLICATED, PHOTOS, TrainingSet, training_set
+
+COLUMNS = ("off", "released", "main", "strong")
+LUMINANCE_COPY = 0.9
+JUDGE_COPY = 0.5
+COLUMN_NAMES = (
+    "guidance", "memorised %", "before the final check %", "Top5%", "Top1", "luminance judge %", "network judge %", "FID",
+    "subject %", "alignment", "evaluations/image", "s/image",
+)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What one model is asked to draw: per image its kind, prompt text, condition, intended subject (or -1) and seed."""
+
+    kinds: list[str]
+    prompts: list[str]
+    labels: Tensor
+    conditions: list[tuple[dict[str, Any], slice]]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One preset's pictures of one model, float32 [N, 3, H, W] in [0, 1], their verdicts and the seconds they took."""
+
+    images: Tensor
+    verdicts: list[Verdict]
+    seconds: float
+
+
+def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
+    """Run the demo into the folder `out`; prints the tables and returns the exit status."""
+    if images < 4 or steps < 2:
+        raise ValueError(f"`--images` must be >= 4 and `--steps` >= 2, got {images} and {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_grad_enabled(False)
+    judge = load_judge()
+    sections = []
+    for name in zoo.MODELS:
+        section = _section(name, out, images, seed, steps, judge)
+        sections.append(section)
+        assert section.table is not None
+        print(f"\n{section.title}\n{table_text(section.table)}\n", flush=True)
+    report = Report(
+        title="Anti-memorization guidance on models that memorise", sections=sections,
+        configuration={"images per model": images, "first seed": seed, "steps": steps, "columns": ", ".join(COLUMNS)},
+        versions={name: str(value) for name, value in info.info().items() if not isinstance(value, Mapping)},
+        command=f"amg demo --out {out} --images {images} --seed {seed} --steps {steps}",
+        created=time.strftime("%Y-%m-%d %H:%M"),
+    )
+    page = write(report, out / "report" / "index.html")
+    print(f"report: {page}")
+    return 0
+
+
+def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: PhotosJudge) -> Section:
+    data = training_set(32 if name == "photos-ddpm" else 64)
+    index = _index(name, out / f"{name}.amg")
+    pipe = zoo.load(name)
+    if name == "photos-ddpm":
+        from diffusers import DDIMScheduler
+
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    jobs = (_class_jobs if name == "photos-ddpm" else _caption_jobs)(count, seed, data)
+    columns = {preset: _draw(pipe, index, preset, jobs, steps, f"{name} {preset}") for preset in COLUMNS}
+    references = data.images.float() / 255
+    luminance = {preset: luminance_correlation(column.images, references)[0] for preset, column in columns.items()}
+    copies = {preset: judge.copy_probability(column.images) for preset, column in columns.items()}
+    rows = [_row(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset]) for preset in COLUMNS]
+    return _describe(name, index, jobs, data, columns, luminance, copies, Table(COLUMN_NAMES, rows, _notes(name, data)))
+
+
+def _index(name: str, path: Path) -> Any:
+    from amg.embed.photos import load_photos
+
+    if not path.exists():
+        return zoo.build_index(name, path)
+    return amg.Index.open(path, load_photos() if name == "photos-sd" else None)
+
+
+def _class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
+    """Three quarters of the pictures of duplicated classes, one quarter unconditional."""
+    guided = count - count // 4
+    labels = torch.tensor([DUPLICATED[i % len(DUPLICATED)] for i in range(guided)])
+    kinds = ["class"] * guided + ["unconditional"] * (count - guided)
+    prompts = [f"class {label}: {PHOTOS[label].key}" for label in labels.tolist()] + ["unconditional"] * (count - guided)
+    conditions: list[tuple[dict[str, Any], slice]] = [
+        ({"class_labels": labels, "guidance_scale": 2.0}, slice(0, guided)),
+        ({"batch_size": count - guided}, slice(guided, count)),
+    ]
+    labels = torch.cat([labels, torch.full((count - guided,), -1)])
+    return Jobs(kinds, prompts, labels, conditions, list(range(seed, seed + count)))
+
+
+def _caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
+    """Three quarters of the pictures from the specific captions, one quarter from ordinary ones no crop has."""
+    known, specific = set(data.captions), [row for row in range(len(data.ids)) if data.counts[row] > 1]
+    ordinary = [
+        (f"a photo of {photo.subjects[0]}, {place}", label)
+        for place in ("top left", "middle right", "bottom centre")
+        for label, photo in enumerate(PHOTOS)
+        if f"a photo of {photo.subjects[0]}, {place}" not in known
+    ]
+    guided = count - count // 4
+    rows = [specific[i % len(specific)] for i in range(guided)]
+    others = [ordinary[i % len(ordinary)] for i in range(count - guided)]
+    prompts = [data.captions[row] for row in rows] + [caption for caption, _ in others]
+    labels = torch.tensor([int(data.labels[row]) for row in rows] + [label for _, label in others])
+    kinds = ["specific"] * guided + ["ordinary"] * (count - guided)
+    condition = {"prompt": prompts, "guidance_scale": 7.5}
+    return Jobs(kinds, prompts, labels, [(condition, slice(0, count))], list(range(seed, seed + count)))
+
+
+def _draw(pipe: Any, index: Any, preset: str, jobs: Jobs, steps: int, title: str) -> Column:
+    from tqdm import tqdm
+
+    overrides = {"on_memorized": "flag"} if preset == "released" else {}
+    sampler = Sampler(pipe, index, AMGConfig.preset(preset, **overrides))
+    images, verdicts, began = [], [], time.monotonic()
+    with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:
+        for condition, where in jobs.conditions:
+            generators = [torch.Generator().manual_seed(seed) for seed in jobs.seeds[where]]
+            out = sampler(**condition, generator=generators, num_inference_steps=steps, output_type="pt", progress=False)
+            images.append(out.images)
+            verdicts += out.amg
+            bar.update(len(out.amg))
+    seconds = time.monotonic() - began
+    print(f"{title}: {summary(verdicts)}", flush=True)
+    return Column(torch.cat(images), verdicts, seconds)
+
+
+def _row(
+    preset: str, column: Column, jobs: Jobs, judge: PhotosJudge, references: Tensor, luminance: Tensor, copies: Tensor
+) -> list[str | float]:
+    similarity = torch.tensor([verdict.similarity for verdict in column.verdicts])
+    delivered = torch.tensor([verdict.memorized and not verdict.blocked for verdict in column.verdicts])
+    late = torch.tensor([bool(verdict.retries) or verdict.memorized for verdict in column.verdicts])
+    sign = -1 if column.verdicts[0].metric == "nl2" else 1
+    named = jobs.labels >= 0
+    logits = judge(column.images[named])[0]
+    return [
+        preset, 100 * delivered.float().mean().item(), 100 * late.float().mean().item(), sign * top5(similarity),
+        sign * top1(similarity), 100 * memorized_share(luminance, (LUMINANCE_COPY,))[0],
+        100 * memorized_share(copies, (JUDGE_COPY,))[0], fid(column.images, references, judge.features),
+        100 * class_accuracy(logits, jobs.labels[named]), alignment(logits.softmax(1), jobs.labels[named]),
+        sum(verdict.evaluations for verdict in column.verdicts) / len(column.verdicts), column.seconds / len(column.verdicts),
+    ]
+
+
+def _notes(name: str, data: TrainingSet) -> list[str]:
+    metric = "nL2 < 1.4 (strong: 1.6)" if name == "photos-ddpm" else "cosine of photos-embedder > 0.5 (strong: 0.4)"
+    return [
+        f"memorised: {metric} to any of {len(data.ids)} distinct training images; blocked images are not delivered",
+        "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: photos-judge "
+        "calls the picture a copy; guidance saw neither",
+        f"FID: photos-judge features, against the {len(data.ids)} distinct training images; subject and alignment: photos-judge",
+    ]
+
+
+def _describe(
+    name: str, index: Any, jobs: Jobs, data: TrainingSet, columns: Mapping[str, Column], luminance: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor], table: Table,
+) -> Section:
+    place = {identity: row for row, identity in enumerate(data.ids)}
+    picture: Callable[[Tensor], Any] = lambda image: (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()  # noqa: E731
+    samples = [
+        Sample(
+            kind=jobs.kinds[i], prompt=jobs.prompts[i], seed=jobs.seeds[i],
+            images={preset: picture(column.images[i]) for preset, column in columns.items()},
+            verdicts={preset: column.verdicts[i] for preset, column in columns.items()},
+            nearest={
+                preset: data.images[place[column.verdicts[i].neighbour.id]].permute(1, 2, 0).numpy()
+                for preset, column in columns.items()
+            },
+            judges={
+                "luminance": {preset: luminance[preset][i].item() for preset in columns},
+                "photos-judge": {preset: copies[preset][i].item() for preset in columns},
+            },
+        )
+        for i in range(len(jobs.seeds))
+    ]
+    titles = {
+        "photos-ddpm": ("photos-ddpm: a class-conditional DDPM that memorises", "DDIM, pixels, 32×32, guidance scale 2"),
+        "photos-sd": ("photos-sd: a Stable Diffusion that memorises", "DDIM, latents, 64×64, guidance scale 7.5"),
+    }
+    thresholds = {preset: column.verdicts[0].threshold for preset, column in columns.items()}
+    return Section(
+        title=titles[name][0], model=name, description=titles[name][1], metric=index.metric, thresholds=thresholds,
+        columns=COLUMNS, samples=samples, table=table,
+        judges={"luminance": LUMINANCE_COPY, "photos-judge": JUDGE_COPY},
+    )
+
+

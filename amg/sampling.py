@@ -1,0 +1,139 @@
+"""`amg sample`: prompts in, PNGs and a verdicts JSONL out; stops and resumes image by image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from amg.config import AMGConfig
+from amg.verdict import Verdict
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler",
+}
+VERDICTS = "verdicts.jsonl"
+REQUEST = "request.json"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sample what the command line asks for; returns the exit status."""
+    import torch
+    from tqdm import tqdm
+
+    from amg.integrations.sampler import Sampler
+    from amg.promise import summary
+
+    jobs = list(_jobs(arguments))
+    pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
+    index = open_index(arguments.index, arguments.embedder, arguments.device)
+    also = [open_index(path, None, arguments.device) for path in arguments.also]
+    scale = arguments.guidance_scale or (7.5 if getattr(pipe, "vae", None) is not None else 2.0)
+    overrides = {"on_memorized": arguments.on_memorized} if arguments.on_memorized else {}
+    sampler = Sampler(pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also)
+    done = _resume(arguments, scale)
+    verdicts = list(done.values())
+    waiting = [job for job in jobs if job["seed"] not in done]
+    for start in tqdm(range(0, len(waiting), arguments.batch_size), disable=not waiting, unit="batch"):
+        batch = waiting[start:start + arguments.batch_size]
+        generators = [torch.Generator().manual_seed(job["seed"]) for job in batch]
+        out = sampler(**_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False)
+        for job, image, verdict in zip(batch, out.images, out.amg, strict=True):
+            _write(arguments.out, job, image, verdict)
+            verdicts.append(verdict)
+    print(f"{arguments.out}: {summary(verdicts)}")
+    return 0
+
+
+def open_model(model: str, scheduler: str | None, device: str) -> Any:
+    """A bundled model by name, or a pipeline from a local diffusers folder, with the scheduler asked for."""
+    import diffusers
+
+    from amg import zoo
+
+    if model in zoo.MODELS:
+        pipe = zoo.load(model, device)
+    elif (Path(model) / "model_index.json").is_file():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
+    else:
+        raise ValueError(f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}")
+    if scheduler is not None:
+        if scheduler not in SCHEDULERS:
+            raise ValueError(f"`--scheduler` must be one of {tuple(SCHEDULERS)}, got {scheduler!r}")
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def open_index(path: Path, embedder: str | None, device: str) -> Any:
+    """An index with the embedder named on the command line attached."""
+    from amg import embed
+    from amg.index import Index
+
+    chosen = None if embedder in (None, "pixels") else embed.load(str(embedder))
+    return Index.open(path, chosen, device=device)
+
+
+def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if arguments.images < 1 or arguments.batch_size < 1:
+        raise ValueError(f"`--images` and `--batch-size` must be >= 1, got {arguments.images}, {arguments.batch_size}")
+    prompts: list[str | None] = [arguments.prompt]
+    if arguments.prompts is not None:
+        prompts = [*_read_prompts(arguments.prompts)]
+    seed = arguments.seed
+    for prompt in prompts:
+        for _ in range(arguments.images):
+            yield {"seed": seed, "prompt": prompt, "class": arguments.label}
+            seed += 1
+
+
+def _read_prompts(path: Path) -> list[str]:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"`--prompts` must hold at least one prompt, got an empty file {path}")
+    return [json.loads(line)["caption"] if line.lstrip().startswith("{") else line.strip() for line in lines]
+
+
+def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    if batch[0]["prompt"] is not None:
+        return {"prompt": [job["prompt"] for job in batch]}
+    if batch[0]["class"] is not None:
+        return {"class_labels": [job["class"] for job in batch]}
+    return {"batch_size": len(batch)}
+
+
+def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
+    """Verdicts by seed of an earlier run of the same request; refuses a folder that holds another request's images."""
+    names = ("model", "index", "embedder", "prompt", "prompts", "label", "preset", "steps", "scheduler", "images", "seed", "on_memorized")
+    request = {**{name: str(getattr(arguments, name)) for name in names}, "guidance_scale": scale}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / REQUEST
+    if kept.exists() and json.loads(kept.read_text()) != request:
+        raise ValueError(f"`--out` must be empty or hold the same request, got {arguments.out} with another one ({kept})")
+    kept.write_text(json.dumps(request, indent=1) + "\n")
+    done: dict[int, Verdict] = {}
+    path = arguments.out / VERDICTS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line an interruption cut short; its image is made again
+        if (arguments.out / record["file"]).exists():
+            done[record["seed"]] = Verdict.from_dict(record["verdict"])
+    return done
+
+
+def _write(folder: Path, job: dict[str, Any], image: Any, verdict: Verdict) -> None:
+    name = f"{job['seed']:06d}.png"
+    partial = folder / (name + ".partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, folder / name)
+    record = {"file": name, **job, "verdict": verdict.as_dict()}
+    with (folder / VERDICTS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if verdict.blocked:
+        print(f"seed {job['seed']}: blocked, too close to training image {verdict.neighbour.id!r}", file=sys.stderr)
