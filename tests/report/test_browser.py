@@ -39,20 +39,25 @@ addEventListener("load", () => {
   seen.memorised = rows().length;
   document.querySelector("input[value=ordinary]").click();
   seen.ordinary = rows().length;
-  document.documentElement.dataset.seen = JSON.stringify(seen);
+  parent.postMessage(JSON.stringify(seen), "*");
 });
 </script>
 """
+FRAME = """<!doctype html><script>
+addEventListener("message", (event) => { document.documentElement.dataset.seen = event.data; });
+</script><iframe src="index.html" style="border:0;width:%dpx;height:800px"></iframe>"""
 
 
 def browse(path, profile, width):
+    frame = path.with_name("frame.html")  # Chromium's own window is never narrower than 500 px
+    frame.write_text(FRAME % width, encoding="utf-8")
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=5000",
-        f"--window-size={width},900", "--dump-dom",
+        "--window-size=1400,900", "--dump-dom",
     ]  # fmt: skip
-    result = subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([CHROMIUM, *flags, frame.as_uri()], capture_output=True, text=True, timeout=120)
     seen = re.search(r'<html[^>]*data-seen="([^"]*)"', result.stdout)
     assert seen, result.stderr[-2000:]
     console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
