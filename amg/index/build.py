@@ -29,8 +29,8 @@ def build_index(
 ) -> None:
     """Build an index at `path`: in `path`.partial first, renamed when whole.
 
-    A killed build leaves only path.partial, and the same call goes on from its last shard. A failed one leaves
-    path.partial only where going on makes sense (disk full after some shards); the message says so.
+    A killed build leaves only path.partial, and the same call goes on from its last shard. A failed one
+    leaves path.partial only where going on makes sense (disk full after some shards); the message says so.
     Raises IndexBuildError for the input, IndexStorageError for the disk.
     """
     if path.exists():
@@ -84,7 +84,7 @@ def _after_failure(error: BaseException, partial: Path) -> None:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         rest = "nothing was left behind"
         if resumable and state is not None:
-            rest = f"free space and run the same build again: it resumes at image {state.position} from {partial}"
+            rest = f"free space and run the same build again to resume {partial} at image {state.position}"
         raise IndexStorageError(
             error.errno, f"disk full while building ({os.strerror(error.errno)}); {rest}"
         ) from error

@@ -18,7 +18,7 @@ KEYS = ("index", "id", "file")
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions by position ("index"), by id ("id") or by path in the source ("file"); None: the image's own."""
+    """Captions by position ("index"), id ("id") or path in the source ("file"); key None: the image's own."""
 
     key: str | None
     table: dict[Any, str | None]

@@ -12,7 +12,7 @@ from amg.index.store import EmbedderRecord
 
 
 class Embedder(Protocol):
-    """float [B, 3, H, W] in [0, 1] → [B, dimension]; `preprocessing: str` is optional, `sha` is of the weights."""
+    """float [B, 3, H, W] in [0, 1] → [B, dimension]; `sha` is of the weights, `preprocessing` optional."""
 
     name: str
     dimension: int
@@ -50,7 +50,7 @@ def check_embedder(embedder: Any, expected: EmbedderRecord | None, dimension: in
 
 
 def resize_images(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    """[B, 3, H, W] → [B, 3, *size], bilinear, antialiased, aspect not kept; unchanged where it has that size."""
+    """[B, 3, H, W] → [B, 3, *size], bilinear, antialiased, aspect not kept; unchanged at that size."""
     if size is None or tuple(images.shape[-2:]) == size:
         return images
     return interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
@@ -78,7 +78,7 @@ def unit_vectors(images: torch.Tensor, embedder: Any) -> torch.Tensor:
 
 
 def normalise(vectors: torch.Tensor, origin: str) -> torch.Tensor:
-    """float [B, D] → unit fp32 [B, D]. Raises ValueError for a zero or non-finite vector: never similar silently."""
+    """float [B, D] → unit fp32 [B, D]. Raises ValueError for zero or non-finite vectors, naming them."""
     vectors = vectors.float()
     lengths = vectors.norm(dim=1, keepdim=True)
     if not bool(((lengths > 0) & lengths.isfinite()).all()):

@@ -18,7 +18,7 @@ FP32_UNIT = 2.0**-24
 
 
 class Nearest(NamedTuple):
-    """Closest row of each query: similarity [B] fp32, row [B] int64, extras: the NL2 tuple (None for cosine)."""
+    """Closest row of each query: similarity [B] fp32, row [B] int64, extras the NL2 tuple or None."""
 
     similarity: torch.Tensor
     row: torch.Tensor
@@ -81,7 +81,7 @@ class ExactPixels:
 def closest_pixels(
     queries: torch.Tensor, rows: torch.Tensor, row_squares: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The min(k, N) smallest mean squares ‖q‖² − 2⟨q, r⟩ + ‖r‖² over P, in the queries' dtype, ascending: [B, k] twice."""
+    """The min(k, N) smallest mean squares of q − r, ascending, and their rows: [B, k] each."""
     best = queries.new_empty(len(queries), 0)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), CHUNK_ROWS):
@@ -96,7 +96,7 @@ def closest_pixels(
 
 
 def mean_squares(queries: torch.Tensor, rows: torch.Tensor, row_squares: torch.Tensor) -> torch.Tensor:
-    """‖q‖² − 2⟨q, r⟩ + ‖r‖² over P for every pair → [B, n]; rows are widened in blocks that stay in cache."""
+    """‖q‖² − 2⟨q, r⟩ + ‖r‖² over P for every pair → [B, n]; rows widened in blocks that stay in cache."""
     scaled = (queries * (-2 / (255 * rows.shape[1]))).T
     found = queries.new_empty(len(rows), len(queries))
     step = max(1, CACHE_VALUES // rows.shape[1])
@@ -120,11 +120,11 @@ def direct_mean_square(
 
 
 def screened_nl2(queries: torch.Tensor, rows: torch.Tensor, row_squares: torch.Tensor) -> NL2:
-    """amg.kernels.nl2 with k = 50, α = 0.5 on CPU, most of it in fp32: the same nearest row, proved per query.
+    """amg.kernels.nl2 with k = 50, α = 0.5 on CPU, mostly in fp32: the same nearest row, proved per query.
 
-    An fp32 sum of P products errs by at most P·u·‖q‖·‖r‖ (u = 2⁻²⁴), so the nearest row is among those screened
-    within twice that of the best; these are measured in float64. A query with more of them than were kept goes
-    through amg.kernels.nl2. The other distances of the denominator stay fp32 (about 1e-6 relative).
+    An fp32 sum of P products errs by at most P·u·‖q‖·‖r‖ (u = 2⁻²⁴), so the nearest row is among those
+    screened within twice that of the best; these are measured in float64. A query with more of them than
+    were kept goes through amg.kernels.nl2. The denominator's other distances stay fp32 (1e-6 relative).
     """
     check_pixels(queries, rows)
     queries, k = queries.float(), min(NL2_NEIGHBOURS, len(rows))

@@ -1,7 +1,7 @@
 """Search through any faiss index, re-ranked exactly on the stored rows.
 
-Approximate: a neighbour that faiss does not return among its candidates is missed. The final check of a delivered
-image therefore searches exactly; this is for steps in between and for looking around.
+Approximate: a neighbour that faiss does not return among its candidates is missed. The final check of a
+delivered image must search exactly; this is for the steps in between and for looking around.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def import_faiss() -> Any:
 class FaissSearcher:
     """A faiss index over the rows [N, D] proposes, the rows decide.
 
-    Per query max(64, 4 k) candidates are fetched (k = 50 at least for pixels) and measured on the stored rows. A
-    query for which faiss returns fewer than it needs (empty cells) is searched exactly.
+    Per query max(64, 4 k) candidates are fetched (k = 50 at least for pixels) and measured on the stored
+    rows. A query for which faiss returns fewer than it needs (empty cells) is searched exactly.
     """
 
     def __init__(self, rows: torch.Tensor, metric: str, spec: str):

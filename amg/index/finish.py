@@ -31,7 +31,7 @@ CODE_BLOCK_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class Folding:
-    """Per row [count]: images folded in, which image gives the caption, how often that caption occurs overall."""
+    """Per row [count]: images folded in, its first, the one that gives the caption, that caption's total."""
 
     counts: np.ndarray
     first_image: np.ndarray

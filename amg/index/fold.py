@@ -1,7 +1,7 @@
 """Duplicates: which images of a shard become rows, and which fold into a row that is already there.
 
-Exact, though short: an orthogonal projection P never lengthens a vector, so ‖P(a − b)‖ ≤ ‖a − b‖, and a pair whose
-sketches Pa, Pb lie farther apart than the threshold is farther apart in full. Only survivors are measured in full.
+Exact, though short: an orthogonal projection P never lengthens a vector, ‖P(a − b)‖ ≤ ‖a − b‖, so a pair
+whose sketches Pa, Pb lie farther apart than the threshold does so in full. Survivors are measured in full.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAIR_BLOCK_VALUES = 1 << 23
 
 @dataclass(frozen=True)
 class FoldRule:
-    """Fold at cosine similarity ≥ threshold, or at RMS pixel distance ≤ threshold on [0, 1]; None: exact only."""
+    """Fold at cosine ≥ threshold, or at RMS pixel distance ≤ threshold on [0, 1]; None: exact copies only."""
 
     metric: str
     threshold: float | None
@@ -75,7 +75,7 @@ def sketch_dimension(dimension: int, rule: FoldRule) -> int:
 
 
 def sketch_rows(rows: torch.Tensor, rule: FoldRule) -> torch.Tensor:
-    """Rows [n, D] → sketches [n, d] fp32, d ≤ 64: block means for pixels, a fixed rotation for embeddings."""
+    """Rows [n, D] → sketches [n, d ≤ 64] fp32: block means of pixels, a fixed rotation of embeddings."""
     if rule.image_size is None:
         return rows.float() @ _rotation(rows.shape[1])
     height, width = rule.image_size
@@ -93,7 +93,7 @@ def _rotation(dimension: int) -> torch.Tensor:
 
 
 def _squared_limit(rule: FoldRule, dimension: int) -> float:
-    """Largest squared sketch distance of a pair within the threshold, with room for fp16 norms and fp32 sums."""
+    """Largest squared distance of a pair within the threshold, with room for fp16 norms and fp32 sums."""
     assert rule.threshold is not None
     if rule.metric == "cosine":
         return 2 - 2 * rule.threshold + 4e-3
@@ -160,9 +160,9 @@ def fold_shard(
 ) -> tuple[list[int], list[int]]:
     """Assign each image of a shard to a row, in order: an old row, an earlier image's row, or a new one.
 
-    rows [n, D]: the shard; duplicate_of [n]: kept row with the same content (−1: none), or −2 − j where it has
-    the content of image j of this shard; kept [m, D]: rows so far. Returns (row of each image, images that become
-    rows m, m + 1, …).
+    rows [n, D]: the shard; duplicate_of [n]: kept row with the same content (−1: none), or −2 − j where it
+    has the content of image j of this shard; kept [m, D]: rows so far. Returns (row of each image, images
+    that become rows m, m + 1, …).
     """
     fresh = [i for i, row in enumerate(duplicate_of.tolist()) if row == -1]
     nearest, links = _near_of_fresh(rows, sketches, fresh, kept, kept_sketches, rule)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ ACCEPTED = (
 )
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(ValueError):
     """One image cannot be decoded; the build skips it or stops, as its `on_error` says."""
 
 
@@ -38,7 +39,7 @@ class TrainingImage:
 
 
 class ImageSource(Protocol):
-    """Images in a fixed order; `length` is None when only reading tells, `identity` what a resume compares."""
+    """Images in a fixed order; length: None when only reading tells; identity: compared on resume."""
 
     length: int | None
     identity: str
@@ -114,7 +115,7 @@ def decode_image(content: bytes) -> torch.Tensor:
 
 
 def pil_to_tensor(picture: Any) -> torch.Tensor:
-    """A PIL image of any mode → uint8 RGB [3, H, W]: alpha dropped, 16-bit scaled to 8, no EXIF rotation."""
+    """A PIL image of any mode → uint8 RGB [3, H, W]: alpha dropped, 16 bits to 8, not rotated by EXIF."""
     import numpy as np
 
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
@@ -150,7 +151,7 @@ class FolderSource:
         for position in range(start, len(self.files)):
             file = self.files[position]
             name = file.relative_to(self.folder).as_posix()
-            yield TrainingImage(position, name, name, _sidecar(file), lambda file=file: _decode_file(file))
+            yield TrainingImage(position, name, name, _sidecar(file), functools.partial(_decode_file, file))
 
 
 def _decode_file(file: Path) -> torch.Tensor:
@@ -193,7 +194,7 @@ class TensorSource:
     def read(self, start: int) -> Iterator[TrainingImage]:
         for position in range(start, len(self.images)):
             yield TrainingImage(
-                position, str(position), f"tensor#{position}", None, lambda i=position: self._load(i)
+                position, str(position), f"tensor#{position}", None, functools.partial(self._load, position)
             )
 
     def _load(self, position: int) -> torch.Tensor:
@@ -204,7 +205,7 @@ class TensorSource:
         low, high = image.aminmax()
         if not (low >= 0 and high <= 1):  # also refuses NaN
             raise IndexBuildError(
-                f"`images` must be in [0, 1], image {position} has values from {low.item():g} to {high.item():g}"
+                f"`images` must be in [0, 1], image {position} has {low.item():g} to {high.item():g}"
             )
         return image
 
@@ -214,7 +215,7 @@ class IterableSource:
 
     def __init__(self, images: Iterable[Any]):
         self.images = images
-        self.length: int | None = len(images) if hasattr(images, "__len__") else None
+        self.length: int | None = len(images) if isinstance(images, Sized) else None
         if self.length == 0:
             raise IndexBuildError("`images` is empty")
         self.identity = f"iterable {self.length}"
@@ -224,11 +225,15 @@ class IterableSource:
         for position, picture in enumerate(self.images):
             if not isinstance(picture, image_class):
                 raise IndexBuildError(
-                    f"`images` must be {ACCEPTED}; item {position} of the iterable is a {type(picture).__name__}"
+                    f"`images` must be {ACCEPTED}; item {position} is a {type(picture).__name__}"
                 )
             if position >= start:
                 yield TrainingImage(
-                    position, str(position), f"iterable#{position}", None, lambda p=picture: _load_pil(p)
+                    position,
+                    str(position),
+                    f"iterable#{position}",
+                    None,
+                    functools.partial(_load_pil, picture),
                 )
 
 

@@ -56,10 +56,10 @@ def _pick(values: list, rows: list) -> list:
 class Index:
     """A training set on disk, memory-mapped. Build or open one with Index.build and Index.open.
 
-    metric: "cosine" (unit vectors of an embedder) or "nl2" (pixels). rows: [count, dimension] on `device`, fp16 or
-    fp32 unit vectors, or uint8 pixels in CHW order. image_size: (H, W) of a pixel index, else None. manifest: what
-    the index says of itself (store.Manifest). similarity is larger = closer everywhere: the cosine, or −nL2.
-    Nothing in it changes after opening, so threads may share one.
+    metric: "cosine" (unit vectors of an embedder) or "nl2" (pixels). rows: [count, dimension] on `device`,
+    fp16 or fp32 unit vectors, or uint8 pixels in CHW order. image_size: (H, W) of a pixel index, else None.
+    manifest: what the index says of itself (store.Manifest). similarity is larger = closer everywhere: the
+    cosine, or −nL2. Nothing in it changes after opening, so threads may share one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
@@ -84,19 +84,19 @@ class Index:
         resume: bool = True,
         on_error: str = "skip",
     ) -> Index:
-        """Build an index of `images` at `path` and open it. Streams; a killed build resumes with the same call.
+        """Build an index of `images` at `path` and open it; streams, resumes after a kill.
 
-        images: a folder (recursive), a Parquet file or a folder of them (a struct {bytes, path} or binary column),
-        an iterable of PIL images, uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1]; any mode becomes RGB.
-        captions: a list as long as images, a JSONL path ({"index" | "id" | "file": …, "caption": …}), a Parquet
-        column name, or None (name.txt beside name.png, if there).
-        embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder (metric "cosine").
+        images: a folder (recursive), a Parquet file or a folder of them (a struct {bytes, path} or binary
+        column), an iterable of PIL images, uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1].
+        captions: a list as long as images, a JSONL path ({"index" | "id" | "file": …, "caption": …}), a
+        Parquet column name, or None (name.txt beside name.png, if there).
+        embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.
-        size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where images
-        differ in size. dtype: "float16" or "float32" rows under an embedder; pixels are uint8.
+        size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where
+        images differ in size. dtype: "float16" or "float32" rows under an embedder; pixels are uint8.
         near_duplicate: exact copies are always folded into one row with a count; near copies too, at cosine
-        ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at a threshold of one's own, or not (False). A folded
-        row keeps its first image and the most frequent caption.
+        ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at another threshold (a float), or not (False).
+        A folded row keeps its first image and the most frequent caption.
         on_error: an unreadable image is "skip"ped and listed in manifest.skipped, or "raise"s.
         resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
         """
@@ -118,7 +118,7 @@ class Index:
         device: str | torch.device = "cpu",
         verify: bool = False,
     ) -> Index:
-        """Open an index: memory-mapped, version, sizes and dimension checked; verify=True also checks every hash.
+        """Open an index: memory-mapped; checks version and sizes, with verify=True every hash.
 
         embedder: the one it was built with; without one a cosine index takes vectors but no images.
         searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
@@ -129,8 +129,8 @@ class Index:
         (check_hashes if verify else check_sizes)(directory, manifest)
         if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
             warnings.warn(
-                f"{directory} has {manifest.count} rows: nL2 is over the {NL2_NEIGHBOURS} nearest, and with fewer "
-                "its usual threshold of 1.4 does not mean the same",
+                f"{directory} has {manifest.count} rows, nL2 is over the {NL2_NEIGHBOURS} nearest: "
+                "with fewer, its usual threshold of 1.4 does not mean the same",
                 stacklevel=2,
             )
         index = Index(directory, manifest, map_rows(directory, manifest), _map_codes(directory, manifest))
@@ -216,13 +216,13 @@ class Index:
         return torch.tensor(self._meta["count"], dtype=torch.int64)
 
     def caption_counts(self) -> torch.Tensor:
-        """How often each row's caption occurs among all training images, int64 [count]; 0 without a caption."""
+        """How often each row's caption occurs among all training images, int64 [count]; 0 for none."""
         return torch.tensor(self._meta["caption_count"], dtype=torch.int64)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """float [B, 3, H, W] in [0, 1] → vectors [B, dimension] fp32, differentiable.
 
-        Unit vectors of the embedder, or pixels of a pixel index, resized to image_size (bilinear, antialiased).
+        Unit vectors of the embedder, or pixels of a pixel index, resized to image_size (antialiased).
         Raises ValueError for another shape or dtype, without an embedder, or for zero or non-finite vectors.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
@@ -243,8 +243,9 @@ class Index:
     def nearest(self, vectors: torch.Tensor) -> Nearest:
         """Closest row of each vector [B, dimension] from embed() → (similarity [B], row [B], extras).
 
-        The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance, denominator …),
-        None for cosine. Raises ValueError for a wrong shape, dtype or device and for non-finite vectors.
+        The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance,
+        denominator …), None for cosine. Raises ValueError for a wrong shape, dtype or device and
+        for non-finite vectors.
         """
         return self.searcher.nearest(self._check(vectors))
 
@@ -284,7 +285,7 @@ class Index:
             return queries if queries.ndim == 2 else self._embed_queries(queries)
         if not isinstance(queries, (list, tuple)) or not queries:
             raise TypeError(
-                "`queries` must be images (float or uint8 [B, 3, H, W], or a non-empty list of PIL images) or "
+                "`queries` must be images (float or uint8 [B, 3, H, W], a non-empty list of PIL images) or "
                 f"vectors [B, {self.dimension}], got {type(queries).__name__}"
             )
         from amg.index.images import import_pil, pil_to_tensor

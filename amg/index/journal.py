@@ -126,7 +126,7 @@ class Journal:
         return map_file(self.sketch_path, torch.float32, self.state.kept, width)
 
     def commit(self, rows: torch.Tensor, entries: list[LogEntry], last_digest: str) -> None:
-        """Fold a shard's rows [n, D] in and flush it. entries: all its images; those with reason None have rows."""
+        """Fold a shard in and flush it: rows [n, D] of the n of its entries whose reason is None."""
         hashes, kept = row_hashes(rows), self.rows()
         sketches = sketch_rows(rows, self.rule) if len(rows) else torch.empty(0, self.sketches().shape[1])
         duplicate_of = same_content(hashes, rows, self.table, kept)

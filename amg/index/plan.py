@@ -14,13 +14,14 @@ from amg.index.errors import IndexBuildError
 from amg.index.fold import DEFAULT_NEAR_DUPLICATE, FoldRule
 from amg.index.images import ImageSource
 from amg.index.store import EmbedderRecord
+from amg.kernels.nl2.contract import MAX_PIXELS
 
 SHARD_IMAGES = 1024
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How images become rows. dtype: of the stored rows; size: (H, W) images are resized to, None to keep theirs."""
+    """How images become rows. dtype: of the stored rows; size: (H, W) to resize to, None to keep theirs."""
 
     embedder: Any
     record: EmbedderRecord | None
@@ -83,17 +84,29 @@ def make_plan(
         raise IndexBuildError(f'`on_error` must be "skip" or "raise", got {on_error!r}')
     if ids is not None and (len(set(ids)) != len(ids) or not all(isinstance(name, str) for name in ids)):
         raise IndexBuildError("`ids` must be distinct strings")
+    checked_size = _check_size(size)
+    if embedder is None and checked_size is not None:
+        check_pixel_count(checked_size)
     return BuildPlan(
         embedder=embedder,
         record=None if embedder is None else embedder_record(embedder),
         metric=metric,
         dtype="uint8" if embedder is None else dtype,
-        size=_check_size(size),
+        size=checked_size,
         batch_size=batch_size,
         near_duplicate=_check_near_duplicate(near_duplicate, metric),
         on_error=on_error,
         ids=ids,
     )
+
+
+def check_pixel_count(size: tuple[int, int]) -> None:
+    """A row of a pixel index fits the nl2 kernel. Raises IndexBuildError."""
+    if 3 * size[0] * size[1] > MAX_PIXELS:
+        raise IndexBuildError(
+            f"a pixel index takes at most {MAX_PIXELS} values an image (3 * H * W), got {size[0]}x{size[1]}: "
+            "pass a smaller size=(H, W), or an embedder"
+        )
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

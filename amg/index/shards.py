@@ -15,7 +15,7 @@ from amg.index.encode import resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.images import TrainingImage, UnreadableImage
 from amg.index.journal import LogEntry
-from amg.index.plan import BuildPlan
+from amg.index.plan import BuildPlan, check_pixel_count
 from amg.index.store import DTYPES
 
 
@@ -29,7 +29,7 @@ class Shard:
 
 
 class ShardReader:
-    """Draws shards from a stream of images; remembers the (H, W) that the first image of a pixel index set."""
+    """Draws shards from a stream of images; image_size is what the first image of a pixel index set."""
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class ShardReader:
         """[3, H, W] → uint8 [3 * H * W] at the size of the index."""
         size = (image.shape[1], image.shape[2])
         if self.image_size is None:
+            check_pixel_count(size)
             self.image_size = size
         if size != self.image_size:
             if self.plan.size is None:
@@ -125,7 +126,8 @@ class ShardReader:
     @torch.no_grad()
     def _embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         """[3, H, W] each → unit rows [n, D]; images of one size go through the embedder together."""
-        embedder, groups = self.plan.embedder, {}
+        embedder = self.plan.embedder
+        groups: dict[tuple[int, ...] | None, list[int]] = {}
         for at, image in enumerate(images):
             groups.setdefault(tuple(image.shape) if self.plan.size is None else None, []).append(at)
         rows = torch.empty(len(images), embedder.dimension, dtype=DTYPES[self.plan.dtype])

@@ -129,7 +129,7 @@ def read_manifest(directory: Path) -> Manifest:
 def _missing_message(directory: Path) -> str:
     partial = partial_path(directory)
     if partial.is_dir():
-        return f"no index at {directory}; an unfinished build lies at {partial}: run the same build again to resume"
+        return f"no index at {directory}, but an unfinished build at {partial}: build again to resume it"
     if directory.is_dir():
         return f"{directory} is not an index: it has no {MANIFEST}"
     return f"no index at {directory}: there is no such directory"
@@ -201,7 +201,7 @@ def check_hashes(directory: Path, manifest: Manifest) -> None:
         found = file_record(directory / name)
         if found != expected:
             raise IndexCorrupt(
-                f"{directory / name} was changed or damaged: sha256 {found.sha256}, manifest {expected.sha256}"
+                f"{directory / name} was changed or damaged: sha256 {found.sha256}, not {expected.sha256}"
             )
 
 
