@@ -47,7 +47,7 @@ setup(
     package_data={
         "amg": [
             *(f"zoo/**/*.{suffix}" for suffix in ("json", "safetensors", "txt", "md")),
-            *(f"report/*.{suffix}" for suffix in ("html", "j2", "css")),
+            *(f"report/*.{suffix}" for suffix in ("html", "j2", "css", "js")),
         ],
         "amg.kernels": ["*/README.md"],
     },
