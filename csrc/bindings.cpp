@@ -6,6 +6,7 @@
 
 #include "cpu_level.h"
 #include "guided_step/guided_step.h"
+#include "nl2/nl2.h"
 #include "top1_cosine/top1_cosine.h"
 
 namespace py = pybind11;
@@ -55,6 +56,19 @@ void encode_rows(Address rows, int dtype, std::int64_t count, std::int64_t dimen
                    pointer<std::int8_t>(codes), pointer<float>(scales), pointer<float>(errors), num_threads);
 }
 
+void nl2(Address queries, Address rows, Address value, Address row, Address distance, Address denominator,
+         std::int64_t batch, std::int64_t count, std::int64_t pixels, std::int64_t k, double alpha, int dtype,
+         int num_threads) {
+  const amg::Nl2Args args{
+      pointer<const double>(queries), pointer<const void>(rows), pointer<float>(value),
+      pointer<std::int64_t>(row),     pointer<float>(distance),  pointer<float>(denominator),
+      batch,                          count,                     pixels,
+      k,                              alpha,                     static_cast<amg::DType>(dtype),
+      num_threads};
+  py::gil_scoped_release release;
+  amg::nl2(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -64,6 +78,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("guided_step", &guided_step);
   m.def("topk_cosine", &topk_cosine);
   m.def("encode_rows", &encode_rows);
+  m.def("nl2", &nl2);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

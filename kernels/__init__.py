@@ -1,7 +1,8 @@
 """Fused kernels of amg, each with a plain-torch reference: guided_step, top1_cosine, nl2.
 
-Installed as `amg.kernels`. With the checkout as working directory, diffusers and transformers find this folder when they
-look for Hugging Face's package `kernels`: under that name it is empty, so they see that theirs is not installed.
+Installed as `amg.kernels`. With the checkout as working directory, diffusers and transformers find this
+folder when they look for Hugging Face's package `kernels`: under that name it is empty, so that theirs
+counts as absent.
 """
 
 if __name__ != "kernels":

@@ -18,7 +18,10 @@ FOLDERS = {
 }
 HALF_TO_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 Dtypes = dict[str, tuple[torch.dtype, ...]]
-CPP_DTYPES: Dtypes = dict.fromkeys(("guided_step", "predict_x0", "encode_rows", "topk_cosine"), HALF_TO_FLOAT)
+CPP_DTYPES: Dtypes = {
+    **dict.fromkeys(("guided_step", "predict_x0", "encode_rows", "topk_cosine"), HALF_TO_FLOAT),
+    "nl2": (torch.uint8, *HALF_TO_FLOAT),
+}
 TRITON_DTYPES: Dtypes = {}
 
 

@@ -112,7 +112,7 @@ def topk_cosine(
 def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl: str | None = None) -> NL2:
     """nL2 (Carlini et al. 2023): ℓ2(q, n0) / (α · mean ℓ2 to the k nearest rows), ℓ2 = √mean((a−b)²).
 
-    queries [B, P] floating in [0, 1]; rows [N, P] uint8 (read as r/255) or floating; k is capped at N.
+    queries [B, P] floating in [0, 1]; rows [N, P] uint8 (read as fp32 r/255) or floating; k is capped at N.
     Returns NL2(value [B], row [B] int64 of the nearest n0, distance = ℓ2(q, n0), denominator = α·mean),
     fp32, from float64 direct differences; ties go to the lowest row; 0/0 (k copies) is 0. Smaller is closer:
     σ = −value. ValueError on a wrong shape, dtype, device, k, alpha, and on non-finite queries or rows.

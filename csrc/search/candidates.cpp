@@ -22,7 +22,7 @@ Candidates::Candidates(std::int64_t k, ExactScore exact)
 }
 
 float Candidates::offer(std::int64_t row, float score, float slack) {
-  if (std::isnan(score) || std::isnan(slack)) {
+  if (!(score - slack <= score + slack)) {  // NaN, or an infinity that makes one
     saw_nan_ = true;
     return floor_;
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "search/offer.h"
+#include "simd/floats.h"
 #include "simd/tail.h"
 #include "top1_cosine/top1_cosine.h"
 
@@ -71,29 +72,14 @@ void scan_rows(const CosineScan& s, std::int64_t begin, std::int64_t end, const 
   }
 }
 
-constexpr int kDotLanes = 16;  // partial sums of an exact dot product, the same at every level
-
-// Elements [begin, begin + kDotLanes) of a row as floats, zero beyond its end.
-template <class V>
-void load_floats(const void* row, DType dtype, std::int64_t begin, std::int64_t dimension, float* values) {
-  for (int i = 0; i < kDotLanes; i += V::width) {
-    const std::int64_t at = begin + i, left = dimension - at;
-    typename V::Reg value = V::zero();
-    if (left > 0 && dtype == DType::f16) value = load_some<V>(static_cast<const Half*>(row) + at, left);
-    if (left > 0 && dtype == DType::bf16) value = load_some<V>(static_cast<const BFloat*>(row) + at, left);
-    if (left > 0 && dtype == DType::f32) value = load_some<V>(static_cast<const float*>(row) + at, left);
-    V::store(values + i, value);
-  }
-}
-
 template <class V>
 double exact_dot(const double* query, const void* row, DType dtype, std::int64_t dimension) {
-  double sums[kDotLanes] = {};
-  float values[kDotLanes];
-  for (std::int64_t i = 0; i < dimension; i += kDotLanes) {
+  double sums[kExactLanes] = {};
+  float values[kExactLanes];
+  for (std::int64_t i = 0; i < dimension; i += kExactLanes) {
     load_floats<V>(row, dtype, i, dimension, values);
     const std::int64_t left = dimension - i;
-    for (int lane = 0; lane < (left < kDotLanes ? left : kDotLanes); ++lane)
+    for (int lane = 0; lane < (left < kExactLanes ? left : kExactLanes); ++lane)
       sums[lane] += query[i + lane] * static_cast<double>(values[lane]);
   }
   double total = 0;
@@ -110,9 +96,9 @@ inline float round_up(double value) {
 template <class V>
 bool encode_row(const void* row, DType dtype, std::int64_t dimension, std::int8_t* code, float* scale, float* error) {
   constexpr double kCodeMax = 127, kRound = 6755399441055744.0;  // 1.5·2^52: adding it rounds to an integer
-  float values[kDotLanes];
+  float values[kExactLanes];
   double largest = 0, square = 0;
-  for (std::int64_t i = 0; i < dimension; i += kDotLanes) {
+  for (std::int64_t i = 0; i < dimension; i += kExactLanes) {
     load_floats<V>(row, dtype, i, dimension, values);
     for (const float value : values) {
       const double magnitude = std::fabs(static_cast<double>(value));
@@ -122,9 +108,9 @@ bool encode_row(const void* row, DType dtype, std::int64_t dimension, std::int8_
   }
   *scale = static_cast<float>(largest / kCodeMax);
   const double step = *scale, divisor = *scale > 0 ? step : 1.0;
-  for (std::int64_t i = 0; i < dimension; i += kDotLanes) {
+  for (std::int64_t i = 0; i < dimension; i += kExactLanes) {
     load_floats<V>(row, dtype, i, dimension, values);
-    for (std::int64_t lane = 0; lane < kDotLanes && i + lane < dimension; ++lane) {
+    for (std::int64_t lane = 0; lane < kExactLanes && i + lane < dimension; ++lane) {
       double rounded = (values[lane] / divisor + kRound) - kRound;
       rounded = rounded > kCodeMax ? kCodeMax : rounded < -kCodeMax ? -kCodeMax : rounded;
       code[i + lane] = static_cast<std::int8_t>(rounded);

@@ -27,14 +27,14 @@ CosineKernels level_kernels() {
 
 // Everything the kernels need of the queries, in their layouts.
 struct PreparedQueries {
-  std::vector<double> exact;  // [batch, dimension], normalised
+  std::vector<double> norms;
   std::vector<float> unit, scales, errors;
   std::vector<std::int8_t> codes;
   std::vector<std::uint8_t> packed;
   std::vector<std::int32_t> sums;
 };
 
-void encode_query(const double* unit, std::int64_t query, const CosineArgs& args, std::int64_t padded,
+void encode_query(const std::vector<double>& unit, std::int64_t query, const CosineArgs& args, std::int64_t padded,
                   PreparedQueries& prepared) {
   double largest = 0, lost = 0;
   for (std::int64_t i = 0; i < args.dimension; ++i) largest = std::max(largest, std::fabs(unit[i]));
@@ -65,7 +65,8 @@ void pack_queries(std::int64_t batch, std::int64_t padded, PreparedQueries& prep
 PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   const std::int64_t lanes = (args.batch + kLanes - 1) / kLanes * kLanes;
   PreparedQueries prepared;
-  prepared.exact.resize(args.batch * args.dimension);
+  prepared.norms.resize(args.batch);
+  std::vector<double> unit(args.dimension);
   prepared.unit.assign(args.batch * padded, 0.0f);
   prepared.codes.assign(args.batch * padded, 0);
   prepared.scales.assign(lanes, 0.0f);
@@ -73,11 +74,11 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   prepared.sums.assign(lanes, 0);
   for (std::int64_t query = 0; query < args.batch; ++query) {
     const double* raw = args.queries + query * args.dimension;
-    double* unit = &prepared.exact[query * args.dimension];
     double square = 0;
     for (std::int64_t i = 0; i < args.dimension; ++i) square += raw[i] * raw[i];
+    prepared.norms[query] = std::sqrt(square);
     for (std::int64_t i = 0; i < args.dimension; ++i) {
-      unit[i] = raw[i] / std::sqrt(square);
+      unit[i] = raw[i] / prepared.norms[query];
       prepared.unit[query * padded + i] = static_cast<float>(unit[i]);
     }
     if (args.codes != nullptr) encode_query(unit, query, args, padded, prepared);
@@ -100,7 +101,8 @@ void topk_cosine(const CosineArgs& args) {
   const std::int64_t row_bytes = args.dimension * element_size(args.dtype);
   const std::function<float(std::int64_t, std::int64_t)> exact = [&](std::int64_t query, std::int64_t row) {
     const void* address = static_cast<const char*>(args.rows) + row * row_bytes;
-    return static_cast<float>(kernels.dot(&prepared.exact[query * args.dimension], address, args.dtype, args.dimension));
+    const double dot = kernels.dot(args.queries + query * args.dimension, address, args.dtype, args.dimension);
+    return static_cast<float>(dot / prepared.norms[query]);
   };
   const ScanFunction run = args.codes == nullptr ? kernels.scan_rows : kernels.scan_codes;
   search_rows(args.batch, args.count, args.k, args.num_threads, exact,

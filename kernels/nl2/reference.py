@@ -5,37 +5,40 @@ from torch import Tensor
 
 from ..top1_cosine.reference import lowest_largest, row_blocks
 
-UINT8_SCALE = 1 / 255
-SELECTION_GRID = 2.0**36  # mean squares closer than this are told apart by the re-scoring only
+SELECTION_GRID = 2.0**46  # float64 noise of the mean squares is below this; equal rows must compare equal
+MARGIN = 64  # candidates beyond k, so that the noise does not choose between near ties
 
 
 def nl2(queries: Tensor, rows: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return value, row, distance and denominator [B]; arguments as in amg.kernels.nl2.
 
-    The k candidates are selected by ‖q‖² − 2⟨q, r⟩ + ‖r‖² in float64; their distances are then taken by
+    k + MARGIN candidates are selected by ‖q‖² − 2⟨q, r⟩ + ‖r‖² in float64; their distances are then taken by
     direct difference, because that form cancels for near duplicates.
     """
-    scale = UINT8_SCALE if rows.dtype == torch.uint8 else 1.0
     pixels = queries.double()
-    candidates = nearest_rows(pixels, rows, k, scale)
+    candidates = nearest_rows(pixels, rows, k + MARGIN)
     distances = pixels.new_empty(candidates.shape)
     for query, row, distance in zip(pixels, candidates, distances, strict=True):
-        distance.copy_(direct_l2(query, rows[row], scale))
-    nearest = distances.float().min(dim=1)
-    row = candidates.gather(1, nearest.indices[:, None])[:, 0]
-    distance = nearest.values.double()
-    denominator = alpha * distances.mean(1)
+        distance.copy_((as_pixels(rows[row]) - query).square().mean(1).sqrt())
+    nearest = distances.float().sort(dim=1, stable=True)
+    row = candidates.gather(1, nearest.indices[:, :1])[:, 0]
+    distance = nearest.values[:, 0].double()
+    denominator = alpha * nearest.values[:, :k].double().mean(1)
     value = torch.where(distance == 0, 0.0, distance / denominator)
     return value.float(), row, distance.float(), denominator.float()
 
 
-def nearest_rows(queries: Tensor, rows: Tensor, k: int, scale: float) -> Tensor:
+def as_pixels(rows: Tensor) -> Tensor:
+    """Return rows in float64; bytes as fp32 r/255, so that an image is at distance 0 from its own bytes."""
+    return (rows.double() / 255).float().double() if rows.dtype == torch.uint8 else rows.double()
+
+
+def nearest_rows(queries: Tensor, rows: Tensor, k: int) -> Tensor:
     """Return the k nearest rows [B, k] of float64 queries, in ascending row order; ties to the lowest row."""
     closeness = torch.empty(len(queries), 0, dtype=torch.float64, device=rows.device)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     query_square = queries.square().mean(1, keepdim=True)
-    for start, block in row_blocks(rows, len(queries)):
-        block = block * scale
+    for start, block in row_blocks(rows, len(queries), as_pixels):
         cross = (queries @ block.T) * (2 / rows.shape[1])
         mean_square = query_square - cross + block.square().mean(1)
         if bool(mean_square.isnan().any()):
@@ -46,8 +49,3 @@ def nearest_rows(queries: Tensor, rows: Tensor, k: int, scale: float) -> Tensor:
         keep = lowest_largest(closeness, k)
         closeness, row = closeness.gather(1, keep), row.gather(1, keep)
     return row
-
-
-def direct_l2(query: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Return √mean((query − rows)²) [K] by direct difference in float64."""
-    return (rows.double() * scale - query).square().mean(1).sqrt()

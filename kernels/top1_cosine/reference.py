@@ -1,6 +1,6 @@
 """Exact cosine search in plain torch, float64, a block of rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,16 +14,16 @@ CODE_MAX = 127
 def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] fp32, best first, and row [B, k]; ties go to the lowest row.
 
-    The similarity is the float64 dot product of the normalised query with the row as stored, rounded to
+    The similarity is the float64 dot product with the row as stored, over the query's norm, rounded to
     fp32; rows whose rounded similarities are equal tie. Codes are not needed here.
     At most BLOCK_BYTES of float64 are held at a time.
     """
-    unit = queries.double()
-    unit = unit / unit.norm(dim=1, keepdim=True)
+    directions = queries.double()
+    norms = directions.norm(dim=1, keepdim=True)
     similarity = torch.empty(len(queries), 0, device=rows.device)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     for start, block in row_blocks(rows, len(queries)):
-        scores = (unit @ block.T).float()
+        scores = (directions @ block.T / norms).float()
         numbers = torch.arange(start, start + len(block), device=rows.device).expand_as(scores)
         similarity, row = torch.cat([similarity, scores], 1), torch.cat([row, numbers], 1)
         keep = lowest_largest(similarity, k)
@@ -34,11 +34,13 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
     return similarity.gather(1, order), row.gather(1, order)
 
 
-def row_blocks(rows: Tensor, queries: int) -> Iterator[tuple[int, Tensor]]:
+def row_blocks(
+    rows: Tensor, queries: int, convert: Callable[[Tensor], Tensor] = Tensor.double
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, float64 block) so that a block and its scores fit BLOCK_BYTES."""
     size = max(1, BLOCK_BYTES // (8 * (rows.shape[1] + 3 * queries)))
     for start in range(0, rows.shape[0], size):
-        yield start, rows[start : start + size].double()
+        yield start, convert(rows[start : start + size])
 
 
 def lowest_largest(values: Tensor, k: int) -> Tensor:

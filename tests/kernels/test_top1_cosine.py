@@ -38,8 +38,8 @@ def unit_rows(count: int, dimension: int, dtype: torch.dtype = torch.float32) ->
 
 def brute_force(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Similarity and row [B, k] from float64 products, summed alike for every row, rounded to fp32."""
-    unit = queries.double() / queries.double().square().sum(1, keepdim=True).sqrt()
-    scores = torch.stack([(rows.double() * query).sum(1) for query in unit]).float()
+    dots = torch.stack([(rows.double() * query).sum(1) for query in queries.double()])
+    scores = (dots / queries.double().square().sum(1, keepdim=True).sqrt()).float()
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return scores.gather(1, order), order
 
