@@ -17,6 +17,8 @@ def pristine(scheduler: Any) -> Any:
     """A copy of a scheduler whose timesteps are set and which has not stepped yet, free of any instance-level wrapper."""
     clone = copy.copy(scheduler)
     clone.__dict__ = {name: value for name, value in vars(scheduler).items() if name not in ("step", "scale_model_input")}
+    if "_step_index" in clone.__dict__:
+        clone._step_index = None  # a scheduler whose input was already scaled knows its place; a fresh one must not
     return copy.deepcopy(clone)
 
 

@@ -15,7 +15,6 @@ from amg.flight import Flight
 from amg.guide import Guide
 from amg.predict import Conditions, predict
 from amg.rewind import pending_rows, pristine, rewind
-from amg.schedule import sampler_scale
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,6 @@ def start_over(run: Run, conditions: Conditions, flights: Sequence[Flight], like
     checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
     for flight in flights:
         flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
-    scale = sampler_scale(scheduler, 0) if not hasattr(scheduler, "init_noise_sigma") else float(scheduler.init_noise_sigma)
-    sample = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)]) * scale
+    noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
+    sample = noise * scheduler.init_noise_sigma
     return denoise(again, scheduler, sample, conditions, flights)

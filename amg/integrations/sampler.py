@@ -80,7 +80,7 @@ class Sampler:
         scheduler = pristine(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=self.pipe._execution_device)
         run = Run(guide, pristine(scheduler), {"eta": eta})
-        sample = self._noise(batch, generator, latents) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        sample = self._noise(batch, generator, latents) * scheduler.init_noise_sigma
         flights = [Flight.from_noise(row) for row in scheduler.scale_model_input(sample, scheduler.timesteps[0])]
         scheduler = pristine(run.scheduler)
         with _bar(run.count, progress) as bar:

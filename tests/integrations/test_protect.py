@@ -108,7 +108,7 @@ def _stop(pipe, step, t, kwargs):
 def test_open_gates_and_rewinds_act_per_sample(sd, embedding_index, scheduler):
     """A batch of three equals three batches of one, with every gate open and every sample rewound."""
     sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config)
-    config = amg.AMGConfig.preset("main", **OPEN, rewind_at=(0.6,), rewind_threshold=-1.0, rewind_guidance=1.0, on_memorized="flag")
+    config = amg.AMGConfig.preset("main", **OPEN, rewind_at=(0.6,), rewind_threshold=-1.0, max_rewinds=1, rewind_guidance=1.0, on_memorized="flag")
     prompts = ("abc", "cat, red", "z")
     plain = call(sd, prompts, steps=10).images
     protected = amg.protect(sd, embedding_index, config)
@@ -124,7 +124,7 @@ def test_open_gates_and_rewinds_act_per_sample(sd, embedding_index, scheduler):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_protect_equals_sampler(sd, embedding_index, scheduler):
     sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config)
-    config = amg.AMGConfig.preset("main", **OPEN, rewind_at=(0.6,), rewind_threshold=-1.0, on_memorized="flag")
+    config = amg.AMGConfig.preset("main", **OPEN, rewind_at=(0.6,), rewind_threshold=-1.0, max_rewinds=1, on_memorized="flag")
     ours = amg.Sampler(sd, embedding_index, config)(
         ["abc", "cat, red"], generator=generators(2), num_inference_steps=10, output_type="pt", progress=False)
     hooked = call(amg.protect(sd, embedding_index, config), steps=10)
