@@ -81,30 +81,39 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
 
 def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: PhotosJudge) -> Section:
     data = training_set(32 if name == "photos-ddpm" else 64)
-    index = _index(name, out / f"{name}.amg")
-    pipe = zoo.load(name)
-    if name == "photos-ddpm":
-        from diffusers import DDIMScheduler
-
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    jobs = (_class_jobs if name == "photos-ddpm" else _caption_jobs)(count, seed, data)
-    columns = {preset: _draw(pipe, index, preset, jobs, steps, f"{name} {preset}") for preset in COLUMNS}
+    index, pipe = open_index(name, out / f"{name}.amg"), open_pipeline(name)
+    jobs = (class_jobs if name == "photos-ddpm" else caption_jobs)(count, seed, data)
+    columns = {preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}") for preset in COLUMNS}
     references = data.images.float() / 255
     luminance = {preset: luminance_correlation(column.images, references)[0] for preset, column in columns.items()}
     copies = {preset: judge.copy_probability(column.images) for preset, column in columns.items()}
-    rows = [_row(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset]) for preset in COLUMNS]
+    rows = [measure(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset]) for preset in COLUMNS]
     return _describe(name, index, jobs, data, columns, luminance, copies, Table(COLUMN_NAMES, rows, _notes(name, data)))
 
 
-def _index(name: str, path: Path) -> Any:
+def config_for(preset: str) -> AMGConfig:
+    """A column's config; the authors' method is shown as it is, so nothing is run again after it."""
+    return AMGConfig.preset(preset, **({"on_memorized": "flag"} if preset == "released" else {}))
+
+
+def open_pipeline(name: str) -> Any:
+    """A bundled pipeline with a DDIM scheduler."""
+    from diffusers import DDIMScheduler
+
+    pipe = zoo.load(name)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def open_index(name: str, path: Path) -> Any:
     from amg.embed.photos import load_photos
 
     if not path.exists():
-        return zoo.build_index(name, path)
+        return zoo.buildopen_index(name, path)
     return amg.Index.open(path, load_photos() if name == "photos-sd" else None)
 
 
-def _class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
+def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     """Three quarters of the pictures of duplicated classes, one quarter unconditional."""
     guided = count - count // 4
     labels = torch.tensor([DUPLICATED[i % len(DUPLICATED)] for i in range(guided)])
@@ -118,7 +127,7 @@ def _class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     return Jobs(kinds, prompts, labels, conditions, list(range(seed, seed + count)))
 
 
-def _caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
+def caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     """Three quarters of the pictures from the specific captions, one quarter from ordinary ones no crop has."""
     known, specific = set(data.captions), [row for row in range(len(data.ids)) if data.counts[row] > 1]
     ordinary = [
@@ -137,11 +146,11 @@ def _caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     return Jobs(kinds, prompts, labels, [(condition, slice(0, count))], list(range(seed, seed + count)))
 
 
-def _draw(pipe: Any, index: Any, preset: str, jobs: Jobs, steps: int, title: str) -> Column:
+def draw(pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title: str) -> Column:
+    """Draw all jobs with one config; shows progress and prints one line."""
     from tqdm import tqdm
 
-    overrides = {"on_memorized": "flag"} if preset == "released" else {}
-    sampler = Sampler(pipe, index, AMGConfig.preset(preset, **overrides))
+    sampler = Sampler(pipe, index, config)
     images, verdicts, began = [], [], time.monotonic()
     with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:
         for condition, where in jobs.conditions:
@@ -155,9 +164,10 @@ def _draw(pipe: Any, index: Any, preset: str, jobs: Jobs, steps: int, title: str
     return Column(torch.cat(images), verdicts, seconds)
 
 
-def _row(
-    preset: str, column: Column, jobs: Jobs, judge: PhotosJudge, references: Tensor, luminance: Tensor, copies: Tensor
+def measure(
+    title: str, column: Column, jobs: Jobs, judge: PhotosJudge, references: Tensor, luminance: Tensor, copies: Tensor
 ) -> list[str | float]:
+    """One row of the table, in the order of `COLUMN_NAMES`."""
     similarity = torch.tensor([verdict.similarity for verdict in column.verdicts])
     delivered = torch.tensor([verdict.memorized and not verdict.blocked for verdict in column.verdicts])
     late = torch.tensor([bool(verdict.retries) or verdict.memorized for verdict in column.verdicts])
@@ -165,7 +175,7 @@ def _row(
     named = jobs.labels >= 0
     logits = judge(column.images[named])[0]
     return [
-        preset, 100 * delivered.float().mean().item(), 100 * late.float().mean().item(), sign * top5(similarity),
+        title, 100 * delivered.float().mean().item(), 100 * late.float().mean().item(), sign * top5(similarity),
         sign * top1(similarity), 100 * memorized_share(luminance, (LUMINANCE_COPY,))[0],
         100 * memorized_share(copies, (JUDGE_COPY,))[0], fid(column.images, references, judge.features),
         100 * class_accuracy(logits, jobs.labels[named]), alignment(logits.softmax(1), jobs.labels[named]),
