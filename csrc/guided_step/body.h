@@ -35,18 +35,10 @@ typename V::Reg load_grad(const BlockPointers<T>& p, DType grad_dtype, std::int6
 template <class V>
 struct Accumulators {
   typename V::Reg delta = V::zero(), cross = V::zero(), uncond = V::zero(), step = V::zero();
-
-  void add(const Accumulators& other) {
-    delta = V::add(delta, other.delta);
-    cross = V::add(cross, other.cross);
-    uncond = V::add(uncond, other.uncond);
-    step = V::add(step, other.step);
-  }
 };
 
-constexpr std::int64_t kRun = 16;  // vectors summed before they join the block's sum: short sums lose less
+constexpr std::int64_t kRun = 32;  // vectors summed in fp32 before double takes over: short sums lose less
 
-// `count` elements from `offset`: Open reads neighbour and gradient, Step writes prev_sample.
 template <class V, class T, bool Open, bool Step>
 inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t offset,
                           std::int64_t count, Accumulators<V>& sums) {
@@ -78,7 +70,7 @@ inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DTyp
 
 template <class V, class T, bool Open, bool Step>
 void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t size, double* partial) {
-  Accumulators<V> sums;
+  partial[0] = partial[1] = partial[2] = partial[3] = 0;
   for (std::int64_t start = 0; start < size; start += kRun * V::width) {
     const std::int64_t stop = size - start < kRun * V::width ? size : start + kRun * V::width;
     Accumulators<V> run;
@@ -86,12 +78,11 @@ void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtyp
     for (; offset + V::width <= stop; offset += V::width)
       step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, V::width, run);
     if (offset < stop) step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, stop - offset, run);
-    sums.add(run);
+    partial[0] += V::sum(run.delta);
+    partial[1] += V::sum(run.cross);
+    partial[2] += V::sum(run.uncond);
+    partial[3] += V::sum(run.step);
   }
-  partial[0] = V::sum(sums.delta);
-  partial[1] = V::sum(sums.cross);
-  partial[2] = V::sum(sums.uncond);
-  partial[3] = V::sum(sums.step);
 }
 
 template <class V, class T>

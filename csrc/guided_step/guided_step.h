@@ -37,7 +37,7 @@ struct SampleScales {
   bool open;
 };
 
-constexpr std::int64_t kSignalBlock = 4096;  // elements whose signals are summed in fp32 before double takes over
+constexpr std::int64_t kSignalBlock = 4096;  // elements of one unit of work; its signals are summed apart
 
 // Computes elements [begin, end) of one sample and writes the block's four partial signals.
 using GuidedStepBlock = void (*)(const GuidedStepArgs&, const SampleScales&, std::int64_t sample_index,

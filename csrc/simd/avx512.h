@@ -38,11 +38,9 @@ struct Avx512Vec {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static float reduce(Reg v) { return _mm512_reduce_add_ps(v); }
   static double sum(Reg v) {
-    alignas(64) float lanes[width];
-    _mm512_store_ps(lanes, v);
-    double total = 0;
-    for (const float lane : lanes) total += lane;
-    return total;
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
 };
 
