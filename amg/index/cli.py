@@ -48,7 +48,7 @@ def _add_build(commands: Any) -> None:
     build = commands.add_parser(
         "build",
         help="build an index of a folder of images or of Parquet files",
-        description="Build an index. Interrupted, the same command resumes; nothing half-built is ever at OUT.",
+        description="Build an index. Interrupted, the same command resumes; OUT is never half-built.",
     )
     build.add_argument("images", metavar="IMAGES", help="folder of images, Parquet file, or folder of them")
     build.add_argument("--out", required=True, metavar="OUT", help="directory to write; must not exist")
@@ -59,9 +59,7 @@ def _add_build(commands: Any) -> None:
         "default: name.txt beside name.png",
     )
     build.add_argument("--embedder", default="pixels", metavar="SPEC", help=EMBEDDER_HELP)
-    build.add_argument(
-        "--size", type=_size, metavar="N|HxW", help="resize images; pixels must be of one size"
-    )
+    build.add_argument("--size", type=_size, metavar="N|HxW", help="resize images to this size")
     build.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="of embedded rows (float16)"
     )

@@ -110,6 +110,8 @@ def decode_image(content: bytes) -> torch.Tensor:
             return pil_to_tensor(picture)
     except UnreadableImage:
         raise
+    except image_module.UnidentifiedImageError as error:
+        raise UnreadableImage("not an image that Pillow can identify") from error
     except Exception as error:  # PIL and its codecs raise many types on damaged files
         raise UnreadableImage(str(error) or type(error).__name__) from error
 

@@ -71,8 +71,8 @@ def read_state(partial: Path) -> State | None:
 
 def check_identity(state: State, identity: dict[str, Any], partial: Path) -> None:
     """A resumed build must be the same build. Raises IndexBuildError naming what differs."""
-    theirs, ours = state.identity, json.loads(json.dumps(identity))
-    different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    theirs = state.identity
+    different = sorted(key for key in theirs.keys() | identity.keys() if theirs.get(key) != identity.get(key))
     if different:
         raise IndexBuildError(
             f"{partial} holds an unfinished build with a different {', '.join(different)}: "

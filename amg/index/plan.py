@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import torch
+
 from amg.index.captions import Captions
 from amg.index.encode import embedder_record
 from amg.index.errors import IndexBuildError
 from amg.index.fold import DEFAULT_NEAR_DUPLICATE, FoldRule
 from amg.index.images import ImageSource
-from amg.index.store import EmbedderRecord
-from amg.kernels.nl2.contract import MAX_PIXELS
+from amg.index.store import DTYPES, EmbedderRecord
 
 SHARD_IMAGES = 1024
+SHARD_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class BuildPlan:
     on_error: str
     ids: Sequence[str] | None
 
-    @property
-    def shard_images(self) -> int:
-        """Images in a shard: whole batches, so that a resumed build embeds the same batches."""
-        return max(1, SHARD_IMAGES // self.batch_size) * self.batch_size
+    def shard_images(self, dimension: int) -> int:
+        """Images in a shard: whole batches, so that a resumed build embeds the same; ≤ 32 MiB of rows."""
+        row_bytes = dimension * torch.empty((), dtype=DTYPES[self.dtype]).element_size()
+        most = min(SHARD_IMAGES, SHARD_BYTES // row_bytes)
+        return max(1, most // self.batch_size) * self.batch_size
 
     def fold_rule(self, image_size: tuple[int, int] | None) -> FoldRule:
         """What counts as a duplicate; image_size is that of the rows of a pixel index."""
@@ -57,10 +60,10 @@ class BuildPlan:
             "captions": captions.identity,
             "ids": ids,
             "embedder": record,
-            "size": self.size,
+            "size": None if self.size is None else list(self.size),
             "dtype": self.dtype,
             "batch_size": self.batch_size,
-            "shard": self.shard_images,
+            "shard": [SHARD_IMAGES, SHARD_BYTES],
             "near_duplicate": self.near_duplicate,
         }
 
@@ -84,29 +87,17 @@ def make_plan(
         raise IndexBuildError(f'`on_error` must be "skip" or "raise", got {on_error!r}')
     if ids is not None and (len(set(ids)) != len(ids) or not all(isinstance(name, str) for name in ids)):
         raise IndexBuildError("`ids` must be distinct strings")
-    checked_size = _check_size(size)
-    if embedder is None and checked_size is not None:
-        check_pixel_count(checked_size)
     return BuildPlan(
         embedder=embedder,
         record=None if embedder is None else embedder_record(embedder),
         metric=metric,
         dtype="uint8" if embedder is None else dtype,
-        size=checked_size,
+        size=_check_size(size),
         batch_size=batch_size,
         near_duplicate=_check_near_duplicate(near_duplicate, metric),
         on_error=on_error,
         ids=ids,
     )
-
-
-def check_pixel_count(size: tuple[int, int]) -> None:
-    """A row of a pixel index fits the nl2 kernel. Raises IndexBuildError."""
-    if 3 * size[0] * size[1] > MAX_PIXELS:
-        raise IndexBuildError(
-            f"a pixel index takes at most {MAX_PIXELS} values an image (3 * H * W), got {size[0]}x{size[1]}: "
-            "pass a smaller size=(H, W), or an embedder"
-        )
 
 
 def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

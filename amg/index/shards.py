@@ -15,7 +15,7 @@ from amg.index.encode import resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.images import TrainingImage, UnreadableImage
 from amg.index.journal import LogEntry
-from amg.index.plan import BuildPlan, check_pixel_count
+from amg.index.plan import BuildPlan
 from amg.index.store import DTYPES
 
 
@@ -47,7 +47,7 @@ class ShardReader:
         rows: list[torch.Tensor] = []
         entries: list[LogEntry] = []
         digest = ""
-        while len(entries) < self.plan.shard_images:
+        while len(entries) < self._shard_images():
             window = list(islice(self.stream, self.plan.batch_size))
             if not window:
                 break
@@ -67,6 +67,10 @@ class ShardReader:
                 f"(first: {entries[0].id}: {entries[0].reason})"
             )
         return Shard(torch.cat(rows) if rows else self._no_rows(), entries, digest)
+
+    def _shard_images(self) -> int:
+        known = self.plan.embedder is not None or self.image_size is not None
+        return self.plan.shard_images(self.dimension() if known else 1)
 
     def dimension(self) -> int:
         """Length of a row."""
@@ -110,7 +114,6 @@ class ShardReader:
         """[3, H, W] → uint8 [3 * H * W] at the size of the index."""
         size = (image.shape[1], image.shape[2])
         if self.image_size is None:
-            check_pixel_count(size)
             self.image_size = size
         if size != self.image_size:
             if self.plan.size is None:

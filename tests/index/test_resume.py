@@ -1,0 +1,198 @@
+"""Builds that are killed, run out of disk or change under way."""
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from amg.index import Index, IndexBuildError, IndexStorageError
+
+pytest.importorskip("pyarrow")
+
+BUILD = """
+import os, resource, signal, sys
+import torch
+import amg.index.plan
+from amg.index import Index
+
+path, metric, stop, limit = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+amg.index.plan.SHARD_IMAGES = 16
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+images = torch.randint(0, 256, (100, 3, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+images[60:70] = images[5:15]
+
+class Embedder:
+    name, dimension, sha = "toy", 192, "a" * 64
+    seen = 0
+    def __call__(self, batch):
+        self.seen += len(batch)
+        print(self.seen, flush=True)
+        if stop and self.seen > stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch.flatten(1) - 0.5
+
+captions = [f"caption {at % 7}" for at in range(100)]
+embedder = Embedder() if metric == "cosine" else None
+Index.build(images, captions, embedder, path, progress=False, batch_size=8)
+"""
+
+
+def run_build(
+    path: Path, metric: str = "cosine", stop: int = 0, limit: int = 0
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", BUILD, str(path), metric, str(stop), str(limit)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir())
+    assert filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The index that an undisturbed build makes."""
+    path = tmp_path_factory.mktemp("undisturbed") / "whole"
+    assert run_build(path).returncode == 0
+    return path
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path, whole):
+    killed = tmp_path / "killed"
+    first = run_build(killed, stop=60)
+    assert first.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    state = json.loads((tmp_path / "killed.partial" / "state.json").read_text())
+    assert state["position"] == 48 and state["shards"] == 3
+    with open(tmp_path / "killed.partial" / "rows.f16", "ab") as rows:
+        rows.write(b"half a row")  # what a kill between two writes leaves
+    second = run_build(killed)
+    assert second.returncode == 0
+    assert second.stdout.split()[-1] == "52", "48 images were embedded before the kill"
+    assert_same_files(whole, killed)
+    assert not (tmp_path / "killed.partial").exists()
+    index = Index.open(killed, verify=True)
+    assert index.count == 90 and index.counts[5:15].tolist() == [2] * 10
+
+
+def test_a_full_disk_leaves_nothing_half(tmp_path):
+    path = tmp_path / "full"
+    run = run_build(path, limit=1000)
+    assert run.returncode == 1 and "IndexStorageError" in run.stderr
+    assert "disk full while building" in run.stderr and "nothing was left behind" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_later_on_can_be_resumed(tmp_path, whole):
+    path = tmp_path / "full"
+    run = run_build(path, limit=20_000)  # 48 rows of 384 bytes fit, 64 do not
+    assert "free space and run the same build again to resume" in run.stderr and "at image 48" in run.stderr
+    assert not path.exists()
+    assert run_build(path).returncode == 0
+    assert_same_files(whole, path)
+
+
+def test_a_full_disk_in_the_last_step(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(
+        "amg.index.finish.write_manifest", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    )
+    with pytest.raises(IndexStorageError, match="disk full while building"):
+        Index.build(pictures, path=tmp_path / "i", progress=False)
+    assert not (tmp_path / "i").exists()
+    monkeypatch.undo()
+    assert Index.build(pictures, path=tmp_path / "i", progress=False).count == 80
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, pictures) -> Path:
+    """A pixel build of 80 pictures stopped after 32."""
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 16)
+
+    def stopping(images):
+        from PIL.Image import fromarray
+
+        for at, image in enumerate(images):
+            if at == 40:
+                raise KeyboardInterrupt
+            yield fromarray(image.permute(1, 2, 0).numpy())
+
+    with pytest.raises(KeyboardInterrupt):
+        Index.build(stopping(pictures), path=tmp_path / "i", progress=False, batch_size=16)
+    assert not (tmp_path / "i").exists()
+    return tmp_path / "i"
+
+
+def pil_images(pictures: torch.Tensor):
+    from PIL.Image import fromarray
+
+    return (fromarray(image.permute(1, 2, 0).numpy()) for image in pictures)
+
+
+def test_an_interrupted_iterator_resumes(interrupted, pictures, tmp_path):
+    index = Index.build(pil_images(pictures), path=interrupted, progress=False, batch_size=16)
+    assert torch.equal(index.rows, pictures.flatten(1))
+    Index.build(pil_images(pictures), path=tmp_path / "whole", progress=False, batch_size=16)
+    assert_same_files(tmp_path / "whole", interrupted)
+
+
+def test_a_different_build_is_not_resumed(interrupted, pictures):
+    with pytest.raises(
+        IndexBuildError, match=r"unfinished build with a different batch_size, near_duplicate:"
+    ):
+        Index.build(
+            pil_images(pictures), path=interrupted, progress=False, batch_size=8, near_duplicate=False
+        )
+    assert interrupted.with_name("i.partial").is_dir()
+    index = Index.build(pil_images(pictures), path=interrupted, progress=False, batch_size=8, resume=False)
+    assert torch.equal(index.rows, pictures.flatten(1))
+
+
+def test_images_that_changed_are_not_resumed(interrupted, pictures):
+    with pytest.raises(IndexBuildError, match="changed since the build was interrupted"):
+        Index.build(pil_images(pictures.flip(0)), path=interrupted, progress=False, batch_size=16)
+    assert not interrupted.exists()
+
+
+def test_a_second_builder_is_refused(tmp_path, pictures):
+    fcntl = pytest.importorskip("fcntl")
+    partial = tmp_path / "i.partial"
+    partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(IndexBuildError, match="another process is building"):
+            Index.build(pictures, path=tmp_path / "i", progress=False)
+    finally:
+        os.close(handle)
+    assert Index.build(pictures, path=tmp_path / "i", progress=False).count == 80
+
+
+@pytest.mark.slow
+def test_memory_stays_constant(tmp_path):
+    """Peak memory of building 122 MB of rows from an iterator stays near that of building 61 MB."""
+    script = """
+import resource, sys, numpy, PIL.Image
+from amg.index import Index
+count = int(sys.argv[2])
+make = numpy.random.default_rng(0)
+images = (
+    PIL.Image.fromarray(make.integers(0, 256, (4, 4, 3), dtype=numpy.uint8)).resize((96, 96))
+    for _ in range(count)
+)
+Index.build(images, path=sys.argv[1], progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for count in (2200, 4400):
+        command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / str(count)), str(count)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        peaks.append(int(run.stdout))
+    assert peaks[1] - peaks[0] < 30_000, f"peak KiB for 61 MB and 122 MB of rows: {peaks}"
