@@ -1,7 +1,7 @@
-"""Anti-memorization guidance in float64, one sample at a time, written from the equations of arXiv 2404.00922.
+"""Anti-memorization guidance in float64, one sample at a time, from the equations of arXiv 2404.00922.
 
-It imports nothing of the package. Every gradient is autograd's; x_t, eps and x0_hat are [C, H, W], images in [0, 1]
-are flattened to [N], sigma is larger = closer. `Look` maps x0_hat to (sigma, neighbour's row), differentiably.
+It imports nothing of the package. Every gradient is autograd's; x_t, eps and x0_hat are [C, H, W], images in
+[0, 1] are flattened to [N], sigma is larger = closer. `Look` maps x0_hat to (sigma, neighbour's row).
 """
 
 import math
@@ -33,7 +33,9 @@ def cosine(embedding: Tensor, rows: Tensor) -> tuple[Tensor, int]:
     return every[row], row
 
 
-def nl2(image: Tensor, rows: Tensor, k: int = 50, alpha: float = 0.5, held: bool = True) -> tuple[Tensor, int]:
+def nl2(
+    image: Tensor, rows: Tensor, k: int = 50, alpha: float = 0.5, held: bool = True
+) -> tuple[Tensor, int]:
     """sigma = -l2(x0, n0) / (alpha·mean of l2 over the k nearest); `held`: the denominator is a constant."""
     distances = l2(image[None], rows)
     nearest = distances.argsort()[:k]
@@ -120,8 +122,14 @@ def released_eps(
     return eps
 
 
-def ddim_step(x_t: Tensor, eps: Tensor, noise: Tensor, alpha_bar: float, alpha_bar_previous: float, eta: float) -> Tensor:
+def ddim_step(
+    x_t: Tensor, eps: Tensor, noise: Tensor, alpha_bar: float, alpha_bar_previous: float, eta: float
+) -> Tensor:
     """Step 7 for DDIM (Song et al. 2021, eq. 12 and 16); eta = 1 is DDPM with the posterior variance."""
-    sigma = eta * math.sqrt((1 - alpha_bar_previous) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_previous)
+    sigma = (
+        eta
+        * math.sqrt((1 - alpha_bar_previous) / (1 - alpha_bar))
+        * math.sqrt(1 - alpha_bar / alpha_bar_previous)
+    )
     towards = math.sqrt(1 - alpha_bar_previous - sigma**2) * eps
     return math.sqrt(alpha_bar_previous) * predict_x0(x_t, eps, alpha_bar) + towards + sigma * noise

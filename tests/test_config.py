@@ -8,8 +8,14 @@ import pytest
 from amg.config import PRESETS, AMGConfig
 
 PROMISES = {
-    ("main", "cosine"): 0.5, ("main", "nl2"): -1.4, ("strong", "cosine"): 0.4, ("strong", "nl2"): -1.6,
-    ("released", "cosine"): 0.5, ("released", "nl2"): -1.4, ("off", "cosine"): 0.5, ("off", "nl2"): -1.4,
+    ("main", "cosine"): 0.5,
+    ("main", "nl2"): -1.4,
+    ("strong", "cosine"): 0.4,
+    ("strong", "nl2"): -1.6,
+    ("released", "cosine"): 0.5,
+    ("released", "nl2"): -1.4,
+    ("off", "cosine"): 0.5,
+    ("off", "nl2"): -1.4,
 }
 METRICS = ["cosine", "nl2"]
 
@@ -36,14 +42,25 @@ def test_released_keeps_the_authors_numbers() -> None:
     config = AMGConfig.preset("released").for_metric("cosine")
     assert (config.c1, config.c2, config.c3) == (13.0, 1 / 0.3, 100.0)
     assert (config.threshold_schedule, config.lambda_min, config.lambda_max) == ("exponential", 0.3, 0.4)
-    assert (config.form, config.rewind_at, config.step_length, config.gradient) == ("released", (), "constant", "frozen")
+    assert (config.form, config.rewind_at, config.step_length, config.gradient) == (
+        "released",
+        (),
+        "constant",
+        "frozen",
+    )
 
 
 def test_off_does_nothing() -> None:
     for metric in METRICS:
         config = AMGConfig.preset("off").for_metric(metric)
         assert not config.active
-        assert (config.c1, config.c2, config.c3, config.rewind_at, config.on_memorized) == (0, 0, 0, (), "flag")
+        assert (config.c1, config.c2, config.c3, config.rewind_at, config.on_memorized) == (
+            0,
+            0,
+            0,
+            (),
+            "flag",
+        )
 
 
 def test_overrides_win_over_presets() -> None:
@@ -92,7 +109,9 @@ def test_impossible_values_are_refused_by_name(options: dict, named: str) -> Non
         AMGConfig.preset("main", **options)
 
 
-@pytest.mark.parametrize("name", ["threshold", "lambda_min", "lambda_max", "rewind_threshold", "guidance_scale"])
+@pytest.mark.parametrize(
+    "name", ["threshold", "lambda_min", "lambda_max", "rewind_threshold", "guidance_scale"]
+)
 def test_a_nan_threshold_is_refused(name: str) -> None:
     """`similarity > nan` is False: the gate would stay closed and the promise would hold of everything."""
     with pytest.raises(ValueError, match=f"`{name}`"):

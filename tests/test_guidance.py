@@ -21,7 +21,9 @@ def normal(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize(("s0", "c1", "c2"), [(7.5, 10.0, 3.0), (7.5, 1.0, 2.0), (3.0, 0.0, 9.0), (1.0, 4.0, 4.0), (0.5, 4.0, 4.0)])
+@pytest.mark.parametrize(
+    ("s0", "c1", "c2"), [(7.5, 10.0, 3.0), (7.5, 1.0, 2.0), (3.0, 0.0, 9.0), (1.0, 4.0, 4.0), (0.5, 4.0, 4.0)]
+)
 def test_scales_equal_the_paper(s0: float, c1: float, c2: float) -> None:
     found = guidance.scales(torch.tensor(SIGMAS, dtype=torch.float64), s0, c1, c2, 30.0)
     expected = torch.tensor([oracle.scales(sigma, s0, c1, c2) for sigma in SIGMAS], dtype=torch.float64)
@@ -137,7 +139,9 @@ def test_newton_lands_on_lambda_for_a_linear_similarity_unless_clipped(
     sigma: list[float], threshold: float, steepness: float
 ) -> None:
     similarity = torch.tensor(sigma, dtype=torch.float64)
-    gradient = steepness * torch.randn(len(sigma), 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradient = steepness * torch.randn(
+        len(sigma), 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     shift = guidance.newton_shift(gradient, similarity, threshold, limit=0.5)
     reached = similarity + (gradient * shift).flatten(1).sum(1)
     size = shift.flatten(1).square().mean(1).sqrt()
@@ -154,7 +158,9 @@ def test_newton_lands_on_lambda_for_a_linear_similarity_unless_clipped(
 
 
 def test_newton_limit_scales_with_the_values_of_x0_hat() -> None:
-    shift = guidance.newton_shift(torch.full((1, 3, 4, 4), 1e-6), torch.tensor([0.9]), 0.1, limit=0.25, scale=4.0)
+    shift = guidance.newton_shift(
+        torch.full((1, 3, 4, 4), 1e-6), torch.tensor([0.9]), 0.1, limit=0.25, scale=4.0
+    )
     assert float(shift.square().mean().sqrt()) == pytest.approx(1.0, rel=1e-5)
     assert float(guidance.newton_shift(torch.zeros(1, 3, 4, 4), torch.tensor([0.9]), 0.1).abs().max()) == 0
 

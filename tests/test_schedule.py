@@ -30,7 +30,12 @@ def normal(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-EXPOSED = [(name, kind) for name in EXPOSING for kind in KINDS if (name, kind) != ("EulerAncestralDiscreteScheduler", "sample")]
+EXPOSED = [
+    (name, kind)
+    for name in EXPOSING
+    for kind in KINDS
+    if (name, kind) != ("EulerAncestralDiscreteScheduler", "sample")
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), EXPOSED)  # diffusers has no ancestral Euler for "sample"
@@ -70,7 +75,9 @@ def test_alpha_bar_of_pndm_is_that_of_each_of_its_timesteps() -> None:
         assert alpha_bar_at(scheduler, step) == float(scheduler.alphas_cumprod[t])
 
 
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
 def test_alpha_bar_follows_karras_sigmas(name: str) -> None:
     scheduler = make(name, use_karras_sigmas=True)
     for step in range(10):
@@ -80,7 +87,9 @@ def test_alpha_bar_follows_karras_sigmas(name: str) -> None:
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("options", [{}, {"steps_offset": 1, "set_alpha_to_one": False}, {"timestep_spacing": "trailing"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"steps_offset": 1, "set_alpha_to_one": False}, {"timestep_spacing": "trailing"}]
+)
 def test_ddim_coefficients_reproduce_its_step(eta: float, steps: int, options: dict) -> None:
     scheduler = make("DDIMScheduler", steps, **options)
     sample = normal(0)
@@ -135,7 +144,12 @@ def test_ddim_coefficients_equal_the_published_equation(eta: float) -> None:
 
 
 def test_no_closed_form_is_invented_for_other_schedulers() -> None:
-    for name in ("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler"):
+    for name in (
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "PNDMScheduler",
+    ):
         with pytest.raises(ValueError, match=f"got {name}"):
             step_coefficients(make(name), 0)
 
@@ -177,14 +191,19 @@ def test_unknown_parameterisations_are_refused_both_ways() -> None:
 
 
 def test_v_prediction_is_defined_at_zero_terminal_snr() -> None:
-    """alpha_bar = 0 there: x0_hat = sqrt(alpha_bar)·x_t - sqrt(1 - alpha_bar)·v = -v, as the scheduler itself says."""
+    """alpha_bar = 0 there: x0_hat = sqrt(alpha_bar)·x_t - sqrt(1 - alpha_bar)·v = -v."""
     scheduler = make(
-        "DDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        "DDIMScheduler",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )
     sample, v = normal(1), normal(2)
     assert float(scheduler.alphas_cumprod[scheduler.timesteps[0]]) == 0
     prediction = Prediction("v_prediction", alpha_bar_at(scheduler, 0))
-    torch.testing.assert_close(prediction.x0_hat(prediction.to_eps(v, sample), sample), -v, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(
+        prediction.x0_hat(prediction.to_eps(v, sample), sample), -v, rtol=5e-3, atol=5e-3
+    )
 
 
 @pytest.mark.parametrize("schedule", ["parabolic", "constant", "exponential"])

@@ -1,4 +1,4 @@
-"""A small, deterministic denoiser that memorises what its condition says, and small indexes of the same pictures."""
+"""A small, deterministic denoiser that memorises what its condition says; indexes of the same pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 import amg
 from amg.predict import Conditions, Denoiser
 
-SIZE, COUNT, TRAIN_STEPS = 8, 60, 1000
+SIZE, COUNT, TRAIN_STEPS, CAPTION_WEIGHT = 8, 60, 1000, 0.1
 
 
 def training_pictures() -> Tensor:
@@ -25,15 +25,15 @@ def training_pictures() -> Tensor:
 
 @dataclass(frozen=True)
 class ToyEmbedder:
-    """Pooled, centred pixels through a fixed layer, [B, 12]; deliberately not normalised."""
+    """Pooled, centred pixels through a fixed layer, [B, 40]; deliberately not normalised."""
 
     name: str = "toy"
-    dimension: int = 12
+    dimension: int = 40
     sha: str = "ab" * 32
     preprocessing: str = "pooled to 4x4"
 
     def weight(self) -> Tensor:
-        return torch.randn(48, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 7
+        return torch.randn(48, 40, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / 7
 
     def __call__(self, images: Tensor) -> Tensor:
         pooled = torch.nn.functional.adaptive_avg_pool2d(images - 0.5, 4).flatten(1)
@@ -41,13 +41,12 @@ class ToyEmbedder:
         return projected + 0.3 * projected**3
 
 
-def build(metric: str, path: Path, repeats: int = 1) -> amg.Index:
-    """An index of the pictures, captions "picture i"; `repeats` copies of picture 0 first."""
-    pictures = training_pictures()
-    pictures = torch.cat([pictures[:1].expand(repeats - 1, -1, -1, -1), pictures])
-    captions = ["picture 0"] * (repeats - 1) + [f"picture {i}" for i in range(COUNT)]
+def build(metric: str, path: Path, frequent: bool = False) -> amg.Index:
+    """An index of the pictures, captions "picture i"; with `frequent` every other one "picture 0"."""
+    captions = [f"picture {0 if frequent and i % 2 == 0 else i}" for i in range(COUNT)]
     embedder = ToyEmbedder() if metric == "cosine" else None
-    return amg.Index.build(pictures, captions, embedder, path, dtype="float32", near_duplicate=False, progress=False)
+    options: dict[str, Any] = {"dtype": "float32", "near_duplicate": False, "progress": False}
+    return amg.Index.build(training_pictures(), captions, embedder, path, **options)
 
 
 @dataclass
@@ -92,12 +91,16 @@ def conditions(rows: Sequence[int], weights: Sequence[float], guided: bool = Tru
 
 
 def encode_captions(captions: Sequence[str]) -> Mapping[str, Tensor]:
-    return picture_condition([int(caption.split()[1]) for caption in captions], [0.9] * len(captions))
+    return picture_condition(
+        [int(caption.split()[1]) for caption in captions], [CAPTION_WEIGHT] * len(captions)
+    )
 
 
 def decode(x0: Tensor) -> Tensor:
     return x0 / 2 + 0.5
 
 
-def denoiser(network: ToyNetwork, *, pixels: bool = True, prediction_type: str = "epsilon", text: bool = True) -> Denoiser:
+def denoiser(
+    network: ToyNetwork, *, pixels: bool = True, prediction_type: str = "epsilon", text: bool = True
+) -> Denoiser:
     return Denoiser(network, decode, prediction_type, pixels, encode_captions if text else None)

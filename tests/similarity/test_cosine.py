@@ -51,7 +51,9 @@ def test_embedding_gradient_equals_autograd() -> None:
     neighbour = torch.nn.functional.normalize(torch.randn(6, 32, generator=generator, dtype=torch.float64))
     sigma = (neighbour * embedding).sum(1) / embedding.norm(dim=1)
     (expected,) = torch.autograd.grad(sigma.sum(), embedding)
-    torch.testing.assert_close(embedding_gradient(embedding.detach(), neighbour), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        embedding_gradient(embedding.detach(), neighbour), expected, rtol=1e-10, atol=1e-10
+    )
     across = (embedding_gradient(embedding.detach(), neighbour) * embedding.detach()).sum(1)
     assert float(across.abs().max()) < 1e-12  # sigma does not change with the embedding's length
 
@@ -70,7 +72,9 @@ def test_the_newton_step_comes_close_to_lambda(index: amg.Index, similarity: Cos
     threshold = float(measured.similarity.min()) - 0.02
     moved = x0_hat + similarity.shift(x0_hat, measured, threshold)
     for row, one in enumerate(moved.double()):
-        sigma = oracle.cosine(toy.ToyEmbedder()(toy.decode(one)[None])[0], index.rows[measured.row[row]][None].double())[0]
+        sigma = oracle.cosine(
+            toy.ToyEmbedder()(toy.decode(one)[None])[0], index.rows[measured.row[row]][None].double()
+        )[0]
         before = float(measured.similarity[row])
         assert abs(float(sigma) - threshold) < 0.35 * (before - threshold)
 
@@ -81,7 +85,9 @@ def test_one_newton_step_is_the_first_order_solution(similarity: CosineSimilarit
     threshold = float(measured.similarity.min()) - 1e-3
     gradient, shift = similarity.gradient(x0_hat, measured), similarity.shift(x0_hat, measured, threshold)
     change = (gradient * shift).flatten(1).sum(1)
-    torch.testing.assert_close(measured.similarity + change, torch.full((5,), threshold), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        measured.similarity + change, torch.full((5,), threshold), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -95,7 +101,12 @@ def test_non_finite_x0_hat_raises(similarity: CosineSimilarity, bad: float) -> N
 
 def test_half_precision_rows_are_read_as_float32(tmp_path: Path) -> None:
     index = amg.Index.build(
-        toy.training_pictures(), None, toy.ToyEmbedder(), tmp_path / "half.amg", near_duplicate=False, progress=False
+        toy.training_pictures(),
+        None,
+        toy.ToyEmbedder(),
+        tmp_path / "half.amg",
+        near_duplicate=False,
+        progress=False,
     )
     assert index.rows.dtype == torch.float16
     similarity, x0_hat = CosineSimilarity(index, toy.decode), inside(2)

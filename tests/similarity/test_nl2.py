@@ -41,7 +41,9 @@ def test_measure_equals_the_definition(index: amg.Index, similarity: NL2Similari
         sigma, nearest = oracle.nl2(image, rows_of(index))
         assert int(measured.row[row]) == nearest
         assert float(measured.similarity[row]) == pytest.approx(float(sigma), rel=1e-5)
-        assert float(measured.extras["distance"][row]) == pytest.approx(float(oracle.l2(image, rows_of(index)[nearest])), rel=1e-5)
+        assert float(measured.extras["distance"][row]) == pytest.approx(
+            float(oracle.l2(image, rows_of(index)[nearest])), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -51,8 +53,14 @@ def test_closed_gradients_equal_autograd(held: bool) -> None:
     images = torch.rand(6, 30, generator=generator, dtype=torch.float64)
     nearest = torch.stack([rows[oracle.l2(image[None], rows).argsort()[:50]] for image in images])
     distance = torch.stack([oracle.l2(image, row[0]) for image, row in zip(images, nearest, strict=True)])
-    denominator = 0.5 * torch.stack([oracle.l2(a[None], b).mean() for a, b in zip(images, nearest, strict=True)])
-    found = nl2_gradient(images, nearest[:, 0], distance, denominator) if held else nl2_gradient_full(images, nearest)
+    denominator = 0.5 * torch.stack(
+        [oracle.l2(a[None], b).mean() for a, b in zip(images, nearest, strict=True)]
+    )
+    found = (
+        nl2_gradient(images, nearest[:, 0], distance, denominator)
+        if held
+        else nl2_gradient_full(images, nearest)
+    )
     leaf = images.clone().requires_grad_()
     sigma = torch.stack([oracle.nl2(image, rows, held=held)[0] for image in leaf])
     (expected,) = torch.autograd.grad(sigma.sum(), leaf)
