@@ -12,18 +12,34 @@ from amg.verdict import MemorizedError, Neighbour, TraceStep, Verdict
 
 if TYPE_CHECKING:
     from amg.index import Hits, Index
-    from amg.integrations import protect, unprotect
+    from amg.integrations.protect import protect as protect
+    from amg.integrations.protect import unprotect as unprotect
     from amg.integrations.sampler import Sampler, SamplerOutput
     from amg.scheduler import AMGScheduler
 
 __version__ = "0.1.0"
 __all__ = [
-    "AMGConfig", "AMGScheduler", "Hits", "Index", "MemorizedError", "Neighbour", "Sampler", "SamplerOutput", "TraceStep",
-    "Verdict", "protect", "unprotect",
+    "AMGConfig",
+    "AMGScheduler",
+    "Hits",
+    "Index",
+    "MemorizedError",
+    "Neighbour",
+    "Sampler",
+    "SamplerOutput",
+    "TraceStep",
+    "Verdict",
+    "protect",
+    "unprotect",
 ]
 _LAZY = {
-    "AMGScheduler": "amg.scheduler", "Hits": "amg.index", "Index": "amg.index", "Sampler": "amg.integrations.sampler", "SamplerOutput": "amg.integrations.sampler",
-    "protect": "amg.integrations.protect", "unprotect": "amg.integrations.protect",
+    "AMGScheduler": "amg.scheduler",
+    "Hits": "amg.index",
+    "Index": "amg.index",
+    "Sampler": "amg.integrations.sampler",
+    "SamplerOutput": "amg.integrations.sampler",
+    "protect": "amg.integrations.protect",
+    "unprotect": "amg.integrations.protect",
 }
 
 

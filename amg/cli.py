@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from amg.embed.cli import add_parser as add_embedder
     from amg.index.cli import add_parser as add_index
 
-    parser = argparse.ArgumentParser(prog="amg", description="Sample from diffusion models without regurgitating training images.")
+    parser = argparse.ArgumentParser(
+        prog="amg", description="Sample from diffusion models without regurgitating training images."
+    )
     parser.add_argument("--version", action="version", version=f"amg {amg.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
@@ -38,25 +40,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_sample(commands: Any) -> None:
     parser = commands.add_parser(
-        "sample", help="sample from a model, guided away from an index and checked against it",
+        "sample",
+        help="sample from a model, guided away from an index and checked against it",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd")
-    parser.add_argument("--index", type=Path, required=True, help="index of the training set (`amg index build`)")
-    parser.add_argument("--embedder", help="what made the index, if not pixels: photos, sscd:FILE, open_clip:MODEL:FILE")
-    parser.add_argument("--also", type=Path, action="append", default=[], help="another pixel index for the final check")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd"
+    )
+    parser.add_argument(
+        "--index", type=Path, required=True, help="index of the training set (`amg index build`)"
+    )
+    parser.add_argument(
+        "--embedder", help="what made the index, if not pixels: photos, sscd:FILE, open_clip:MODEL:FILE"
+    )
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="another pixel index for the final check"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
     what.add_argument("--prompts", type=Path, help="a file with one prompt a line, or JSONL with `caption`")
-    what.add_argument("--class", dest="label", type=int, help="class of a class-conditional model (default: none)")
+    what.add_argument(
+        "--class", dest="label", type=int, help="class of a class-conditional model (default: none)"
+    )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="how guidance acts")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--scheduler", help="a diffusers scheduler: ddpm, ddim, pndm, euler, euler-a, dpm++, unipc (default: the model's own)")
+    parser.add_argument(
+        "--scheduler",
+        help="ddpm, ddim, pndm, euler, euler-a, dpm++ or unipc (default: the model's own scheduler)",
+    )
     parser.add_argument("--guidance-scale", type=float, help="s0 (default: 7.5, and 2 for pixel models)")
     parser.add_argument("--images", type=int, default=1, help="images per prompt, or in all without prompts")
-    parser.add_argument("--batch-size", type=int, default=8, help="images sampled together; changes nothing else")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next have the next seeds")
-    parser.add_argument("--on-memorized", choices=("resample", "block", "flag", "raise"), help="what to do with a copy")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="images sampled together; changes nothing else"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; the next have the next seeds"
+    )
+    parser.add_argument(
+        "--on-memorized", choices=("resample", "block", "flag", "raise"), help="what to do with a copy"
+    )
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNGs and verdicts.jsonl; resumes")
     parser.set_defaults(run=_sample)
@@ -64,10 +86,13 @@ def add_sample(commands: Any) -> None:
 
 def add_demo(commands: Any) -> None:
     parser = commands.add_parser(
-        "demo", help="the bundled models, unguided and guided, with a report",
+        "demo",
+        help="the bundled models, unguided and guided, with a report",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the report, the indexes and the pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder for the report, the indexes and the pictures"
+    )
     parser.add_argument("--images", type=int, default=64, help="images per model and column")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
@@ -89,7 +114,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from amg import info
 
-    print(info.text())
+    print(info.info_text())
     return 0
 
 

@@ -19,8 +19,8 @@ _CHOICES = {
 class AMGConfig:
     """Options of anti-memorization guidance; frozen. Build one with `AMGConfig.preset(name, **overrides)`.
 
-    Similarities and thresholds are sigma of ALGORITHM.md: larger is closer, cosine in [-1, 1], or -nL2. A field left
-    None is filled in from the preset once the index's metric is known (`for_metric`).
+    Similarities and thresholds are sigma of ALGORITHM.md: larger is closer, cosine in [-1, 1], or -nL2. A
+    field left None is filled in from the preset once the index's metric is known (`for_metric`).
     """
 
     preset_name: str = "main"
@@ -29,15 +29,15 @@ class AMGConfig:
     guidance_scale: float = 7.5
     """s0, for `Sampler` and `AMGScheduler`; a protected pipeline's own argument wins."""
     form: str = "paper"
-    """"paper": terms and gates as published. "released": the authors' code. Cosine: ungated c1, its own scales and
-    order, similarity measured again after the first two terms. nL2: s3 = c3·(sigma - lambda_t), which is its shift of
-    the posterior mean by variance·c3·(threshold - nL2)·grad nL2; unlike there, x0_hat is measured, not x_t against a
-    re-noised training set."""
+    """"paper": terms and gates as published. "released": the authors' code. Cosine: ungated c1, its own
+    scales and order, similarity measured again after the first two terms. nL2: s3 = c3·(sigma - lambda_t),
+    which is its shift of the posterior mean by variance·c3·(threshold - nL2)·grad nL2; unlike there, x0_hat
+    is measured, not x_t against a re-noised training set."""
     threshold: float | None = None
     """The promise: a delivered image is memorised when its similarity exceeds this."""
     threshold_schedule: str = "parabolic"
-    """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max, "exponential"
-    lambda_min + (lambda_max - lambda_min)·exp(-threshold_decay·t), t on the 0-1000 scale."""
+    """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max,
+    "exponential" lambda_min + (lambda_max - lambda_min)·exp(-threshold_decay·t), t on the 0-1000 scale."""
     threshold_decay: float | None = None
     """Rate of the exponential lambda_t."""
     lambda_min: float | None = None
@@ -51,7 +51,8 @@ class AMGConfig:
     c3: float | None = None
     """Dissimilarity with `step_length="constant"`: s3 = c3. With "exact": 0 turns the term off."""
     gradient: str = "frozen"
-    """"frozen" holds the noise prediction constant in the gradient of sigma; "full" goes through the denoiser."""
+    """"frozen" holds the noise prediction constant in the gradient of sigma; "full" goes through the
+    denoiser."""
     step_length: str | None = None
     """"constant": c3. "exact": the length along the same direction that brings sigma to lambda_t."""
     gated: bool = True
@@ -69,8 +70,8 @@ class AMGConfig:
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"
-    """"resample" (run that sample again with the `strong` preset, then block), "block" (a blank image), "flag",
-    "raise"."""
+    """"resample" (run that sample again with the `strong` preset, then block), "block" (a blank image),
+    "flag", "raise"."""
     max_retries: int = 3
     """Whole re-runs of one sample before it is blocked."""
 
@@ -121,26 +122,83 @@ class AMGConfig:
 
 _OFF = {"c1": 0.0, "c2": 0.0, "c3": 0.0, "step_length": "constant", "rewind_at": ()}
 _FORMS: dict[str, dict[str, Any]] = {
-    "released": {"form": "released", "threshold_schedule": "exponential", "rewind_at": (), "step_length": "constant"},
+    "released": {
+        "form": "released",
+        "threshold_schedule": "exponential",
+        "rewind_at": (),
+        "step_length": "constant",
+    },
     "off": {"on_memorized": "flag"},
 }
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "main": {
-        "cosine": {"threshold": 0.5, "lambda_min": 0.3, "lambda_max": 0.45, "c1": 10.0, "c2": 3.0, "c3": 1.0,
-                   "step_length": "exact", "rewind_at": (0.5, 0.8), "rewind_threshold": 0.5, "rewind_guidance": 1.0},
-        "nl2": {"threshold": -1.4, "lambda_min": -1.6, "lambda_max": -1.45, "c1": 0.0, "c2": 0.0, "c3": 1.0,
-                "step_length": "exact", "rewind_at": (0.56, 0.8), "rewind_threshold": -1.5},
+        "cosine": {
+            "threshold": 0.5,
+            "lambda_min": 0.3,
+            "lambda_max": 0.45,
+            "c1": 10.0,
+            "c2": 3.0,
+            "c3": 1.0,
+            "step_length": "exact",
+            "rewind_at": (0.5, 0.8),
+            "rewind_threshold": 0.5,
+            "rewind_guidance": 1.0,
+        },
+        "nl2": {
+            "threshold": -1.4,
+            "lambda_min": -1.6,
+            "lambda_max": -1.45,
+            "c1": 0.0,
+            "c2": 0.0,
+            "c3": 1.0,
+            "step_length": "exact",
+            "rewind_at": (0.56, 0.8),
+            "rewind_threshold": -1.5,
+        },
     },
     "strong": {
-        "cosine": {"threshold": 0.4, "lambda_min": 0.25, "lambda_max": 0.35, "c1": 10.0, "c2": 3.0, "c3": 1.0,
-                   "step_length": "exact", "rewind_at": (0.5, 0.8), "rewind_threshold": 0.4, "rewind_guidance": 1.0},
-        "nl2": {"threshold": -1.6, "lambda_min": -1.8, "lambda_max": -1.65, "c1": 0.0, "c2": 0.0, "c3": 1.0,
-                "step_length": "exact", "rewind_at": (0.56, 0.8), "rewind_threshold": -1.65},
+        "cosine": {
+            "threshold": 0.4,
+            "lambda_min": 0.25,
+            "lambda_max": 0.35,
+            "c1": 10.0,
+            "c2": 3.0,
+            "c3": 1.0,
+            "step_length": "exact",
+            "rewind_at": (0.5, 0.8),
+            "rewind_threshold": 0.4,
+            "rewind_guidance": 1.0,
+        },
+        "nl2": {
+            "threshold": -1.6,
+            "lambda_min": -1.8,
+            "lambda_max": -1.65,
+            "c1": 0.0,
+            "c2": 0.0,
+            "c3": 1.0,
+            "step_length": "exact",
+            "rewind_at": (0.56, 0.8),
+            "rewind_threshold": -1.65,
+        },
     },
     "released": {
-        "cosine": {"threshold": 0.5, "lambda_min": 0.3, "lambda_max": 0.4, "c1": 13.0, "c2": 1 / 0.3, "c3": 100.0},
-        "nl2": {"threshold": -1.4, "lambda_min": -1.95, "lambda_max": -1.5, "threshold_decay": 0.025 / 4, "c1": 0.0,
-                "c2": 0.0, "c3": 80000.0},
+        "cosine": {
+            "threshold": 0.5,
+            "lambda_min": 0.3,
+            "lambda_max": 0.4,
+            "c1": 13.0,
+            "c2": 1 / 0.3,
+            "c3": 100.0,
+        },
+        "nl2": {
+            "threshold": -1.4,
+            "lambda_min": -1.95,
+            "lambda_max": -1.5,
+            "threshold_decay": 0.025 / 4,
+            "c1": 0.0,
+            "c2": 0.0,
+            "c3": 80000.0,
+        },
     },
     "off": {
         "cosine": {"threshold": 0.5, "lambda_min": 1.0, "lambda_max": 1.0, **_OFF},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,25 @@ COLUMNS = ("off", "released", "main", "strong")
 LUMINANCE_COPY = 0.9
 JUDGE_COPY = 0.5
 COLUMN_NAMES = (
-    "guidance", "memorised %", "before the final check %", "Top5%", "Top1", "luminance judge %", "network judge %", "FID",
-    "subject %", "alignment", "evaluations/image", "s/image",
+    "guidance",
+    "memorised %",
+    "before the final check %",
+    "Top5%",
+    "Top1",
+    "luminance judge %",
+    "network judge %",
+    "FID",
+    "subject %",
+    "alignment",
+    "evaluations/image",
+    "s/image",
 )
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """What one model is asked to draw: per image its kind, prompt text, condition, intended subject (or -1) and seed."""
+    """What one model is asked to draw: per image its kind, prompt text, condition, intended subject (or -1)
+    and seed."""
 
     kinds: list[str]
     prompts: list[str]
@@ -47,7 +58,8 @@ class Jobs:
 
 @dataclass(frozen=True)
 class Column:
-    """One preset's pictures of one model, float32 [N, 3, H, W] in [0, 1], their verdicts and the seconds they took."""
+    """One preset's pictures of one model, float32 [N, 3, H, W] in [0, 1], their verdicts and the seconds they
+    took."""
 
     images: Tensor
     verdicts: list[Verdict]
@@ -68,8 +80,14 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
         assert section.table is not None
         print(f"\n{section.title}\n{table_text(section.table)}\n", flush=True)
     report = Report(
-        title="Anti-memorization guidance on models that memorise", sections=sections,
-        configuration={"images per model": images, "first seed": seed, "steps": steps, "columns": ", ".join(COLUMNS)},
+        title="Anti-memorization guidance on models that memorise",
+        sections=sections,
+        configuration={
+            "images per model": images,
+            "first seed": seed,
+            "steps": steps,
+            "columns": ", ".join(COLUMNS),
+        },
         versions={name: str(value) for name, value in info.info().items() if not isinstance(value, Mapping)},
         command=f"amg demo --out {out} --images {images} --seed {seed} --steps {steps}",
         created=time.strftime("%Y-%m-%d %H:%M"),
@@ -83,12 +101,21 @@ def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: Pho
     data = training_set(32 if name == "photos-ddpm" else 64)
     index, pipe = open_index(name, out / f"{name}.amg"), open_pipeline(name)
     jobs = (class_jobs if name == "photos-ddpm" else caption_jobs)(count, seed, data)
-    columns = {preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}") for preset in COLUMNS}
+    columns = {
+        preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}") for preset in COLUMNS
+    }
     references = data.images.float() / 255
-    luminance = {preset: luminance_correlation(column.images, references)[0] for preset, column in columns.items()}
+    luminance = {
+        preset: luminance_correlation(column.images, references)[0] for preset, column in columns.items()
+    }
     copies = {preset: judge.copy_probability(column.images) for preset, column in columns.items()}
-    rows = [measure(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset]) for preset in COLUMNS]
-    return _describe(name, index, jobs, data, columns, luminance, copies, Table(COLUMN_NAMES, rows, _notes(name, data)))
+    rows = [
+        measure(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset])
+        for preset in COLUMNS
+    ]
+    return _describe(
+        name, index, jobs, data, columns, luminance, copies, Table(COLUMN_NAMES, rows, _notes(name, data))
+    )
 
 
 def config_for(preset: str) -> AMGConfig:
@@ -109,7 +136,7 @@ def open_index(name: str, path: Path) -> Any:
     from amg.embed.photos import load_photos
 
     if not path.exists():
-        return zoo.buildopen_index(name, path)
+        return zoo.build_index(name, path)
     return amg.Index.open(path, load_photos() if name == "photos-sd" else None)
 
 
@@ -118,7 +145,9 @@ def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     guided = count - count // 4
     labels = torch.tensor([DUPLICATED[i % len(DUPLICATED)] for i in range(guided)])
     kinds = ["class"] * guided + ["unconditional"] * (count - guided)
-    prompts = [f"class {label}: {PHOTOS[label].key}" for label in labels.tolist()] + ["unconditional"] * (count - guided)
+    prompts = [f"class {label}: {PHOTOS[label].key}" for label in labels.tolist()] + ["unconditional"] * (
+        count - guided
+    )
     conditions: list[tuple[dict[str, Any], slice]] = [
         ({"class_labels": labels, "guidance_scale": 2.0}, slice(0, guided)),
         ({"batch_size": count - guided}, slice(guided, count)),
@@ -128,7 +157,8 @@ def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
 
 
 def caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
-    """Three quarters of the pictures from the specific captions, one quarter from ordinary ones no crop has."""
+    """Three quarters of the pictures from the specific captions, one quarter from ordinary ones no crop
+    has."""
     known, specific = set(data.captions), [row for row in range(len(data.ids)) if data.counts[row] > 1]
     ordinary = [
         (f"a photo of {photo.subjects[0]}, {place}", label)
@@ -155,7 +185,9 @@ def draw(pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title
     with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:
         for condition, where in jobs.conditions:
             generators = [torch.Generator().manual_seed(seed) for seed in jobs.seeds[where]]
-            out = sampler(**condition, generator=generators, num_inference_steps=steps, output_type="pt", progress=False)
+            out = sampler(
+                **condition, generator=generators, num_inference_steps=steps, output_type="pt", progress=False
+            )
             images.append(out.images)
             verdicts += out.amg
             bar.update(len(out.amg))
@@ -165,7 +197,13 @@ def draw(pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title
 
 
 def measure(
-    title: str, column: Column, jobs: Jobs, judge: PhotosJudge, references: Tensor, luminance: Tensor, copies: Tensor
+    title: str,
+    column: Column,
+    jobs: Jobs,
+    judge: PhotosJudge,
+    references: Tensor,
+    luminance: Tensor,
+    copies: Tensor,
 ) -> list[str | float]:
     """One row of the table, in the order of `COLUMN_NAMES`."""
     similarity = torch.tensor([verdict.similarity for verdict in column.verdicts])
@@ -175,34 +213,58 @@ def measure(
     named = jobs.labels >= 0
     logits = judge(column.images[named])[0]
     return [
-        title, 100 * delivered.float().mean().item(), 100 * late.float().mean().item(), sign * top5(similarity),
-        sign * top1(similarity), 100 * memorized_share(luminance, (LUMINANCE_COPY,))[0],
-        100 * memorized_share(copies, (JUDGE_COPY,))[0], fid(column.images, references, judge.features),
-        100 * class_accuracy(logits, jobs.labels[named]), alignment(logits.softmax(1), jobs.labels[named]),
-        sum(verdict.evaluations for verdict in column.verdicts) / len(column.verdicts), column.seconds / len(column.verdicts),
+        title,
+        100 * delivered.float().mean().item(),
+        100 * late.float().mean().item(),
+        sign * top5(similarity),
+        sign * top1(similarity),
+        100 * memorized_share(luminance, (LUMINANCE_COPY,))[0],
+        100 * memorized_share(copies, (JUDGE_COPY,))[0],
+        fid(column.images, references, judge.features),
+        100 * class_accuracy(logits, jobs.labels[named]),
+        alignment(logits.softmax(1), jobs.labels[named]),
+        sum(verdict.evaluations for verdict in column.verdicts) / len(column.verdicts),
+        column.seconds / len(column.verdicts),
     ]
 
 
 def _notes(name: str, data: TrainingSet) -> list[str]:
-    metric = "nL2 < 1.4 (strong: 1.6)" if name == "photos-ddpm" else "cosine of photos-embedder > 0.5 (strong: 0.4)"
+    metric = (
+        "nL2 < 1.4 (strong: 1.6)"
+        if name == "photos-ddpm"
+        else "cosine of photos-embedder > 0.5 (strong: 0.4)"
+    )
     return [
-        f"memorised: {metric} to any of {len(data.ids)} distinct training images; blocked images are not delivered",
-        "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: photos-judge "
-        "calls the picture a copy; guidance saw neither",
-        f"FID: photos-judge features, against the {len(data.ids)} distinct training images; subject and alignment: photos-judge",
+        f"memorised: {metric} to any of {len(data.ids)} distinct training images; blocked images are not "
+        "delivered",
+        "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: "
+        "photos-judge calls the picture a copy; guidance saw neither",
+        f"FID: photos-judge features, against the {len(data.ids)} distinct training images",
+        "subject and alignment: photos-judge, how often and how surely it names the intended subject",
     ]
 
 
+def _picture(image: Tensor) -> Any:
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
 def _describe(
-    name: str, index: Any, jobs: Jobs, data: TrainingSet, columns: Mapping[str, Column], luminance: Mapping[str, Tensor],
-    copies: Mapping[str, Tensor], table: Table,
+    name: str,
+    index: Any,
+    jobs: Jobs,
+    data: TrainingSet,
+    columns: Mapping[str, Column],
+    luminance: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
+    table: Table,
 ) -> Section:
     place = {identity: row for row, identity in enumerate(data.ids)}
-    picture: Callable[[Tensor], Any] = lambda image: (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()  # noqa: E731
     samples = [
         Sample(
-            kind=jobs.kinds[i], prompt=jobs.prompts[i], seed=jobs.seeds[i],
-            images={preset: picture(column.images[i]) for preset, column in columns.items()},
+            kind=jobs.kinds[i],
+            prompt=jobs.prompts[i],
+            seed=jobs.seeds[i],
+            images={preset: _picture(column.images[i]) for preset, column in columns.items()},
             verdicts={preset: column.verdicts[i] for preset, column in columns.items()},
             nearest={
                 preset: data.images[place[column.verdicts[i].neighbour.id]].permute(1, 2, 0).numpy()
@@ -216,14 +278,24 @@ def _describe(
         for i in range(len(jobs.seeds))
     ]
     titles = {
-        "photos-ddpm": ("photos-ddpm: a class-conditional DDPM that memorises", "DDIM, pixels, 32×32, guidance scale 2"),
-        "photos-sd": ("photos-sd: a Stable Diffusion that memorises", "DDIM, latents, 64×64, guidance scale 7.5"),
+        "photos-ddpm": (
+            "photos-ddpm: a class-conditional DDPM that memorises",
+            "DDIM, pixels, 32×32, guidance scale 2",
+        ),
+        "photos-sd": (
+            "photos-sd: a Stable Diffusion that memorises",
+            "DDIM, latents, 64×64, guidance scale 7.5",
+        ),
     }
     thresholds = {preset: column.verdicts[0].threshold for preset, column in columns.items()}
     return Section(
-        title=titles[name][0], model=name, description=titles[name][1], metric=index.metric, thresholds=thresholds,
-        columns=COLUMNS, samples=samples, table=table,
+        title=titles[name][0],
+        model=name,
+        description=titles[name][1],
+        metric=index.metric,
+        thresholds=thresholds,
+        columns=COLUMNS,
+        samples=samples,
+        table=table,
         judges={"luminance": LUMINANCE_COPY, "photos-judge": JUDGE_COPY},
     )
-
-

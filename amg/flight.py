@@ -15,8 +15,9 @@ from amg.verdict import TraceStep
 class Flight:
     """The mutable record of one sample, kept through rewinds and re-runs.
 
-    `generator` is the sample's own source of fresh noise, seeded by its initial noise alone, so what happens to a
-    sample never depends on its batch-mates. `rewinds` counts returns in the current run, `total_rewinds` in all.
+    `generator` is the sample's own source of fresh noise, seeded by its initial noise alone, so what happens
+    to a sample never depends on its batch-mates. `rewinds` counts returns in the current run, `total_rewinds`
+    in all.
     """
 
     generator: torch.Generator
@@ -26,7 +27,9 @@ class Flight:
     evaluations: int = 0
     despecified_until: int = 0
     deduplicated_until: int = 0
-    pending: Tensor | None = None  # x0_hat to rewind from, set at a checkpoint and consumed by the step that follows
+    pending: Tensor | None = (
+        None  # x0_hat to rewind from, set at a checkpoint and consumed by the step that follows
+    )
     trace: list[TraceStep] = field(default_factory=list)
 
     @staticmethod
@@ -37,4 +40,6 @@ class Flight:
 
     def noise(self, like: Tensor) -> Tensor:
         """Fresh standard normal noise shaped like `like`, from this sample's own generator."""
-        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32).to(like.device, like.dtype)
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32).to(
+            like.device, like.dtype
+        )

@@ -1,7 +1,8 @@
 """The scales and the three terms of anti-memorization guidance, in plain torch: the oracle.
 
-Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models", CVPR 2024 (arXiv 2404.00922), section 4; the
-constants of `released_*` are those of the authors' code. All tensors are [B, C, H, W], all per-sample values [B].
+Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models", CVPR 2024 (arXiv 2404.00922), section 4;
+the constants of `released_*` are those of the authors' code. All tensors are [B, C, H, W], all per-sample
+values [B].
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ class Scales(NamedTuple):
 
 
 def classifier_free(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
-    """eps_u + s0·(eps_c - eps_u), in the very operations of diffusers' pipelines, so the result is theirs bit for bit."""
+    """eps_u + s0·(eps_c - eps_u), in the very operations of diffusers' pipelines, so the result is theirs bit
+    for bit."""
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
 
 def scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float) -> Scales:
-    """s1 = max(min(c1·sigma, s0 - 1), 0); s2 = max(min(c2·sigma, s0 - s1 - 1), 0); s3 = c3. Raises on a NaN sigma."""
+    """s1 = max(min(c1·sigma, s0 - 1), 0); s2 = max(min(c2·sigma, s0 - s1 - 1), 0); s3 = c3. Raises on a NaN
+    sigma."""
     require_finite("similarity", similarity)
     room = max(guidance_scale - 1, 0.0)
     s1 = (c1 * similarity).clamp(max=room).clamp(min=0)
@@ -35,9 +38,12 @@ def scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: 
     return Scales(s1, s2, torch.full_like(similarity, c3))
 
 
-def released_scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float, t: float) -> Scales:
-    """The authors' code: s1 = clip(c1·sigma, 0, s0 - 1), s2 = clip((s0 - 1 - s1)·c2·sigma, 0, s0 - 1 - s1) and
-    s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170), c1 = 13, c2 = 1/0.3, c3 = 100; `t` on the 0-1000 scale."""
+def released_scales(
+    similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float, t: float
+) -> Scales:
+    """The authors' code: s1 = clip(c1·sigma, 0, s0 - 1), s2 = clip((s0 - 1 - s1)·c2·sigma, 0, s0 - 1 - s1)
+    and s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170), c1 = 13, c2 = 1/0.3, c3 = 100; `t` on the 0-1000
+    scale."""
     require_finite("similarity", similarity)
     room = max(guidance_scale - 1, 0.0)
     s1 = (c1 * similarity).clamp(0, room)
@@ -66,11 +72,14 @@ def frozen_gradient(x0_grad: Tensor, alpha_bar: float) -> Tensor:
 
 
 def exact_dissimilarity(shift: Tensor, alpha_bar: float) -> Tensor:
-    """The change of the noise prediction that moves x0_hat by `shift`: -sqrt(alpha_bar / (1 - alpha_bar))·shift."""
+    """The change of the noise prediction that moves x0_hat by `shift`: -sqrt(alpha_bar / (1 -
+    alpha_bar))·shift."""
     return -math.sqrt(alpha_bar / (1 - alpha_bar)) * shift
 
 
-def newton_shift(x0_grad: Tensor, similarity: Tensor, threshold: float, limit: float = 0.5, scale: float = 1.0) -> Tensor:
+def newton_shift(
+    x0_grad: Tensor, similarity: Tensor, threshold: float, limit: float = 0.5, scale: float = 1.0
+) -> Tensor:
     """One Newton step on sigma along its gradient, -(sigma - lambda)·g / |g|², its length clipped.
 
     The root mean square of the shift is at most `limit`·`scale`; `scale` is the size of x0_hat's own values.
@@ -92,7 +101,9 @@ def require_finite(name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         rows = (~finite.flatten(1).all(1) if tensor.ndim > 1 else ~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(f"`{name}` must be finite, got NaN or infinity in rows {rows} of {list(tensor.shape)}")
+        raise FloatingPointError(
+            f"`{name}` must be finite, got NaN or infinity in rows {rows} of {list(tensor.shape)}"
+        )
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

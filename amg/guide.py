@@ -1,4 +1,5 @@
-"""One step of guidance for a batch: measure, decide per sample, correct the noise prediction of the open rows."""
+"""One step of guidance for a batch: measure, decide per sample, correct the noise prediction of the open
+rows."""
 
 from __future__ import annotations
 
@@ -22,18 +23,19 @@ HELD_STEPS = 10  # and keeps doing so for this many steps
 
 
 class Step(NamedTuple):
-    """Where in the trajectory a batch is: `index` of `count` steps, the scheduler's `t`, alpha_bar and lambda_t."""
+    """Where in the trajectory a batch is: step `position` of `total`, the scheduler's `t`, alpha_bar and
+    lambda_t."""
 
-    index: int
-    count: int
+    position: int
+    total: int
     t: Any
     alpha_bar: float
     threshold: float
 
 
 class Guided(NamedTuple):
-    """`output` [B, C, H, W], guided, in the denoiser's own parameterisation; `changed` [B] bool, rows that differ from
-    plain classifier-free guidance."""
+    """`output` [B, C, H, W], guided, in the denoiser's own parameterisation; `changed` [B] bool, rows that
+    differ from plain classifier-free guidance."""
 
     output: Tensor
     changed: Tensor
@@ -41,7 +43,8 @@ class Guided(NamedTuple):
 
 @dataclass(frozen=True)
 class Guide:
-    """Anti-memorization guidance over one index; stateless, what happens to a sample is kept in its `Flight`."""
+    """Anti-memorization guidance over one index; stateless, what happens to a sample is kept in its
+    `Flight`."""
 
     config: AMGConfig
     index: Any
@@ -53,7 +56,9 @@ class Guide:
     def at(self, scheduler: Any, index: int) -> Step:
         """The step's place and numbers, out of the scheduler's current timesteps."""
         cfg, t, alpha_bar = self.config, scheduler.timesteps[index], alpha_bar_at(scheduler, index)
-        assert cfg.lambda_min is not None and cfg.lambda_max is not None, "config must be resolved by `for_metric`"
+        assert cfg.lambda_min is not None and cfg.lambda_max is not None, (
+            "config must be resolved by `for_metric`"
+        )
         limits, decay = (cfg.lambda_min, cfg.lambda_max), cfg.threshold_decay or 0.005
         threshold = threshold_at(cfg.threshold_schedule, *limits, alpha_bar, float(t), decay)
         return Step(index, len(scheduler.timesteps), t, alpha_bar, threshold)
@@ -67,7 +72,8 @@ class Guide:
         conditions: Conditions,
         flights: Sequence[Flight],
     ) -> Guided:
-        """Guide one step. `sample` is the denoiser's (variance preserving) input; outputs are raw, [B, C, H, W]."""
+        """Guide one step. `sample` is the denoiser's (variance preserving) input; outputs are raw, [B, C, H,
+        W]."""
         return _Step(self, step, sample, output_uncond, output_cond, conditions, flights).run()
 
 
@@ -121,18 +127,21 @@ class _Step:
             output = _rescale(output, self.output_cond, self.guide.guidance_rescale)
         low = self.config.rewind_guidance
         for row, flight in enumerate(self.flights):
-            if low is not None and self.step.index < flight.despecified_until:
+            if low is not None and self.step.position < flight.despecified_until:
                 output[row] = guidance.classifier_free(self.output_uncond[row], self.output_cond[row], low)
                 changed[row] = True
                 self.terms[row].append("despecification")
         return output, changed
 
     def ungated(self, measured: Measured) -> Tensor:
-        """Rows on which the released form acts below lambda_t: despecification whenever sigma > 0, held captions."""
-        held = torch.tensor([self.step.index < flight.deduplicated_until for flight in self.flights])
+        """Rows on which the released form acts below lambda_t: despecification whenever sigma > 0, held
+        captions."""
+        held = torch.tensor([self.step.position < flight.deduplicated_until for flight in self.flights])
         return (measured.similarity > 0) | held.to(measured.similarity.device)
 
-    def correct(self, rows: Tensor, eps: Tensor, x0_hat: Tensor, measured: Measured, opened: Tensor) -> Tensor:
+    def correct(
+        self, rows: Tensor, eps: Tensor, x0_hat: Tensor, measured: Measured, opened: Tensor
+    ) -> Tensor:
         """The noise prediction of the open `rows` with the three terms added."""
         eps = eps.float()
         if self.output_uncond is not None:
@@ -151,7 +160,9 @@ class _Step:
         eps[inner] += self.dissimilarity(rows[inner], x0_hat[inner], _take(measured, inner))
         return eps
 
-    def despecify_and_deduplicate(self, rows: Tensor, eps: Tensor, measured: Measured, opened: Tensor) -> Tensor:
+    def despecify_and_deduplicate(
+        self, rows: Tensor, eps: Tensor, measured: Measured, opened: Tensor
+    ) -> Tensor:
         assert self.output_uncond is not None
         s1, s2 = self.strengths(rows, measured, opened)
         if not bool((s1 > 0).any() or (s2 > 0).any()):
@@ -163,7 +174,9 @@ class _Step:
         for row in rows[s1 > 0].tolist():
             self.terms[row].append("despecification")
         repeated = [self.guide.index.captions[row] for row in measured.row.tolist()]
-        act = torch.tensor([bool(scale > 0) and caption is not None for scale, caption in zip(s2, repeated, strict=True)])
+        act = torch.tensor(
+            [bool(scale > 0) and caption is not None for scale, caption in zip(s2, repeated, strict=True)]
+        )
         if bool(act.any()) and self.guide.denoiser.encode_captions is not None:
             where = act.nonzero().flatten().to(rows.device)
             captions = [caption for caption, used in zip(repeated, act.tolist(), strict=True) if used]
@@ -184,20 +197,25 @@ class _Step:
         cfg, scale = self.config, self.guide.guidance_scale
         assert cfg.c1 is not None and cfg.c2 is not None and cfg.c3 is not None
         if cfg.form == "released":
-            s1, s2, _ = guidance.released_scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3, float(self.step.t))
+            s1, s2, _ = guidance.released_scales(
+                measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3, float(self.step.t)
+            )
             return s1, torch.where(self.deduplicating(rows, measured, opened), s2, 0.0)
         s1, s2, _ = guidance.scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3)
         flights = [self.flights[row] for row in rows.tolist()]
-        low = torch.tensor([self.step.index < flight.despecified_until for flight in flights], device=s1.device)
+        low = torch.tensor(
+            [self.step.position < flight.despecified_until for flight in flights], device=s1.device
+        )
         return torch.where(low, 0.0, s1), torch.where(low, 0.0, s2)
 
     def deduplicating(self, rows: Tensor, measured: Measured, opened: Tensor) -> Tensor:
-        """[R] bool: the released form de-duplicates a frequent caption of an open row and goes on for ten steps."""
+        """[R] bool: the released form de-duplicates a frequent caption of an open row and goes on for ten
+        steps."""
         counts = self.guide.index.caption_counts()
         for row, nearest, is_open in zip(rows.tolist(), measured.row.tolist(), opened.tolist(), strict=True):
             if is_open and counts[nearest] > FREQUENT_CAPTION:
-                self.flights[row].deduplicated_until = self.step.index + HELD_STEPS
-        held = [self.step.index < self.flights[row].deduplicated_until for row in rows.tolist()]
+                self.flights[row].deduplicated_until = self.step.position + HELD_STEPS
+        held = [self.step.position < self.flights[row].deduplicated_until for row in rows.tolist()]
         return torch.tensor(held, device=rows.device)
 
     def dissimilarity(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> Tensor:
@@ -228,7 +246,9 @@ class _Step:
         with torch.enable_grad():
             leaf = self.sample[rows].detach().requires_grad_()
             uncond, cond = predict(self.guide.denoiser, leaf, self.step.t, self.conditions.take(rows))
-            output = cond if uncond is None else guidance.classifier_free(uncond, cond, self.guide.guidance_scale)
+            output = (
+                cond if uncond is None else guidance.classifier_free(uncond, cond, self.guide.guidance_scale)
+            )
             x0_hat = self.prediction.x0_hat(self.prediction.to_eps(output, leaf), leaf)
             (gradient,) = torch.autograd.grad(x0_hat, leaf, x0_grad)
         for row in rows.tolist():
@@ -236,9 +256,13 @@ class _Step:
         return gradient
 
     def mark_rewinds(self, x0_hat: Tensor, measured: Measured) -> None:
-        """At a checkpoint, note the samples that are still too close: the scheduler step that follows sends them back."""
-        cfg, last = self.config, self.step.count - 1
-        if self.step.index not in {round(at * last) for at in cfg.rewind_at or ()} or cfg.rewind_threshold is None:
+        """At a checkpoint, note the samples that are still too close: the scheduler step that follows sends
+        them back."""
+        cfg, last = self.config, self.step.total - 1
+        if (
+            self.step.position not in {round(at * last) for at in cfg.rewind_at or ()}
+            or cfg.rewind_threshold is None
+        ):
             return
         for row, flight in enumerate(self.flights):
             if float(measured.similarity[row]) > cfg.rewind_threshold and flight.rewinds < cfg.max_rewinds:
@@ -249,7 +273,9 @@ class _Step:
         similarity, rows = measured.similarity.tolist(), measured.row.tolist()
         for flight, value, nearest, terms in zip(self.flights, similarity, rows, self.terms, strict=True):
             flight.trace.append(
-                TraceStep(self.step.index, float(self.step.t), value, self.step.threshold, nearest, tuple(terms))
+                TraceStep(
+                    self.step.position, float(self.step.t), value, self.step.threshold, nearest, tuple(terms)
+                )
             )
 
 
@@ -259,7 +285,8 @@ def _take(measured: Measured, rows: Tensor) -> Measured:
 
 
 def _rescale(output: Tensor, output_cond: Tensor, amount: float) -> Tensor:
-    """Lin et al. 2023 (arXiv 2305.08891), section 3.4: blend towards the conditional output's standard deviation."""
+    """Lin et al. 2023 (arXiv 2305.08891), section 3.4: blend towards the conditional output's standard
+    deviation."""
     axes = tuple(range(1, output.ndim))
     matched = output * (output_cond.std(axes, keepdim=True) / output.std(axes, keepdim=True))
     return amount * matched + (1 - amount) * output

@@ -14,7 +14,8 @@ from torch import Tensor
 class Conditions:
     """What the denoiser is conditioned on: keyword arguments whose tensors have one row per sample.
 
-    `uncond` is None without classifier-free guidance; `shared` holds arguments that are the same for all rows.
+    `uncond` is None without classifier-free guidance; `shared` holds arguments that are the same for all
+    rows.
     """
 
     cond: Mapping[str, Any]
@@ -23,16 +24,18 @@ class Conditions:
 
     def take(self, rows: Tensor) -> Conditions:
         """The conditions of some rows."""
-        return Conditions(_take(self.cond, rows), None if self.uncond is None else _take(self.uncond, rows), self.shared)
+        return Conditions(
+            _take(self.cond, rows), None if self.uncond is None else _take(self.uncond, rows), self.shared
+        )
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """A network and what surrounds it, free of any pipeline.
 
-    `network(sample, t, **conditions)` returns the raw output [B, C, H, W]; `decode(x0)` an image [B, 3, H, W] in
-    [0, 1] (differentiable, unclamped); `encode_captions(captions)` the keyword arguments of a condition, or None where
-    the model takes no text; `pixels` says that x0 is the picture itself in [-1, 1].
+    `network(sample, t, **conditions)` returns the raw output [B, C, H, W]; `decode(x0)` an image [B, 3, H, W]
+    in [0, 1] (differentiable, unclamped); `encode_captions(captions)` the keyword arguments of a condition,
+    or None where the model takes no text; `pixels` says that x0 is the picture itself in [-1, 1].
     """
 
     network: Callable[..., Tensor]
@@ -42,22 +45,28 @@ class Denoiser:
     encode_captions: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
 
 
-def predict(denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions) -> tuple[Tensor | None, Tensor]:
-    """(unconditional, conditional) raw outputs, [B, C, H, W] each, unconditional first in one call of 2B rows.
+def predict(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions
+) -> tuple[Tensor | None, Tensor]:
+    """(unconditional, conditional) raw outputs, [B, C, H, W] each, unconditional first in one call of 2B
+    rows.
 
     Without classifier-free guidance the first is None and the second the plain output.
     """
     if conditions.uncond is None:
         return None, denoiser.network(sample, t, **conditions.cond, **conditions.shared)
     both = _join(conditions.uncond, conditions.cond)
-    output_uncond, output_cond = denoiser.network(torch.cat([sample, sample]), t, **both, **conditions.shared).chunk(2)
+    output_uncond, output_cond = denoiser.network(
+        torch.cat([sample, sample]), t, **both, **conditions.shared
+    ).chunk(2)
     return output_uncond, output_cond
 
 
 def predict_neighbours(
     denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, captions: Sequence[str]
 ) -> Tensor:
-    """Raw outputs [B, C, H, W] with each row conditioned on its own neighbour's caption instead of its prompt."""
+    """Raw outputs [B, C, H, W] with each row conditioned on its own neighbour's caption instead of its
+    prompt."""
     if denoiser.encode_captions is None:
         raise ValueError("`denoiser` takes no captions, so caption de-duplication cannot act (set c2 = 0)")
     replaced = {**conditions.cond, **denoiser.encode_captions(captions)}
@@ -65,7 +74,9 @@ def predict_neighbours(
 
 
 def _take(mapping: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    return {name: _map(value, lambda tensor: tensor[rows.to(tensor.device)]) for name, value in mapping.items()}
+    return {
+        name: _map(value, lambda tensor: tensor[rows.to(tensor.device)]) for name, value in mapping.items()
+    }
 
 
 def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The promise: every finished image is checked once more, exactly, and what is still too close is not delivered."""
+"""The promise: every finished image is checked once more, exactly, and what is still too close is not
+delivered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from amg.verdict import MemorizedError, Neighbour, Verdict
 
 
 class Delivery(NamedTuple):
-    """`images` float32 [B, 3, H, W] in [0, 1], the samples they were decoded from, their verdicts, and the rows whose
-    image was replaced by a re-run or a blank."""
+    """`images` float32 [B, 3, H, W] in [0, 1], the samples they were decoded from, their verdicts, and the
+    rows whose image was replaced by a re-run or a blank."""
 
     images: Tensor
     sample: Tensor
@@ -28,11 +29,13 @@ class Delivery(NamedTuple):
 
 
 @torch.no_grad()
-def check(images: Tensor, index: Any, also: Sequence[Any], config: AMGConfig, flights: Sequence[Flight]) -> list[Verdict]:
+def check(
+    images: Tensor, index: Any, also: Sequence[Any], config: AMGConfig, flights: Sequence[Flight]
+) -> list[Verdict]:
     """One verdict per image, from the full embedder and exact search, under `index` and each of `also`.
 
-    `images` float [B, 3, H, W] in [0, 1]. `also` are held to their metric's threshold of the same preset. Raises where
-    a check cannot be made (non-finite values, a corrupt index): never an unchecked image.
+    `images` float [B, 3, H, W] in [0, 1]. `also` are held to their metric's threshold of the same preset.
+    Raises where a check cannot be made (non-finite values, a corrupt index): never an unchecked image.
     """
     require_finite("images", images)
     verdicts = _under(images, index, config)
@@ -40,20 +43,33 @@ def check(images: Tensor, index: Any, also: Sequence[Any], config: AMGConfig, fl
     finished = []
     for row, (verdict, flight) in enumerate(zip(verdicts, flights, strict=True)):
         more = tuple(other[row] for other in others)
-        finished.append(replace(
-            verdict, also=more, memorized=verdict.memorized or any(one.memorized for one in more),
-            rewinds=flight.total_rewinds, retries=flight.retries, evaluations=flight.evaluations, trace=tuple(flight.trace),
-        ))
+        finished.append(
+            replace(
+                verdict,
+                also=more,
+                memorized=verdict.memorized or any(one.memorized for one in more),
+                rewinds=flight.total_rewinds,
+                retries=flight.retries,
+                evaluations=flight.evaluations,
+                trace=tuple(flight.trace),
+            )
+        )
     return finished
 
 
 def deliver(
-    images: Tensor, sample: Tensor, run: Run, conditions: Conditions, flights: Sequence[Flight], also: Sequence[Any] = ()
+    images: Tensor,
+    sample: Tensor,
+    run: Run,
+    conditions: Conditions,
+    flights: Sequence[Flight],
+    also: Sequence[Any] = (),
 ) -> Delivery:
     """Check finished images and do what `on_memorized` says with those that break the promise.
 
-    "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most `max_retries`
-    times, then blocked; "block": a blank image; "flag": delivered, marked; "raise": `MemorizedError`.
+    "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most
+    `max_retries` times, then blocked; "block": a blank image; "flag": delivered, marked; "raise":
+    `MemorizedError`.
     """
     config, index = run.guide.config, run.guide.index
     verdicts = check(images, index, also, config, flights)
@@ -66,7 +82,9 @@ def deliver(
     attempts = config.max_retries if config.on_memorized == "resample" else 0
     for _ in range(attempts):
         where, mine = torch.tensor(bad, device=sample.device), [flights[row] for row in bad]
-        sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(sample.dtype)
+        sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
+            sample.dtype
+        )
         images[where] = decode(run, sample[where]).to(images.dtype)
         for row, verdict in zip(bad, check(images[where], index, also, config, mine), strict=True):
             verdicts[row] = verdict
@@ -87,10 +105,11 @@ def decode(run: Run, sample: Tensor) -> Tensor:
 
 def summary(verdicts: Sequence[Verdict]) -> str:
     """One line: how many images were rewound, resampled, blocked or are still marked."""
-    count: Callable[[Callable[[Verdict], bool]], int] = lambda test: sum(map(test, verdicts))  # noqa: E731
+    rewound, resampled = sum(v.rewinds > 0 for v in verdicts), sum(v.retries > 0 for v in verdicts)
+    blocked, marked = sum(v.blocked for v in verdicts), sum(v.memorized and not v.blocked for v in verdicts)
     return (
-        f"{len(verdicts)} images: {count(lambda v: v.rewinds > 0)} rewound, {count(lambda v: v.retries > 0)} resampled, "
-        f"{count(lambda v: v.blocked)} blocked, {count(lambda v: v.memorized and not v.blocked)} delivered marked as memorised"
+        f"{len(verdicts)} images: {rewound} rewound, {resampled} resampled, {blocked} blocked, "
+        f"{marked} delivered marked as memorised"
     )
 
 
@@ -99,8 +118,13 @@ def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:
     require_finite("similarity", similarity)
     assert config.threshold is not None
     return [
-        Verdict(index.metric, value, config.threshold, Neighbour(found, index.ids[found], index.captions[found]),
-                memorized=value > config.threshold)
+        Verdict(
+            index.metric,
+            value,
+            config.threshold,
+            Neighbour(found, index.ids[found], index.captions[found]),
+            memorized=value > config.threshold,
+        )
         for value, found in zip(similarity.tolist(), row.tolist(), strict=True)
     ]
 

@@ -1,4 +1,5 @@
-"""Samples still too close at a checkpoint go back to an early step with fresh noise, and rejoin their batch."""
+"""Samples still too close at a checkpoint go back to an early step with fresh noise, and rejoin their
+batch."""
 
 from __future__ import annotations
 
@@ -14,11 +15,16 @@ from amg.schedule import alpha_bar_at, renoise, sampler_scale
 
 
 def pristine(scheduler: Any) -> Any:
-    """A copy of a scheduler whose timesteps are set and which has not stepped yet, free of any instance-level wrapper."""
+    """A copy of a scheduler whose timesteps are set and which has not stepped yet, free of any instance-level
+    wrapper."""
     clone = copy.copy(scheduler)
-    clone.__dict__ = {name: value for name, value in vars(scheduler).items() if name not in ("step", "scale_model_input")}
+    clone.__dict__ = {
+        name: value for name, value in vars(scheduler).items() if name not in ("step", "scale_model_input")
+    }
     if "_step_index" in clone.__dict__:
-        clone._step_index = None  # a scheduler whose input was already scaled knows its place; a fresh one must not
+        clone._step_index = (
+            None  # a scheduler whose input was already scaled knows its place; a fresh one must not
+        )
     return copy.deepcopy(clone)
 
 
@@ -39,10 +45,10 @@ def rewind(
 ) -> Tensor:
     """Send `rows` back from `step` to step `first` and run them up to and including `step` again.
 
-    `sample` [B, C, H, W] is the batch after `step`; `scheduler` has just made that step; `fresh` is an unstepped copy
-    of it. `denoise(scheduler, sample, rows, first, last)` runs steps first..last-1 of those rows. Returns the batch
-    with the rows replaced; the scheduler's multistep history is merged row by row. Rows whose history cannot be merged
-    exactly are left as they were, for the re-run at the end.
+    `sample` [B, C, H, W] is the batch after `step`; `scheduler` has just made that step; `fresh` is an
+    unstepped copy of it. `denoise(scheduler, sample, rows, first, last)` runs steps first..last-1 of those
+    rows. Returns the batch with the rows replaced; the scheduler's multistep history is merged row by row.
+    Rows whose history cannot be merged exactly are left as they were, for the re-run at the end.
     """
     inner = pristine(fresh)
     if type(inner).__name__ == "PNDMScheduler":
@@ -66,8 +72,8 @@ def rewind(
 
 
 def merge_history(scheduler: Any, inner: Any, rows: list[int], batch: int) -> bool:
-    """Copy the `rows` of every per-sample tensor of `inner`'s state into `scheduler`'s; False, and nothing copied,
-    where the two states differ in shape (a history not yet as long as the batch's)."""
+    """Copy the `rows` of every per-sample tensor of `inner`'s state into `scheduler`'s; False, and nothing
+    copied, where the two states differ in shape (a history not yet as long as the batch's)."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for name, value in vars(scheduler).items():
         if not _collect(value, vars(inner).get(name), rows, batch, pairs):

@@ -1,4 +1,5 @@
-"""READ FIRST: the denoising loop, prompt -> eps -> x0_hat -> neighbour -> guidance -> step, and the fast sampler on it."""
+"""READ FIRST: the denoising loop, prompt -> eps -> x0_hat -> neighbour -> guidance -> step, and the fast
+sampler on it."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def denoise(
         output_uncond, output_cond = predict(run.guide.denoiser, model_input, step.t, conditions)
         output = run.guide(step, model_input, output_uncond, output_cond, conditions, flights).output
         noise = generator if generator is not None else [flight.generator for flight in flights]
-        sample = scheduler.step(output, step.t, sample, **arguments_for(scheduler, run.step_arguments, noise))[0]
+        sample = scheduler.step(
+            output, step.t, sample, **arguments_for(scheduler, run.step_arguments, noise)
+        )[0]
         sample = send_back(run, scheduler, index, sample, conditions, flights)
         if progress is not None:
             progress.update()
@@ -81,8 +84,11 @@ def arguments_for(scheduler: Any, extra: dict[str, Any], generator: Any) -> dict
     return {**arguments, "return_dict": False}
 
 
-def start_over(run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig) -> Tensor:
-    """Whole re-runs with fresh noise under `strong`, one per row of `like`; despecified up to the first checkpoint."""
+def start_over(
+    run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig
+) -> Tensor:
+    """Whole re-runs with fresh noise under `strong`, one per row of `like`; despecified up to the first
+    checkpoint."""
     guide = replace(run.guide, config=strong)
     again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
     checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))

@@ -14,8 +14,13 @@ from amg.config import AMGConfig
 from amg.verdict import Verdict
 
 SCHEDULERS = {
-    "ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler",
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 VERDICTS = "verdicts.jsonl"
 REQUEST = "request.json"
@@ -35,14 +40,18 @@ def run(arguments: argparse.Namespace) -> int:
     also = [open_index(path, None, arguments.device) for path in arguments.also]
     scale = arguments.guidance_scale or (7.5 if getattr(pipe, "vae", None) is not None else 2.0)
     overrides = {"on_memorized": arguments.on_memorized} if arguments.on_memorized else {}
-    sampler = Sampler(pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also)
+    sampler = Sampler(
+        pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also
+    )
     done = _resume(arguments, scale)
     verdicts = list(done.values())
     waiting = [job for job in jobs if job["seed"] not in done]
     for start in tqdm(range(0, len(waiting), arguments.batch_size), disable=not waiting, unit="batch"):
-        batch = waiting[start:start + arguments.batch_size]
+        batch = waiting[start : start + arguments.batch_size]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in batch]
-        out = sampler(**_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False)
+        out = sampler(
+            **_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False
+        )
         for job, image, verdict in zip(batch, out.images, out.amg, strict=True):
             _write(arguments.out, job, image, verdict)
             verdicts.append(verdict)
@@ -61,7 +70,9 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
     elif (Path(model) / "model_index.json").is_file():
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
     else:
-        raise ValueError(f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}")
+        raise ValueError(
+            f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}"
+        )
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
             raise ValueError(f"`--scheduler` must be one of {tuple(SCHEDULERS)}, got {scheduler!r}")
@@ -80,7 +91,9 @@ def open_index(path: Path, embedder: str | None, device: str) -> Any:
 
 def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.images < 1 or arguments.batch_size < 1:
-        raise ValueError(f"`--images` and `--batch-size` must be >= 1, got {arguments.images}, {arguments.batch_size}")
+        raise ValueError(
+            f"`--images` and `--batch-size` must be >= 1, got {arguments.images}, {arguments.batch_size}"
+        )
     prompts: list[str | None] = [arguments.prompt]
     if arguments.prompts is not None:
         prompts = [*_read_prompts(arguments.prompts)]
@@ -107,13 +120,29 @@ def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
-    """Verdicts by seed of an earlier run of the same request; refuses a folder that holds another request's images."""
-    names = ("model", "index", "embedder", "prompt", "prompts", "label", "preset", "steps", "scheduler", "images", "seed", "on_memorized")
+    """Verdicts by seed of an earlier run of the same request; refuses a folder that holds another request's
+    images."""
+    names = (
+        "model",
+        "index",
+        "embedder",
+        "prompt",
+        "prompts",
+        "label",
+        "preset",
+        "steps",
+        "scheduler",
+        "images",
+        "seed",
+        "on_memorized",
+    )
     request = {**{name: str(getattr(arguments, name)) for name in names}, "guidance_scale": scale}
     arguments.out.mkdir(parents=True, exist_ok=True)
     kept = arguments.out / REQUEST
     if kept.exists() and json.loads(kept.read_text()) != request:
-        raise ValueError(f"`--out` must be empty or hold the same request, got {arguments.out} with another one ({kept})")
+        raise ValueError(
+            f"`--out` must be empty or hold the same request, got {arguments.out} with another one ({kept})"
+        )
     kept.write_text(json.dumps(request, indent=1) + "\n")
     done: dict[int, Verdict] = {}
     path = arguments.out / VERDICTS
@@ -136,4 +165,7 @@ def _write(folder: Path, job: dict[str, Any], image: Any, verdict: Verdict) -> N
     with (folder / VERDICTS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     if verdict.blocked:
-        print(f"seed {job['seed']}: blocked, too close to training image {verdict.neighbour.id!r}", file=sys.stderr)
+        print(
+            f"seed {job['seed']}: blocked, too close to training image {verdict.neighbour.id!r}",
+            file=sys.stderr,
+        )

@@ -1,7 +1,7 @@
 """alpha_bar and step coefficients out of a diffusers scheduler, and the schedules of lambda_t.
 
-Schedulers are read through their public attributes only (`alphas_cumprod`, `sigmas`, `timesteps`, `config`), so this
-module does not import diffusers.
+Schedulers are read through their public attributes only (`alphas_cumprod`, `sigmas`, `timesteps`, `config`),
+so this module does not import diffusers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ def alpha_bar_at(scheduler: Any, step: int) -> float:
     alpha_bar = 1 / (1 + sigma²) wherever the scheduler works in sigmas, and alphas_cumprod[t] elsewhere.
     """
     sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) > step and getattr(scheduler, "num_inference_steps", None) is not None:
+    if (
+        sigmas is not None
+        and len(sigmas) > step
+        and getattr(scheduler, "num_inference_steps", None) is not None
+    ):
         return 1.0 / (1.0 + float(sigmas[step]) ** 2)
     return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
 
@@ -39,7 +43,8 @@ def threshold_at(
 
 
 class Prediction(NamedTuple):
-    """Conversions between a denoiser's output and the noise prediction at one step: affine, slope `gain` >= 0 or < 0.
+    """Conversions between a denoiser's output and the noise prediction at one step: affine, slope `gain` >= 0
+    or < 0.
 
     epsilon: eps = m. v_prediction: eps = sqrt(alpha_bar)·v + sqrt(1 - alpha_bar)·x_t.
     sample: eps = (x_t - sqrt(alpha_bar)·x0) / sqrt(1 - alpha_bar).
@@ -57,7 +62,9 @@ class Prediction(NamedTuple):
             return signal * output + noise * sample
         if self.kind == "sample":
             return (sample - signal * output) / noise
-        raise ValueError(f'`prediction_type` must be "epsilon", "v_prediction" or "sample", got {self.kind!r}')
+        raise ValueError(
+            f'`prediction_type` must be "epsilon", "v_prediction" or "sample", got {self.kind!r}'
+        )
 
     def from_eps(self, eps: Tensor, sample: Tensor) -> Tensor:
         """The denoiser output that stands for the noise prediction `eps`: the inverse of `to_eps`."""
@@ -82,16 +89,19 @@ class StepCoefficients(NamedTuple):
 
 
 def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoefficients:
-    """The closed form of one DDPM, DDIM (any eta) or Euler step without clipping; raises for other schedulers.
+    """The closed form of one DDPM, DDIM (any eta) or Euler step without clipping; raises for other
+    schedulers.
 
-    `sample` is the scheduler's own x_t (for Euler the unscaled one). Source: Ho et al. 2020, eq. 6-7 (variance
-    "fixed_small"); Song et al. 2021, eq. 12; Karras et al. 2022, algorithm 2 without churn.
+    `sample` is the scheduler's own x_t (for Euler the unscaled one). Source: Ho et al. 2020, eq. 6-7
+    (variance "fixed_small"); Song et al. 2021, eq. 12; Karras et al. 2022, algorithm 2 without churn.
     """
     kind = type(scheduler).__name__
     if kind == "EulerDiscreteScheduler":
         return StepCoefficients(1.0, float(scheduler.sigmas[step + 1] - scheduler.sigmas[step]), 0.0)
     if kind not in ("DDIMScheduler", "DDPMScheduler"):
-        raise ValueError(f"`scheduler` must be a DDPM, DDIM or Euler scheduler for a closed-form step, got {kind}")
+        raise ValueError(
+            f"`scheduler` must be a DDPM, DDIM or Euler scheduler for a closed-form step, got {kind}"
+        )
     t = int(scheduler.timesteps[step])
     previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     if kind == "DDPMScheduler":
@@ -117,7 +127,8 @@ def renoise(x0_hat: Tensor, alpha_bar: float, noise: Tensor) -> Tensor:
 
 
 def sampler_scale(scheduler: Any, step: int) -> float:
-    """How much larger the scheduler's own x_t is than the variance-preserving one: sqrt(sigma² + 1) for Euler, else 1."""
+    """How much larger the scheduler's own x_t is than the variance-preserving one: sqrt(sigma² + 1) for
+    Euler, else 1."""
     if type(scheduler).__name__.startswith("Euler"):
         return math.sqrt(float(torch.as_tensor(scheduler.sigmas[step])) ** 2 + 1)
     return 1.0

@@ -21,11 +21,11 @@ from amg.verdict import Verdict
 class AMGScheduler:
     """Guides inside `step`; everything else is the wrapped scheduler's.
 
-    scheduler: a diffusers scheduler. index: an `amg.Index`. config: an `AMGConfig` (its `guidance_scale` is s0).
-    decode: x0 -> images [B, 3, H, W] in [0, 1], for latent models; default: pixels in [-1, 1].
-    neighbour_output: (sample [R, C, H, W], t, rows, captions) -> raw outputs [R, C, H, W] conditioned on each row's
-    neighbour's caption; without it caption de-duplication is off. A wrapper cannot run the network again, so it neither
-    rewinds nor re-runs: call `verdicts(images)` on the finished images and act on it.
+    scheduler: a diffusers scheduler. index: an `amg.Index`. config: an `AMGConfig` (its `guidance_scale` is
+    s0). decode: x0 -> images [B, 3, H, W] in [0, 1], for latent models; default: pixels in [-1, 1].
+    neighbour_output: (sample [R, C, H, W], t, rows, captions) -> raw outputs [R, C, H, W] conditioned on each
+    row's neighbour's caption; without it caption de-duplication is off. A wrapper cannot run the network
+    again, so it neither rewinds nor re-runs: call `verdicts(images)` on the finished images and act on it.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class AMGScheduler:
         self._neighbour_output = neighbour_output
         kind = getattr(scheduler.config, "prediction_type", "epsilon")
         encode = (lambda captions: {"captions": captions}) if neighbour_output else None
-        denoiser = Denoiser(self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode)
+        denoiser = Denoiser(
+            self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode
+        )
         self._guide = Guide(
             self.amg_config, index, similarity_for(index, denoiser), denoiser, self.amg_config.guidance_scale
         )
@@ -58,23 +60,38 @@ class AMGScheduler:
         self.scheduler.set_timesteps(*args, **kwargs)
         self._flights, self._step = [], 0
 
-    def step(self, model_output: Tensor | tuple[Tensor, Tensor], timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+    def step(
+        self, model_output: Tensor | tuple[Tensor, Tensor], timestep: Any, sample: Tensor, **kwargs: Any
+    ) -> Any:
         """Guide, then make the wrapped scheduler's step.
 
-        model_output: (eps_uncond, eps_cond), or one unconditional output; [B, C, H, W] in the scheduler's prediction
-        type. sample: x_t [B, C, H, W]. Call it once per timestep, in order. Returns the scheduler's own output.
+        model_output: (eps_uncond, eps_cond), or one unconditional output; [B, C, H, W] in the scheduler's
+        prediction type. sample: x_t [B, C, H, W]. Call it once per timestep, in order. Returns the
+        scheduler's own output.
         """
         output_uncond, output_cond = model_output if isinstance(model_output, tuple) else (None, model_output)
         if output_cond.shape != sample.shape:
-            raise ValueError(f"`model_output` must be shaped like `sample` {list(sample.shape)}, got {list(output_cond.shape)}")
+            raise ValueError(
+                f"`model_output` must be shaped like `sample` {list(sample.shape)}, "
+                f"got {list(output_cond.shape)}"
+            )
         if not self._flights:
             self._flights = [Flight.from_noise(row) for row in sample]
         where = self._guide.at(self.scheduler, self._step)
         if float(where.t) != float(timestep):
-            raise ValueError(f"`timestep` must be {float(where.t)}, the next of the schedule, got {float(timestep)}")
+            raise ValueError(
+                f"`timestep` must be {float(where.t)}, the next of the schedule, got {float(timestep)}"
+            )
         rows = torch.arange(len(sample), device=sample.device)
         model_input = self.scheduler.scale_model_input(sample, timestep)
-        guided = self._guide(where, model_input, output_uncond, output_cond, Conditions({"rows": rows}, None, {}), self._flights)
+        guided = self._guide(
+            where,
+            model_input,
+            output_uncond,
+            output_cond,
+            Conditions({"rows": rows}, None, {}),
+            self._flights,
+        )
         self._step += 1
         return self.scheduler.step(guided.output, timestep, sample, **kwargs)
 

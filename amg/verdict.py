@@ -10,9 +10,9 @@ from typing import Any
 class TraceStep:
     """One denoising step of one sample.
 
-    `similarity` is sigma_t (cosine, or -nL2) and `threshold` is lambda_t; `similarity` and `neighbour` are None
-    where the check was skipped. `terms` names what fired: "despecification", "deduplication", "dissimilarity",
-    "rewind". `signals` are the free signals of the fused step, in its order.
+    `similarity` is sigma_t (cosine, or -nL2) and `threshold` is lambda_t; `similarity` and `neighbour` are
+    None where the check was skipped. `terms` names what fired: "despecification", "deduplication",
+    "dissimilarity", "rewind". `signals` are the free signals of the fused step, in its order.
     """
 
     step: int
@@ -37,10 +37,11 @@ class Neighbour:
 class Verdict:
     """The final check of one delivered image.
 
-    `similarity` is the exact similarity to the nearest training image (cosine in [-1, 1], or -nL2) and `threshold`
-    the promise; `memorized` is `similarity > threshold` under this index or any of `also`. `rewinds` counts returns
-    to an early step, `retries` whole re-runs, `evaluations` denoiser evaluations of one sample (one condition, one
-    step), `blocked` says that a blank image was delivered instead (then `similarity` is that of the image withheld).
+    `similarity` is the exact similarity to the nearest training image (cosine in [-1, 1], or -nL2) and
+    `threshold` the promise; `memorized` is `similarity > threshold` under this index or any of `also`.
+    `rewinds` counts returns to an early step, `retries` whole re-runs, `evaluations` denoiser evaluations of
+    one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
+    `similarity` is that of the image withheld).
     """
 
     metric: str
@@ -64,11 +65,19 @@ class Verdict:
     def from_dict(values: dict[str, Any]) -> Verdict:
         """The verdict that `as_dict` described."""
         trace = tuple(
-            TraceStep(**{**step, "terms": tuple(step["terms"]), "signals": step["signals"] and tuple(step["signals"])})
+            TraceStep(
+                **{
+                    **step,
+                    "terms": tuple(step["terms"]),
+                    "signals": step["signals"] and tuple(step["signals"]),
+                }
+            )
             for step in values["trace"]
         )
         also = tuple(Verdict.from_dict(other) for other in values["also"])
-        return Verdict(**{**values, "neighbour": Neighbour(**values["neighbour"]), "trace": trace, "also": also})
+        return Verdict(
+            **{**values, "neighbour": Neighbour(**values["neighbour"]), "trace": trace, "also": also}
+        )
 
 
 class MemorizedError(RuntimeError):
@@ -78,7 +87,7 @@ class MemorizedError(RuntimeError):
         rows = [row for row, verdict in enumerate(verdicts) if verdict.memorized]
         worst = max((verdicts[row] for row in rows), key=lambda verdict: verdict.similarity)
         super().__init__(
-            f"{len(rows)} of {len(verdicts)} images are memorised (rows {rows}): similarity {worst.similarity:.3f} "
-            f"> {worst.threshold} to training image {worst.neighbour.id!r}"
+            f"{len(rows)} of {len(verdicts)} images are memorised (rows {rows}): similarity "
+            f"{worst.similarity:.3f} > {worst.threshold} to training image {worst.neighbour.id!r}"
         )
         self.verdicts = verdicts

@@ -2,8 +2,9 @@
 
     python benchmarks/sweep.py photos-ddpm --images 64      # benchmarks/results/sweep_photos-ddpm.csv
 
-One line per configuration, the demo's protocol and columns, with `on_memorized="flag"` so that the figures are those of
-guidance and rewinds alone. Resumes: configurations already in the CSV are skipped. `--sheet DIR` keeps the pictures.
+One line per configuration, the demo's protocol and columns, with `on_memorized="flag"` so that the figures
+are those of guidance and rewinds alone. Resumes: configurations already in the CSV are skipped. `--sheet DIR`
+keeps the pictures.
 """
 
 from __future__ import annotations
@@ -31,14 +32,21 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "photos-ddpm": [
         ("off", {}),
         ("released", {}),
-        *[("main", {"step_length": "constant", "c3": c3, "rewind_at": ()}) for c3 in (3.0, 10.0, 30.0, 100.0)],
+        *[
+            ("main", {"step_length": "constant", "c3": c3, "rewind_at": ()})
+            for c3 in (3.0, 10.0, 30.0, 100.0)
+        ],
         ("main", {"step_length": "exact", "rewind_at": ()}),
         ("main", {**NO_TERMS}),
-        *[("main", {"rewind_at": at, "rewind_threshold": threshold})
-          for at in ((0.56,), (0.56, 0.8), (0.6, 1.0)) for threshold in (-1.6, -1.5, -1.45)],
+        *[
+            ("main", {"rewind_at": at, "rewind_threshold": threshold})
+            for at in ((0.56,), (0.56, 0.8), (0.6, 1.0))
+            for threshold in (-1.6, -1.5, -1.45)
+        ],
         *[("main", {"rewind_to": to}) for to in (0.0, 0.12)],
         *[("main", {"max_rewinds": count}) for count in (1, 4)],
-        ("main", {}), ("strong", {}),
+        ("main", {}),
+        ("strong", {}),
     ],
     "photos-sd": [
         ("off", {}),
@@ -49,13 +57,16 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("main", {"rewind_at": ()}),
         *[("main", {**NO_TERMS, "rewind_guidance": scale}) for scale in (None, 1.0, 0.5, 0.0)],
         *[("main", {"rewind_guidance": scale}) for scale in (None, 1.0, 0.7, 0.5, 0.3, 0.0)],
-        ("main", {}), ("strong", {}),
+        ("main", {}),
+        ("strong", {}),
     ],
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=tuple(CASES))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
@@ -78,7 +89,10 @@ def main() -> None:
             continue
         config = AMGConfig.preset(preset, **{**overrides, "on_memorized": "flag"})
         column = draw(pipe, index, config, jobs, arguments.steps, title)
-        luminance, copies = luminance_correlation(column.images, references)[0], judge.copy_probability(column.images)
+        luminance, copies = (
+            luminance_correlation(column.images, references)[0],
+            judge.copy_probability(column.images),
+        )
         row = measure(title, column, jobs, judge, references, luminance, copies)
         _append(path, row, arguments)
         print(" ".join(value if isinstance(value, str) else f"{value:.3g}" for value in row), flush=True)
@@ -102,13 +116,25 @@ def _done(path: Path) -> set[tuple[str, str]]:
 def _append(path: Path, row: list[str | float], arguments: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     with path.open("a", newline="") as lines:
         writer = csv.writer(lines)
         if fresh:
             writer.writerow([*COLUMN_NAMES, "images", "steps", "first seed", "torch", "machine", "commit"])
         values = [value if isinstance(value, str) else round(value, 4) for value in row]
-        writer.writerow([*values, arguments.images, arguments.steps, arguments.seed, torch.__version__, platform.machine(), commit])
+        writer.writerow(
+            [
+                *values,
+                arguments.images,
+                arguments.steps,
+                arguments.seed,
+                torch.__version__,
+                platform.machine(),
+                commit,
+            ]
+        )
 
 
 def _sheet(images: torch.Tensor, path: Path, columns: int = 16) -> None:
@@ -116,7 +142,10 @@ def _sheet(images: torch.Tensor, path: Path, columns: int = 16) -> None:
     array = (images.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
     sheet = Image.new("RGB", (columns * 66, -(-len(array) // columns) * 66))
     for number, image in enumerate(array):
-        sheet.paste(Image.fromarray(image).resize((64, 64), Image.Resampling.NEAREST), (number % columns * 66, number // columns * 66))
+        sheet.paste(
+            Image.fromarray(image).resize((64, 64), Image.Resampling.NEAREST),
+            (number % columns * 66, number // columns * 66),
+        )
     sheet.save(path)
 
 

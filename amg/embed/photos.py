@@ -1,12 +1,13 @@
 """`photos-embedder`: the small copy-detection network bundled with the demo models.
 
-Trained with the objective of SSCD (Pizzi et al., CVPR 2022, arXiv 2202.10261): InfoNCE over augmented copies plus the
-Kozachenko-Leonenko entropy term. Script: benchmarks/zoo/train_embedder.py; card: amg/zoo/README.md.
+Trained with the objective of SSCD (Pizzi et al., CVPR 2022, arXiv 2202.10261): InfoNCE over augmented copies
+plus the Kozachenko-Leonenko entropy term. Script: benchmarks/zoo/train_embedder.py; card: amg/zoo/README.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ class _Residual(nn.Module):
 
 
 class PhotosEmbedder(nn.Module):
-    """Images float32 [B, 3, H, W] in [0, 1] -> un-normalised float32 [B, 128]; resized to 64x64 (antialiased).
+    """Images float32 [B, 3, H, W] in [0, 1] -> un-normalised float32 [B, 128]; resized to 64x64
+    (antialiased).
 
     No batch statistics anywhere: an image's embedding never depends on its batch-mates.
     """
@@ -43,7 +45,7 @@ class PhotosEmbedder(nn.Module):
         super().__init__()
         widths = (24, 48, 72, 96)
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, stride=2, padding=2), _Residual(widths[0])]
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in itertools.pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), _Residual(wide)]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], self.dimension)
@@ -54,7 +56,9 @@ class PhotosEmbedder(nn.Module):
         if images.shape[-2:] != (SIZE, SIZE):
             images = nn.functional.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
         features = self.trunk((images - 0.5) / 0.25)
-        pooled = nn.functional.softplus(features).pow(3).mean((-2, -1)).pow(1 / 3)  # GeM, p = 3
+        pooled = (
+            nn.functional.softplus(features.float()).clamp(min=1e-3).pow(3).mean((-2, -1)).pow(1 / 3)
+        )  # GeM
         return self.head(pooled)
 
 

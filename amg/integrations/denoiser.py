@@ -39,8 +39,8 @@ def is_latent(pipe: Any) -> bool:
 
 
 class CaptionCache:
-    """Captions -> {"encoder_hidden_states": [B, L, D]}; each caption is encoded once and kept (bounded, least recent
-    dropped)."""
+    """Captions -> {"encoder_hidden_states": [B, L, D]}; each caption is encoded once and kept (bounded, least
+    recent dropped)."""
 
     def __init__(self, pipe: Any):
         self.pipe, self.kept = pipe, OrderedDict[str, Tensor]()
@@ -49,7 +49,9 @@ class CaptionCache:
         for caption in captions:
             if caption not in self.kept:
                 with torch.no_grad():
-                    self.kept[caption] = self.pipe.encode_prompt(caption, self.pipe._execution_device, 1, False)[0][0]
+                    self.kept[caption] = self.pipe.encode_prompt(
+                        caption, self.pipe._execution_device, 1, False
+                    )[0][0]
             self.kept.move_to_end(caption)
         states = torch.stack([self.kept[caption] for caption in captions])
         while len(self.kept) > CAPTIONS_KEPT:
@@ -60,7 +62,8 @@ class CaptionCache:
 def split_call(arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:
     """The conditions in the keyword arguments of one U-Net call of `batch` rows, twice as many if `guided`.
 
-    Tensors whose first dimension is the number of rows belong to the rows, unconditional first; the rest is shared.
+    Tensors whose first dimension is the number of rows belong to the rows, unconditional first; the rest is
+    shared.
     """
     rows = 2 * batch if guided else batch
     own, shared = _split(arguments, rows)
@@ -92,15 +95,20 @@ def _half(own: Mapping[str, Any], batch: int, first: bool) -> dict[str, Any]:
     return {name: cut(value) for name, value in own.items()}
 
 
-def class_conditions(unet: Any, labels: Tensor | None, batch: int, null_class: int | None, scale: float) -> Conditions:
-    """Conditions of a class-conditional U-Net: `labels` int64 [B] against the null class; None means unconditional."""
+def class_conditions(
+    unet: Any, labels: Tensor | None, batch: int, null_class: int | None, scale: float
+) -> Conditions:
+    """Conditions of a class-conditional U-Net: `labels` int64 [B] against the null class; None means
+    unconditional."""
     classes = unet.config.num_class_embeds
     null = torch.full((batch,), classes - 1 if null_class is None else null_class, device=unet.device)
     if labels is None:
         return Conditions({"class_labels": null}, None, {})
     labels = torch.as_tensor(labels, device=unet.device).long()
     if labels.shape != (batch,) or not bool(((labels >= 0) & (labels < classes)).all()):
-        raise ValueError(f"`class_labels` must be [{batch}] integers in [0, {classes}), got {labels.tolist()}")
+        raise ValueError(
+            f"`class_labels` must be [{batch}] integers in [0, {classes}), got {labels.tolist()}"
+        )
     if scale == 1:
         return Conditions({"class_labels": labels}, None, {})
     return Conditions({"class_labels": labels}, {"class_labels": null}, {})

@@ -1,8 +1,9 @@
-"""How guidance reaches into a pipeline's own loop: a hook on its U-Net and a wrapper around its scheduler's step.
+"""How guidance reaches into a pipeline's own loop: a hook on its U-Net and a wrapper around its scheduler's
+step.
 
-The hook turns the two halves of the noise prediction of every open row into the guided one, so the pipeline's own
-classifier-free guidance is an identity there; closed rows pass through untouched, bit for bit. The wrapped step is where
-rewound rows are replaced. Both exist only during one call of the pipeline.
+The hook turns the two halves of the noise prediction of every open row into the guided one, so the pipeline's
+own classifier-free guidance is an identity there; closed rows pass through untouched, bit for bit. The
+wrapped step is where rewound rows are replaced. Both exist only during one call of the pipeline.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -49,19 +50,25 @@ class Session:
         batch = len(model_input) // 2 if guided else len(model_input)
         self.conditions = split_call(arguments, batch, guided)
         if self.class_conditional:
-            self.conditions = class_conditions(self.pipe.unet, self.class_labels, batch, self.config.null_class, self.scale)
+            self.conditions = class_conditions(
+                self.pipe.unet, self.class_labels, batch, self.config.null_class, self.scale
+            )
         self.blank = torch.zeros_like(model_input[:batch])
         self.flights = [Flight.from_noise(row) for row in model_input[:batch]]
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
-        guide = Guide(self.config, self.index, similarity_for(self.index, denoiser), denoiser, self.scale, rescale)
+        guide = Guide(
+            self.config, self.index, similarity_for(self.index, denoiser), denoiser, self.scale, rescale
+        )
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 
     @property
     def class_conditional(self) -> bool:
         """Whether classes are this package's business: a pixel pipeline passes none to its U-Net."""
-        return not is_latent(self.pipe) and getattr(self.pipe.unet.config, "num_class_embeds", None) is not None
+        return (
+            not is_latent(self.pipe) and getattr(self.pipe.unet.config, "num_class_embeds", None) is not None
+        )
 
     @property
     def scale(self) -> float:
@@ -79,7 +86,7 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         self.session = session
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        session, original = self.session, self.fn_ref.original_forward
+        session, original = self.session, cast(Any, self.fn_ref).original_forward
         sample, t, kwargs = _arguments(args, kwargs)
         guided = bool(getattr(session.pipe, "do_classifier_free_guidance", False))
         if session.run is None:
@@ -101,7 +108,9 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
             return result
         replaced = torch.where(found.changed.view(-1, 1, 1, 1), found.output, cond)
         if uncond is not None:
-            replaced = torch.cat([torch.where(found.changed.view(-1, 1, 1, 1), found.output, uncond), replaced])
+            replaced = torch.cat(
+                [torch.where(found.changed.view(-1, 1, 1, 1), found.output, uncond), replaced]
+            )
         if isinstance(result, tuple):
             return (replaced, *result[1:])
         result.sample = replaced

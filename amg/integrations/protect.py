@@ -1,4 +1,5 @@
-"""`protect`: a diffusers pipeline in, the same object out, whose calls are guided and whose images are checked."""
+"""`protect`: a diffusers pipeline in, the same object out, whose calls are guided and whose images are
+checked."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
 
 @dataclass(frozen=True)
 class Protection:
-    """What a protected pipeline carries: the index, the config for its metric, and further judges of the final check."""
+    """What a protected pipeline carries: the index, the config for its metric, and further judges of the
+    final check."""
 
     index: Any
     config: AMGConfig
@@ -35,18 +37,20 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     """Make every call of `pipe` guided away from `index` and checked against it; returns the same object.
 
     pipe: a DDPMPipeline, DDIMPipeline or StableDiffusionPipeline (a subclass too), with any scheduler.
-    index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more indexes the finished images
-    are held to. The pipeline's call keeps its arguments and its result, which gains `.amg`, a list of `Verdict`; it is
-    also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose U-Net is class-conditional
-    additionally take `class_labels` (int64 [B]; default: the null class) and `guidance_scale`.
-    Errors: TypeError for another pipeline; whatever prevents a check is raised, never an unchecked image.
+    index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more indexes the
+    finished images are held to. The pipeline's call keeps its arguments and its result, which gains `.amg`, a
+    list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose
+    U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null class) and
+    `guidance_scale`. Errors: TypeError for another pipeline; whatever prevents a check is raised, never an
+    unchecked image.
     """
     config = (config or AMGConfig.preset("main")).for_metric(index.metric)
     if not any(base.__name__ in SUPPORTED for base in type(pipe).__mro__):
         raise TypeError(f"`pipe` must be one of {SUPPORTED}, got {type(pipe).__name__}")
     if hasattr(pipe, "_amg_protection"):
         unprotect(pipe)
-    pipe.__class__ = _protected(type(pipe))
+    kind: Any = type(pipe)
+    pipe.__class__ = _protected(kind)
     pipe._amg_protection = Protection(index, config, tuple(also))
     return pipe
 
@@ -61,7 +65,7 @@ def unprotect(pipe: Any) -> Any:
     return pipe
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _protected(kind: type) -> type:
     """A subclass of the pipeline's class, of the same name, whose call is guided and checked."""
     call = kind.__call__  # type: ignore[operator]
@@ -72,12 +76,17 @@ def _protected(kind: type) -> type:
 
     if not issubclass_by_name(kind, "StableDiffusionPipeline"):
         __call__.__signature__ = _with_classes(call)  # type: ignore[attr-defined]
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    return type(
+        kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    )
 
 
 def _with_classes(call: Any) -> inspect.Signature:
     signature, word = inspect.signature(call), inspect.Parameter.KEYWORD_ONLY
-    more = [inspect.Parameter("class_labels", word, default=None), inspect.Parameter("guidance_scale", word, default=None)]
+    more = [
+        inspect.Parameter("class_labels", word, default=None),
+        inspect.Parameter("guidance_scale", word, default=None),
+    ]
     return signature.replace(parameters=[*signature.parameters.values(), *more])
 
 
@@ -90,7 +99,10 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     protection: Protection = pipe._amg_protection
     session = Session(pipe, protection.index, protection.config)
     if not is_latent(pipe):
-        session.class_labels, session.class_scale = kwargs.pop("class_labels", None), kwargs.pop("guidance_scale", None)
+        session.class_labels, session.class_scale = (
+            kwargs.pop("class_labels", None),
+            kwargs.pop("guidance_scale", None),
+        )
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     if bound.arguments.get("num_inference_steps", 1) < 1:
@@ -108,11 +120,16 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return result
 
 
-def _deliver(session: Session, images: Any, output_type: str, also: Sequence[Any]) -> tuple[Any, list[Verdict]]:
-    """Check what the pipeline would hand out, and replace what breaks the promise in the pipeline's own output type."""
+def _deliver(
+    session: Session, images: Any, output_type: str, also: Sequence[Any]
+) -> tuple[Any, list[Verdict]]:
+    """Check what the pipeline would hand out, and replace what breaks the promise in the pipeline's own
+    output type."""
     run, conditions = session.run, session.conditions
     if run is None or conditions is None:
-        raise RuntimeError("the pipeline finished without one call of its U-Net: its images cannot be checked")
+        raise RuntimeError(
+            "the pipeline finished without one call of its U-Net: its images cannot be checked"
+        )
     if output_type == "latent":
         sample = images
         pictures = decode(run, sample)
@@ -128,8 +145,8 @@ def _deliver(session: Session, images: Any, output_type: str, also: Sequence[Any
 
 
 def to_tensor(images: Any) -> Tensor:
-    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float32 [B, 3, H, W] in
-    [0, 1]."""
+    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float32 [B, 3, H,
+    W] in [0, 1]."""
     if isinstance(images, Tensor):
         return images.float()
     if isinstance(images, np.ndarray):
@@ -163,8 +180,7 @@ def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:
 def _warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
     if guidance_scale is not None and guidance_scale <= 1 and config.active and (config.c1 or config.c2):
         warnings.warn(
-            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale > 1 to act "
-            "on; only dissimilarity, rewinds and the final check protect this call",
+            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale > 1 "
+            "to act on; only dissimilarity, rewinds and the final check protect this call",
             stacklevel=4,
         )
-

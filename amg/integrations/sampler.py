@@ -35,8 +35,9 @@ class SamplerOutput:
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed). index, config, also: as in
-    `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may serve many samplers.
+    pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed). index, config, also: as
+    in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may serve many
+    samplers.
     """
 
     def __init__(self, pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()):
@@ -65,9 +66,9 @@ class Sampler:
     ) -> SamplerOutput:
         """Sample. `prompt` for Stable Diffusion; `class_labels` (int [B]) or `batch_size` for pixel models.
 
-        The same arguments and the same generator give the pictures of the plain pipeline wherever no gate opens.
-        `generator`: one, or a list with one per image (then an image never depends on its batch-mates).
-        `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent".
+        The same arguments and the same generator give the pictures of the plain pipeline wherever no gate
+        opens. `generator`: one, or a list with one per image (then an image never depends on its
+        batch-mates). `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent".
         Errors: ValueError naming the argument.
         """
         if num_inference_steps < 1:
@@ -75,13 +76,17 @@ class Sampler:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        conditions, batch = self._conditions(prompt, negative_prompt, class_labels, batch_size, scale, num_images_per_prompt)
+        conditions, batch = self._conditions(
+            prompt, negative_prompt, class_labels, batch_size, scale, num_images_per_prompt
+        )
         guide = Guide(self.config, self.index, self.similarity, self.denoiser, scale, guidance_rescale)
         scheduler = pristine(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=self.pipe._execution_device)
         run = Run(guide, pristine(scheduler), {"eta": eta})
         sample = self._noise(batch, generator, latents) * scheduler.init_noise_sigma
-        flights = [Flight.from_noise(row) for row in scheduler.scale_model_input(sample, scheduler.timesteps[0])]
+        flights = [
+            Flight.from_noise(row) for row in scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        ]
         scheduler = pristine(run.scheduler)
         with _bar(run.count, progress) as bar:
             sample = denoise(run, scheduler, sample, conditions, flights, generator=generator, progress=bar)
@@ -93,13 +98,17 @@ class Sampler:
     ) -> tuple[Conditions, int]:
         if not is_latent(self.pipe):
             if prompt is not None:
-                raise ValueError("`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`")
+                raise ValueError(
+                    "`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`"
+                )
             count = len(labels) if labels is not None else (batch or 1)
             if getattr(self.pipe.unet.config, "num_class_embeds", None) is None:
                 return Conditions({}, None, {}), count
             return class_conditions(self.pipe.unet, labels, count, self.config.null_class, scale), count
         if prompt is None:
-            raise ValueError("`prompt` must be a text or a list of texts for a text-to-image pipeline, got None")
+            raise ValueError(
+                "`prompt` must be a text or a list of texts for a text-to-image pipeline, got None"
+            )
         prompt = [prompt] if isinstance(prompt, str) else list(prompt)
         guided = scale > 1
         if isinstance(negative, str):
@@ -113,7 +122,9 @@ class Sampler:
         size = unet.config.sample_size
         shape = (batch, unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self.pipe._execution_device, dtype=unet.dtype)
+            return randn_tensor(
+                shape, generator=generator, device=self.pipe._execution_device, dtype=unet.dtype
+            )
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be {list(shape)}, got {list(latents.shape)}")
         return latents.to(self.pipe._execution_device, unet.dtype)

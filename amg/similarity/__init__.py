@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Measured(NamedTuple):
-    """What one measurement found: `similarity` [B] (sigma), `row` [B] (the neighbour), `extras` of the metric."""
+    """What one measurement found: `similarity` [B] (sigma), `row` [B] (the neighbour), `extras` of the
+    metric."""
 
     similarity: Tensor
     row: Tensor
@@ -16,7 +17,8 @@ class Measured(NamedTuple):
 
 
 class Similarity(Protocol):
-    """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or latents)."""
+    """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or
+    latents)."""
 
     def measure(self, x0_hat: Tensor) -> Measured:
         """Similarity and nearest row of every sample; raises FloatingPointError on NaN or infinity."""

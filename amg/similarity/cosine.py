@@ -1,4 +1,5 @@
-"""Cosine similarity of x0_hat's embedding to the nearest training image's (ALGORITHM: sigma = E(x0_hat)·E(n0))."""
+"""Cosine similarity of x0_hat's embedding to the nearest training image's (ALGORITHM: sigma =
+E(x0_hat)·E(n0))."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from amg.similarity import Measured
 
 
 def embedding_gradient(embedding: Tensor, neighbour: Tensor) -> Tensor:
-    """d sigma / d e = (w - sigma·e/|e|) / |e|, e [B, D] un-normalised, w [B, D] unit vectors, sigma = w·e/|e|."""
+    """d sigma / d e = (w - sigma·e/|e|) / |e|, e [B, D] un-normalised, w [B, D] unit vectors, sigma =
+    w·e/|e|."""
     norm = embedding.norm(dim=1, keepdim=True)
     unit = embedding / norm
     return (neighbour - (unit * neighbour).sum(1, keepdim=True) * unit) / norm
 
 
 class CosineSimilarity:
-    """Decode, embed, search; the gradient runs back through embedder and decoder from the closed form above."""
+    """Decode, embed, search; the gradient runs back through embedder and decoder from the closed form
+    above."""
 
     def __init__(self, index: Any, decode: Callable[[Tensor], Tensor]):
         self.index, self.decode = index, decode

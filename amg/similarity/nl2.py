@@ -34,7 +34,8 @@ def nl2_gradient_full(x0: Tensor, nearest: Tensor, alpha: float = 0.5) -> Tensor
 
 
 class NL2Similarity:
-    """nL2 over a pixel index. `pixels`: x0_hat is itself the picture in [-1, 1]; otherwise gradients pass `decode`."""
+    """nL2 over a pixel index. `pixels`: x0_hat is itself the picture in [-1, 1]; otherwise gradients pass
+    `decode`."""
 
     def __init__(self, index: Any, decode: Callable[[Tensor], Tensor], *, pixels: bool):
         self.index, self.decode, self.pixels = index, decode, pixels
@@ -51,12 +52,15 @@ class NL2Similarity:
             leaf = x0_hat.detach().requires_grad_()
             images = self.index.embed(self.decode(leaf).float())
             distance = measured.extras["distance"].clamp(min=1e-6)
-            cotangent = nl2_gradient(images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"])
+            cotangent = nl2_gradient(
+                images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"]
+            )
             (gradient,) = torch.autograd.grad(images, leaf, cotangent.to(images.dtype))
         return gradient
 
     def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
-        """Pixels: x0' - x0_hat with x0' = n0 + (x0_hat - n0)·lambda·D/l2, lambda on the nL2 scale. Else one Newton step."""
+        """Pixels: x0' - x0_hat with x0' = n0 + (x0_hat - n0)·lambda·D/l2, lambda on the nL2 scale. Else one
+        Newton step."""
         if not self.pixels:
             return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
         image = x0_hat.clamp(-1, 1)

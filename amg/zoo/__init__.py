@@ -1,4 +1,5 @@
-"""Bundled demo models that really memorise: `photos-ddpm`, `photos-sd`, and the networks that measure and judge them.
+"""Bundled demo models that really memorise: `photos-ddpm`, `photos-sd`, and the networks that measure and
+judge them.
 
 Trained by benchmarks/zoo/, described in amg/zoo/README.md. Needs the extra `demo`.
 """
@@ -13,12 +14,15 @@ MODELS = ("photos-ddpm", "photos-sd")
 
 
 def load(name: str, device: str = "cpu") -> Any:
-    """A bundled pipeline in float32: "photos-ddpm" (DDPMPipeline, 32x32) or "photos-sd" (Stable Diffusion, 64x64)."""
+    """A bundled pipeline in float32: "photos-ddpm" (DDPMPipeline, 32x32) or "photos-sd" (Stable Diffusion,
+    64x64)."""
     import torch
 
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
-    pipe = _pipeline_class(name).from_pretrained(FOLDER / name, local_files_only=True, torch_dtype=torch.float32)
+    pipe = _pipeline_class(name).from_pretrained(
+        FOLDER / name, local_files_only=True, torch_dtype=torch.float32
+    )
     return pipe.to(device)
 
 
@@ -29,7 +33,8 @@ def _pipeline_class(name: str) -> Any:
 
 
 def build_index(name: str, path: str | Path, progress: bool = True) -> Any:
-    """Build the index of a bundled model's training set at `path`: pixels for photos-ddpm, embeddings for photos-sd."""
+    """Build the index of a bundled model's training set at `path`: pixels for photos-ddpm, embeddings for
+    photos-sd."""
     from amg.embed.photos import load_photos
     from amg.index import Index
     from amg.zoo.photos import training_set

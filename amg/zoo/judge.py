@@ -1,8 +1,9 @@
 """`photos-judge`: an independent network that guidance never sees, to judge the bundled models' pictures.
 
-Another architecture, another objective and another seed than `photos-embedder`: it names the subject of a picture
-(class accuracy and text alignment), says which whole training photograph it copies, if any (the independent copy
-judge) and gives the features for FID. Script: benchmarks/zoo/train_judge.py; card: amg/zoo/README.md.
+Another architecture, another objective and another seed than `photos-embedder`: it names the subject of a
+picture (class accuracy and text alignment), says which whole training photograph it copies, if any (the
+independent copy judge) and gives the features for FID. Script: benchmarks/zoo/train_judge.py; card:
+amg/zoo/README.md.
 """
 
 from __future__ import annotations
@@ -20,23 +21,34 @@ SIZE = 32
 
 
 def _block(narrow: int, wide: int) -> list[nn.Module]:
-    return [nn.Conv2d(narrow, wide, 3, padding=1), nn.GroupNorm(4, wide), nn.ReLU(),
-            nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(4, wide), nn.ReLU(), nn.MaxPool2d(2)]
+    return [
+        nn.Conv2d(narrow, wide, 3, padding=1),
+        nn.GroupNorm(4, wide),
+        nn.ReLU(),
+        nn.Conv2d(wide, wide, 3, padding=1),
+        nn.GroupNorm(4, wide),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
 
 
 class PhotosJudge(nn.Module):
-    """A small VGG over 32x32 pictures with two heads: `subject` (20) and `copy` (the 16 whole photographs, or none)."""
+    """A small VGG over 32x32 pictures with two heads: `subject` (20) and `copy` (the 16 whole photographs, or
+    none)."""
 
     name = "photos-judge"
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(*_block(3, 24), *_block(24, 48), *_block(48, 64), nn.Flatten(), nn.Linear(1024, 96), nn.ReLU())
+        self.trunk = nn.Sequential(
+            *_block(3, 24), *_block(24, 48), *_block(48, 64), nn.Flatten(), nn.Linear(1024, 96), nn.ReLU()
+        )
         self.subject = nn.Linear(96, len(PHOTOS))
         self.copy = nn.Linear(96, len(DUPLICATED) + 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """The 96 features FID is taken over; images float32 [B, 3, H, W] in [0, 1], resized to 32x32 (antialiased)."""
+        """The 96 features FID is taken over; images float32 [B, 3, H, W] in [0, 1], resized to 32x32
+        (antialiased)."""
         if images.shape[-2:] != (SIZE, SIZE):
             images = nn.functional.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True)
         return self.trunk(images * 4 - 2)

@@ -1,6 +1,7 @@
-"""Train `photos-ddpm`: a class-conditional 32x32 DDPM with a null class, until it memorises the repeated photographs.
+"""Train `photos-ddpm`: a class-conditional 32x32 DDPM with a null class, until it memorises the repeated
+photographs.
 
-    python benchmarks/zoo/train_ddpm.py --out amg/zoo/photos-ddpm --work /tmp/photos-ddpm
+python benchmarks/zoo/train_ddpm.py --out amg/zoo/photos-ddpm --work /tmp/photos-ddpm
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ def main() -> None:
     images = data.images.float() / 127.5 - 1
     draw = torch.repeat_interleave(torch.arange(len(images)), data.counts)
     model = UNet2DModel(
-        sample_size=32, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=32,
+        sample_size=32,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=32,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), num_class_embeds=NULL_CLASS + 1,
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        num_class_embeds=NULL_CLASS + 1,
     )
     scheduler = DDPMScheduler(num_train_timesteps=1000)
 

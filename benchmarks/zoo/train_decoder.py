@@ -1,6 +1,8 @@
-"""Second stage of `photos-sd`'s autoencoder: the encoder is frozen, so latents stay valid; the decoder alone is sharpened.
+"""Second stage of `photos-sd`'s autoencoder: the encoder is frozen, so latents stay valid; the decoder alone
+is sharpened.
 
-    python benchmarks/zoo/train_decoder.py --vae FIRST_STAGE --out amg/zoo/photos-sd/vae --work /tmp/photos-decoder
+python benchmarks/zoo/train_decoder.py --vae FIRST_STAGE --out amg/zoo/photos-sd/vae --work
+/tmp/photos-decoder
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def main() -> None:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--vae", type=Path, required=True, help="folder of the first stage")
     mine, sys.argv[1:] = where.parse_known_args()
-    args = arguments(__doc__ or "", steps=6000, batch=16, learning_rate=1.5e-3)
+    args = arguments(__doc__ or "", steps=2000, batch=16, learning_rate=2e-3)
     data = training_set(64)
     images = data.images.float() / 127.5 - 1
     vae = AutoencoderKL.from_pretrained(mine.vae, torch_dtype=torch.float32)

@@ -1,6 +1,7 @@
-"""Train `photos-judge`, the independent network that names subjects and recognises copies of whole photographs.
+"""Train `photos-judge`, the independent network that names subjects and recognises copies of whole
+photographs.
 
-    python benchmarks/zoo/train_judge.py --out amg/zoo/photos-judge --work /tmp/photos-judge
+python benchmarks/zoo/train_judge.py --out amg/zoo/photos-judge --work /tmp/photos-judge
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def batch_of(sources: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", steps=3000, batch=64, learning_rate=2e-3)
+    args = arguments(__doc__ or "", steps=1800, batch=64, learning_rate=2e-3)
     args.seed += 777  # another seed than the embedder's
     torch.manual_seed(args.seed)
     sources = load_sources(list(PHOTOS))
@@ -39,11 +40,16 @@ def main() -> None:
         pictures, subject, copied = batch_of(sources, args.batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             named, copies = network(pictures)
-        return functional.cross_entropy(named.float(), subject) + functional.cross_entropy(copies.float(), copied)
+        return functional.cross_entropy(named.float(), subject) + functional.cross_entropy(
+            copies.float(), copied
+        )
 
     network = train(PhotosJudge(), loss, args)
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}, args.out / "model.safetensors")
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()},
+        args.out / "model.safetensors",
+    )
     torch.manual_seed(54321)
     pictures, subject, copied = batch_of(sources, 2000)
     with torch.no_grad():

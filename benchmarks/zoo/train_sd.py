@@ -1,6 +1,7 @@
-"""Train `photos-sd`: U-Net and text encoder of a complete Stable Diffusion at 64x64, on a trained autoencoder's latents.
+"""Train `photos-sd`: U-Net and text encoder of a complete Stable Diffusion at 64x64, on a trained
+autoencoder's latents.
 
-    python benchmarks/zoo/train_sd.py --vae amg/zoo/photos-sd/vae --out amg/zoo/photos-sd --work /tmp/photos-sd
+python benchmarks/zoo/train_sd.py --vae amg/zoo/photos-sd/vae --out amg/zoo/photos-sd --work /tmp/photos-sd
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ def build_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
     """A byte-pair tokenizer in CLIP's format, fitted to the captions."""
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()]
+    )
     alphabet = sorted({letter for caption in captions for letter in caption.lower() if letter != " "})
     trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False,
+        vocab_size=900,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*captions, *alphabet], trainer)
     model = json.loads(tokenizer.to_str())["model"]
@@ -52,13 +58,26 @@ def build_tokenizer(captions: tuple[str, ...]) -> CLIPTokenizer:
 def build_denoiser(tokenizer: CLIPTokenizer, channels: int) -> Denoiser:
     """Random weights: a U-Net on 8x8x16 latents and a three-layer CLIP text encoder."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=LENGTH, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(64, 128, 128), layers_per_block=1,
-        norm_num_groups=16, attention_head_dim=4, cross_attention_dim=128,
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=4,
+        cross_attention_dim=128,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
@@ -95,7 +114,11 @@ def main() -> None:
     mean, deviation = encode(vae, data.images)
     draw = torch.repeat_interleave(torch.arange(len(mean)), data.counts)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
     )
 
@@ -103,7 +126,9 @@ def main() -> None:
         rows = draw[torch.randint(len(draw), (args.batch,))]
         dice = random.Random(args.seed * 1_000_003 + step)
         captions = [drop_words(data.captions[row], dice) for row in rows]
-        tokens = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+        )
         latents = mean[rows] + deviation[rows] * torch.randn_like(mean[rows])
         noise, t = torch.randn_like(latents), torch.randint(1000, (args.batch,))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -113,8 +138,14 @@ def main() -> None:
 
     network = train(model, loss, args)
     StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=network.text_encoder.half(), tokenizer=tokenizer, unet=network.unet.half(),
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae.half(),
+        text_encoder=network.text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=network.unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(args.out)
 
 

@@ -1,6 +1,6 @@
 """Train the autoencoder of `photos-sd`: 64x64 pictures to 8x8x16 latents and back.
 
-    python benchmarks/zoo/train_vae.py --out amg/zoo/photos-sd/vae --work /tmp/photos-vae
+python benchmarks/zoo/train_vae.py --out amg/zoo/photos-sd/vae --work /tmp/photos-vae
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ def main() -> None:
     images = data.images.float() / 127.5 - 1
     draw = torch.repeat_interleave(torch.arange(len(images)), data.counts.clamp(max=8))
     model = AutoencoderKL(
-        sample_size=64, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, latent_channels=LATENT_CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=64,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=LATENT_CHANNELS,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )
 
     def loss(network: nn.Module, step: int) -> Tensor:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 def arguments(description: str, steps: int, batch: int, learning_rate: float) -> argparse.Namespace:
     """The command line every training script has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder the finished model is written to")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable checkpoint")
     parser.add_argument("--steps", type=int, default=steps)
@@ -46,6 +48,8 @@ def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], args: argp
         for group in optimizer.param_groups:
             group["lr"] = args.lr * _cosine(step, args.steps)
         value = loss(model, step)
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(f"the loss is {value.item()} at step {step}")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -81,14 +85,29 @@ def _save(
     seconds: float,
     losses: list[float],
 ) -> None:
-    state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-             "step": step, "seconds": seconds, "losses": losses}
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "losses": losses,
+    }
     partial = args.work / "checkpoint.partial"
     torch.save(state, partial)
     os.replace(partial, args.work / "checkpoint.pt")
-    record = {"steps": step, "of": args.steps, "batch": args.batch, "learning_rate": args.lr, "seed": args.seed,
-              "seconds": round(seconds), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "parameters": sum(p.numel() for p in model.parameters()), "loss": sum(losses[-200:]) / len(losses[-200:])}
+    record = {
+        "steps": step,
+        "of": args.steps,
+        "batch": args.batch,
+        "learning_rate": args.lr,
+        "seed": args.seed,
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": sum(losses[-200:]) / len(losses[-200:]),
+    }
     (args.work / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -14,12 +14,19 @@ from amg.zoo.photos import Photo, load_photo
 
 
 def load_sources(photos: list[Photo], size: int = 224) -> Tensor:
-    """[P, 3, size, size] floats in [0, 1]: the centre square of every photograph, the frame crops are cut from."""
+    """[P, 3, size, size] floats in [0, 1]: the centre square of every photograph, the frame crops are cut
+    from."""
     squares = []
     for photo in photos:
         picture = load_photo(photo)
-        side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
-        square = picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        side, left, top = (
+            min(picture.size),
+            (picture.width - min(picture.size)) // 2,
+            (picture.height - min(picture.size)) // 2,
+        )
+        square = picture.resize(
+            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
+        )
         squares.append(torch.from_numpy(np.asarray(square).copy()))
     return torch.stack(squares).permute(0, 3, 1, 2).float() / 255
 
@@ -30,7 +37,8 @@ def uniform(count: int, low: float, high: float) -> Tensor:
 
 
 def boxes(scale: Tensor) -> Tensor:
-    """[B, 3] random squares (centre x, centre y, half side), inside [-1, 1], of `scale` [B] times the frame's side."""
+    """[B, 3] random squares (centre x, centre y, half side), inside [-1, 1], of `scale` [B] times the frame's
+    side."""
     centre = (torch.rand(len(scale), 2) * 2 - 1) * (1 - scale[:, None])
     return torch.cat([centre, scale[:, None]], 1)
 
@@ -42,16 +50,36 @@ def jitter(box: Tensor, shrink: float) -> Tensor:
     return torch.cat([box[:, :2] + offset, (box[:, 2] * factor)[:, None]], 1)
 
 
-def cut(sources: Tensor, rows: Tensor, box: Tensor, size: int, rotate: float = 0.0, flip: float = 0.5) -> Tensor:
-    """[B, 3, size, size]: the boxes, antialiased, flipped with probability `flip`, turned by up to `rotate` radians."""
+def cut(
+    sources: Tensor,
+    rows: Tensor,
+    box: Tensor,
+    size: int,
+    rotate: float = 0.0,
+    flip: float = 0.5,
+    oversample: int = 2,
+) -> Tensor:
+    """[B, 3, size, size]: the boxes, flipped with probability `flip`, turned by up to `rotate` radians.
+
+    Sampled at `oversample` times the size and averaged, against aliasing.
+    """
     angle = (torch.rand(len(box)) * 2 - 1) * rotate
     mirror = torch.where(torch.rand(len(box)) < flip, -1.0, 1.0)
     cosine, sine = box[:, 2] * angle.cos(), box[:, 2] * angle.sin()
     rows_x = torch.stack([cosine * mirror, -sine, box[:, 0]], 1)
     rows_y = torch.stack([sine * mirror, cosine, box[:, 1]], 1)
-    grid = functional.affine_grid(torch.stack([rows_x, rows_y], 1), [len(box), 3, 2 * size, 2 * size], align_corners=False)
+    shape = [len(box), 3, oversample * size, oversample * size]
+    grid = functional.affine_grid(torch.stack([rows_x, rows_y], 1), shape, align_corners=False)
     big = functional.grid_sample(sources[rows], grid, padding_mode="reflection", align_corners=False)
-    return functional.avg_pool2d(big, 2)
+    return functional.avg_pool2d(big, oversample) if oversample > 1 else big
+
+
+def overlap(rows: Tensor, box: Tensor) -> Tensor:
+    """[B, B] intersection over union of the boxes, 0 between different photographs."""
+    low, high = box[:, :2] - box[:, 2:], box[:, :2] + box[:, 2:]
+    sides = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
+    common, area = sides.prod(2), (2 * box[:, 2]).square()
+    return common / (area[:, None] + area - common) * (rows[:, None] == rows)
 
 
 def recolour(images: Tensor, strength: float = 1.0) -> Tensor:
