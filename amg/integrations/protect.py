@@ -180,7 +180,7 @@ def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:
 def _warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
     if guidance_scale is not None and guidance_scale <= 1 and config.active and (config.c1 or config.c2):
         warnings.warn(
-            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale > 1 "
-            "to act on; only dissimilarity, rewinds and the final check protect this call",
+            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale "
+            "> 1 to act on; only dissimilarity, rewinds and the final check protect this call",
             stacklevel=4,
         )

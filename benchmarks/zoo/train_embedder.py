@@ -65,11 +65,13 @@ def retrieval(network: nn.Module, sources: Tensor, count: int = 2000) -> dict[st
     own = similarity.diagonal()
     other = similarity.masked_fill(torch.eye(len(kept), dtype=torch.bool), -1).amax(1)
     return {
-        "pictures": len(kept), "top-1": (own > other).float().mean().item(),
-        "copies, median similarity": own.median().item(), "copies above 0.5": (own > 0.5).float().mean().item(),
+        "pictures": len(kept),
+        "top-1": (own > other).float().mean().item(),
+        "copies, median similarity": own.median().item(),
+        "copies above 0.5": (own > 0.5).float().mean().item(),
         "nearest other, median similarity": other.median().item(),
         "nearest other above 0.5": (other > 0.5).float().mean().item(),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
