@@ -24,7 +24,7 @@ EMBEDDER_HELP = "pixels (default), photos, sscd:PATH or open_clip:MODEL:PATH"
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `index` to the subparsers of `amg`; each command sets `func(arguments) -> exit code`."""
+    """Add `index` to the subparsers of `amg`; each command sets `run(arguments) -> exit code`."""
     parser = subparsers.add_parser(
         "index",
         help="build, inspect and search the index of a training set",
@@ -37,10 +37,10 @@ def add_parser(subparsers: Any) -> None:
     info = commands.add_parser("info", help="what an index holds; instant at any size")
     info.add_argument("path", metavar="INDEX", help="directory of the index")
     info.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
-    info.set_defaults(func=_reporting(run_info))
+    info.set_defaults(run=_reporting(run_info))
     verify = commands.add_parser("verify", help="check the sha256 of every file; reads all of them")
     verify.add_argument("path", metavar="INDEX", help="directory of the index")
-    verify.set_defaults(func=_reporting(run_verify))
+    verify.set_defaults(run=_reporting(run_verify))
     _add_search(commands)
 
 
@@ -74,7 +74,7 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--strict", action="store_true", help="stop at an unreadable image, do not skip it")
     build.add_argument("--no-resume", action="store_true", help="discard what an interrupted build left")
     build.add_argument("--quiet", action="store_true", help="no progress bar")
-    build.set_defaults(func=_reporting(run_build))
+    build.set_defaults(run=_reporting(run_build))
 
 
 def _add_search(commands: Any) -> None:
@@ -92,7 +92,7 @@ def _add_search(commands: Any) -> None:
         help='"exact" (default) or "faiss:FACTORY[;nprobe=N]", such as faiss:IVF256,Flat;nprobe=16',
     )
     search.add_argument("--json", action="store_true", help="one JSON object a line")
-    search.set_defaults(func=_reporting(run_search))
+    search.set_defaults(run=_reporting(run_search))
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -19,7 +19,7 @@ def amg(*words: object) -> int:
     parser = argparse.ArgumentParser(prog="amg")
     add_parser(parser.add_subparsers(required=True))
     arguments = parser.parse_args(["index", *map(str, words)])
-    return arguments.func(arguments)
+    return arguments.run(arguments)
 
 
 @pytest.fixture
