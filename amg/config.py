@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -80,6 +81,20 @@ class AMGConfig:
             value = getattr(self, name)
             if value not in choices and not (name == "step_length" and value is None):
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+        if self.preset_name not in PRESETS:
+            raise ValueError(f"`preset_name` must be one of {tuple(PRESETS)}, got {self.preset_name!r}")
+        numbers = (
+            "threshold",
+            "lambda_min",
+            "lambda_max",
+            "rewind_threshold",
+            "rewind_guidance",
+            "guidance_scale",
+        )
+        for name in numbers:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}")
         for name in ("max_rewinds", "max_retries"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
@@ -112,7 +127,12 @@ class AMGConfig:
             raise ValueError(f"`metric` of the config is {self.metric!r} but the index measures {metric!r}")
         preset = {"threshold_decay": 0.005, **PRESETS[self.preset_name][metric]}
         open_fields = {name: value for name, value in preset.items() if getattr(self, name) is None}
-        return replace(self, metric=metric, **open_fields)
+        resolved = replace(self, metric=metric, **open_fields)
+        if resolved.rewind_at and resolved.rewind_threshold is None:
+            raise ValueError(
+                f"`rewind_threshold` must be given with `rewind_at`, got None ({self.preset_name!r})"
+            )
+        return resolved
 
     @property
     def active(self) -> bool:

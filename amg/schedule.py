@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# With a zero terminal signal-to-noise ratio alpha_bar is 0 and x0_hat a quotient of zeros; at this floor it is
+# right to three digits in float32.
+LEAST_ALPHA_BAR = 1e-6
+KINDS = ("epsilon", "v_prediction", "sample")
+
 
 def alpha_bar_at(scheduler: Any, step: int) -> float:
     """alpha_bar of step `step` of the scheduler's current `timesteps`, for the input the denoiser sees.
@@ -19,6 +24,10 @@ def alpha_bar_at(scheduler: Any, step: int) -> float:
     The denoiser's input is variance preserving in every scheduler (Euler divides by sqrt(sigma² + 1)), so
     alpha_bar = 1 / (1 + sigma²) wherever the scheduler works in sigmas, and alphas_cumprod[t] elsewhere.
     """
+    return max(_raw_alpha_bar(scheduler, step), LEAST_ALPHA_BAR)
+
+
+def _raw_alpha_bar(scheduler: Any, step: int) -> float:
     sigmas = getattr(scheduler, "sigmas", None)
     if (
         sigmas is not None
@@ -43,8 +52,7 @@ def threshold_at(
 
 
 class Prediction(NamedTuple):
-    """Conversions between a denoiser's output and the noise prediction at one step: affine, slope `gain` >= 0
-    or < 0.
+    """Conversions between a denoiser's output and the noise prediction at one step, affine.
 
     epsilon: eps = m. v_prediction: eps = sqrt(alpha_bar)·v + sqrt(1 - alpha_bar)·x_t.
     sample: eps = (x_t - sqrt(alpha_bar)·x0) / sqrt(1 - alpha_bar).
@@ -62,9 +70,7 @@ class Prediction(NamedTuple):
             return signal * output + noise * sample
         if self.kind == "sample":
             return (sample - signal * output) / noise
-        raise ValueError(
-            f'`prediction_type` must be "epsilon", "v_prediction" or "sample", got {self.kind!r}'
-        )
+        raise self._unknown()
 
     def from_eps(self, eps: Tensor, sample: Tensor) -> Tensor:
         """The denoiser output that stands for the noise prediction `eps`: the inverse of `to_eps`."""
@@ -73,7 +79,12 @@ class Prediction(NamedTuple):
             return (eps - noise * sample) / signal
         if self.kind == "sample":
             return (sample - noise * eps) / signal
+        if self.kind != "epsilon":
+            raise self._unknown()
         return eps
+
+    def _unknown(self) -> ValueError:
+        return ValueError(f"`prediction_type` must be one of {KINDS}, got {self.kind!r}")
 
     def x0_hat(self, eps: Tensor, sample: Tensor) -> Tensor:
         """x0_hat = (x_t - sqrt(1 - alpha_bar)·eps) / sqrt(alpha_bar)."""
@@ -102,6 +113,9 @@ def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoeffi
         raise ValueError(
             f"`scheduler` must be a DDPM, DDIM or Euler scheduler for a closed-form step, got {kind}"
         )
+    variance_type = getattr(scheduler.config, "variance_type", "fixed_small")
+    if variance_type not in ("fixed_small", "fixed_small_log"):
+        raise ValueError(f'`scheduler` must have variance_type "fixed_small", got {variance_type!r}')
     t = int(scheduler.timesteps[step])
     previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     if kind == "DDPMScheduler":

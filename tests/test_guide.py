@@ -1,14 +1,18 @@
 """One guided step against the oracle: the paper, the released code, the exact step, the parameterisations."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import amg
 from amg.config import AMGConfig
+from amg.guide import Guide
 from amg.schedule import Prediction, threshold_at
+from amg.similarity import similarity_for
 
 from . import oracle, toy
 from .one_step import (
@@ -118,10 +122,44 @@ def test_released_holds_a_frequent_caption_for_ten_steps(frequent: amg.Index) ->
     assert any(fired)
     assert not all(fired)
     for later in range(5, 17):
-        at = case.step._replace(index=later, count=30, threshold=0.999)
+        at = case.step._replace(position=later, total=30, threshold=0.999)
         replace(case, step=at).run(config, index)
         held = ["deduplication" in flight.trace[-1].terms for flight in case.flights]
         assert held == [one and later < 4 + 10 for one in fired]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_released_pixels_scale_with_the_distance_to_lambda(indexes: dict, guided: bool) -> None:
+    """s3 = c3·(sigma - lambda_t), lambda_t = -(1.95 - 0.45·exp(-0.025·t)) on the 0-250 scale of t."""
+    index, case = indexes["nl2"], make_case(0.0, guided)
+    case = at_threshold(case, middle(case, index))
+    found = case.run(AMGConfig.preset("released", c3=5.0), index)
+    assert found.changed.sum() == 3
+    for row in range(5):
+        sigma, denoise = similarities(case, index)[row], denoise_of(case, row)
+        c3 = 5.0 * max(sigma - case.step.threshold, 0.0)
+        expected = oracle.guided_eps(
+            case.sample[row].double(),
+            denoise,
+            None,
+            look_at(index),
+            case.step.alpha_bar,
+            case.step.threshold,
+            S0,
+            (0.0, 0.0, c3),
+        )
+        torch.testing.assert_close(found.output[row].double(), expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("t", [0, 4, 100, 996])
+def test_released_pixel_thresholds_are_the_authors(indexes: dict, t: int) -> None:
+    config = AMGConfig.preset("released").for_metric("nl2")
+    denoiser = toy.denoiser(toy.ToyNetwork())
+    guide = Guide(config, indexes["nl2"], similarity_for(indexes["nl2"], denoiser), denoiser, S0)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(timesteps=[t])
+    published = 1.95 - 0.45 * math.exp(-0.025 * t / 4)
+    assert guide.at(scheduler, 0).threshold == pytest.approx(-published, abs=1e-9)
 
 
 @pytest.mark.parametrize("threshold", [-1.4, -1.2])

@@ -30,6 +30,7 @@ class CosineSimilarity:
 
     @torch.no_grad()
     def measure(self, x0_hat: Tensor) -> Measured:
+        require_finite("x0_hat", x0_hat)
         embedding = self.index.embedder(self.decode(x0_hat).clamp(0, 1))
         require_finite("embedding", embedding)
         unit = torch.nn.functional.normalize(embedding.float())
