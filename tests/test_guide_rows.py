@@ -152,7 +152,7 @@ def test_a_later_try_starts_with_its_own_guidance_scale(indexes: dict) -> None:
         scale = 1.5 if row in (1, 3) else S0
         assert torch.equal(found.output[row], eps_uncond[row] + scale * (eps_cond[row] - eps_uncond[row]))
     assert found.changed.tolist() == [False, True, False, True, False]
-    after = replace(case, step=case.step._replace(index=5))
+    after = replace(case, step=case.step._replace(position=5))
     assert not bool(after.run(preset(rewind_guidance=1.5), indexes["cosine"]).changed.any())
 
 
@@ -218,6 +218,6 @@ def test_checkpoints_mark_what_is_too_close(indexes: dict) -> None:
     for flight in case.flights:
         flight.pending, flight.rewinds = None, 1
     case.run(config, index)
-    elsewhere = replace(make_case(2.0), step=case.step._replace(index=3))
+    elsewhere = replace(make_case(2.0), step=case.step._replace(position=3))
     elsewhere.run(config, index)
     assert all(flight.pending is None for flight in [*case.flights, *elsewhere.flights])
