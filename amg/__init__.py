@@ -5,6 +5,7 @@ Anti-Memorization Guidance (Chen, Liu, Xu, CVPR 2024, arXiv 2404.00922) as a lib
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from amg.config import AMGConfig
@@ -42,11 +43,13 @@ _LAZY = {
     "unprotect": "amg.integrations.protect",
 }
 
+_MODULES = ("embed", "evaluate", "kernels", "report", "zoo")
+
 
 def __getattr__(name: str) -> Any:
-    """What needs diffusers is imported when it is first asked for."""
+    """What needs more than torch is imported when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"amg.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'amg' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_LAZY[name]), name)

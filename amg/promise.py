@@ -114,7 +114,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 
 
 def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:
-    similarity, row, _ = index.nearest(index.embed(images.float()))
+    similarity, row, _ = index.with_searcher("exact").nearest(index.embed(images.float()))
     require_finite("similarity", similarity)
     assert config.threshold is not None
     return [

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# With a zero terminal signal-to-noise ratio alpha_bar is 0 and x0_hat a quotient of zeros; at this floor it is
-# right to three digits in float32.
+# With a zero terminal signal-to-noise ratio alpha_bar is 0 and x0_hat a quotient of zeros; at this floor it
+# is right to three digits in float32.
 LEAST_ALPHA_BAR = 1e-6
 KINDS = ("epsilon", "v_prediction", "sample")
 
