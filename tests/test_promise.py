@@ -1,5 +1,6 @@
 """No delivered image is closer to the index than stated, unless marked so: every path of the final check."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from amg import promise
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide
+from amg.index.exact import Nearest
 from amg.promise import Delivery, check, decode, deliver, summary
 from amg.rewind import pristine
 from amg.sampler import Run
@@ -242,18 +244,40 @@ def test_a_sample_that_went_non_finite_is_an_error(indexes: dict, bad: float) ->
         )
 
 
+class Dead:
+    """A searcher whose shards do not answer."""
+
+    def nearest(self, queries: Tensor) -> None:
+        raise OSError("shard 3 does not answer")
+
+
+class Blind:
+    """A searcher that always finds something far away."""
+
+    def nearest(self, queries: Tensor) -> Nearest:
+        far = torch.full((len(queries),), -9.0)
+        return Nearest(far, torch.zeros(len(queries), dtype=torch.int64), None)
+
+
+def searching_with(index: amg.Index, spec: str, searcher: Any) -> amg.Index:
+    other = copy.copy(index)
+    other.searcher_spec, other.searcher = spec, searcher
+    return other
+
+
 def test_a_judge_that_fails_fails_the_call(indexes: dict) -> None:
-    class Dead:
-        metric = "nl2"
-
-        def embed(self, images: Tensor) -> Tensor:
-            return images
-
-        def nearest(self, vectors: Tensor) -> None:
-            raise OSError("shard 3 does not answer")
-
+    dead = searching_with(indexes["nl2"], "exact", Dead())
     with pytest.raises(OSError, match="shard 3"):
-        settle(AMGConfig.preset("main", on_memorized="flag"), indexes["nl2"], [Dead()])
+        settle(AMGConfig.preset("main", on_memorized="flag"), indexes["nl2"], [dead])
+
+
+def test_the_final_check_is_exact_whatever_searched_before(indexes: dict) -> None:
+    """An approximate searcher that misses every copy guides badly; it does not decide what is delivered."""
+    blind = searching_with(indexes["nl2"], "approximate", Blind())
+    config = AMGConfig.preset("main").for_metric("nl2")
+    verdicts = check(toy.decode(finished()), blind, [blind], config, flights_of(range(4)))
+    assert [verdict.memorized for verdict in verdicts] == [True, False, True, False]
+    assert [verdict.also[0].memorized for verdict in verdicts] == [True, False, True, False]
 
 
 def test_images_are_judged_in_the_bits_they_are_delivered_in(indexes: dict) -> None:
