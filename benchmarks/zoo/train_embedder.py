@@ -85,7 +85,7 @@ def main() -> None:
         box = boxes(uniform(args.batch, 0.2, 1.0))
         original, copy = views_of(sources, rows, box)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            embeddings = network(torch.cat([original, copy]))
+            embeddings = network.descriptor(torch.cat([original, copy]))  # type: ignore[operator]
         return loss_of(embeddings.float(), overlap(rows, box) > NEIGHBOURLY)
 
     network = train(PhotosEmbedder(), loss, args)
