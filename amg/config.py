@@ -32,8 +32,8 @@ class AMGConfig:
     form: str = "paper"
     """"paper": terms and gates as published. "released": the authors' code. Cosine: ungated c1, its own
     scales and order, similarity measured again after the first two terms. nL2: s3 = c3·(sigma - lambda_t),
-    which is its shift of the posterior mean by variance·c3·(threshold - nL2)·grad nL2; unlike there, x0_hat
-    is measured, not x_t against a re-noised training set."""
+    which is close to its shift of the posterior mean by variance·c3·(threshold - nL2)·grad nL2 early on and
+    stronger late; unlike there, x0_hat is measured, not x_t against a re-noised training set."""
     threshold: float | None = None
     """The promise: a delivered image is memorised when its similarity exceeds this."""
     threshold_schedule: str = "parabolic"
@@ -67,7 +67,8 @@ class AMGConfig:
     max_rewinds: int = 2
     """How often one sample may go back in one run."""
     rewind_guidance: float | None = None
-    """Guidance scale of a sample's later tries up to the checkpoint it came back from; None keeps s0."""
+    """Guidance scale of a sample's later tries up to the checkpoint it came back from; None takes the
+    preset's, and where that has none (nL2) s0 is kept."""
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"

@@ -93,7 +93,9 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
         created=time.strftime("%Y-%m-%d %H:%M"),
     )
     page = write(report, out / "report" / "index.html")
-    print(f"report: {page}")
+    for section in sections:
+        _sheet(section, out / f"{section.model}.png")
+    print(f"report: {page}, sheets: {', '.join(str(out / (section.model + '.png')) for section in sections)}")
     return 0
 
 
@@ -242,6 +244,21 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
         f"FID: photos-judge features, against the {len(data.ids)} distinct training images",
         "subject and alignment: photos-judge, how often and how surely it names the intended subject",
     ]
+
+
+def _sheet(section: Section, path: Path, size: int = 64, most: int = 16) -> None:
+    """The first pictures: a row per column, and under the unguided ones their nearest training images."""
+    from PIL import Image
+
+    samples = section.samples[:most]
+    rows = [[sample.images["off"] for sample in samples], [sample.nearest["off"] for sample in samples]]
+    rows += [[sample.images[preset] for sample in samples] for preset in COLUMNS if preset != "off"]
+    sheet = Image.new("RGB", (len(samples) * (size + 2), len(rows) * (size + 2)), "white")
+    for top, row in enumerate(rows):
+        for left, picture in enumerate(row):
+            tile = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left * (size + 2), top * (size + 2)))
+    sheet.save(path)
 
 
 def _picture(image: Tensor) -> Any:

@@ -100,19 +100,22 @@ class _Step:
         output, changed = self.classifier_free()
         for flight in self.flights:
             flight.evaluations += 1 if self.output_uncond is None else 2
+        guidance.require_finite("output", output)  # images drop NaN silently when they become bytes
         if not self.config.active:
             return Guided(output, changed)
         eps = self.prediction.to_eps(output, self.sample)
-        x0_hat = self.prediction.x0_hat(eps, self.sample)
+        x0_hat = self.prediction.x0_hat(eps.float(), self.sample.float())
         measured = self.guide.similarity.measure(x0_hat)
         opened = guidance.open_gates(measured.similarity, self.step.threshold) | (not self.config.gated)
         acting = opened | (self.ungated(measured) if self.config.form == "released" else False)
         if bool(acting.any()):
             rows = acting.nonzero().flatten()
             corrected = self.correct(rows, eps[rows], x0_hat[rows], _take(measured, rows), opened[rows])
-            output = output.clone()
+            # a row that no term moved keeps its very bits, whatever the parameterisation
+            moved = (corrected != eps[rows].float()).flatten(1).any(1)
+            corrected, rows, output = corrected[moved], rows[moved], output.clone()
             output[rows] = self.prediction.from_eps(corrected, self.sample[rows]).to(output.dtype)
-            changed = changed | acting
+            changed[rows] = True
         self.mark_rewinds(x0_hat, measured)
         self.record(measured)
         return Guided(output, changed)
@@ -151,6 +154,7 @@ class _Step:
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
                 measured = self.guide.similarity.measure(x0_hat)
                 opened = guidance.open_gates(measured.similarity, self.step.threshold)
+                opened = opened | (not self.config.gated)
         if not self.config.c3 or not bool(opened.any()):
             return eps
         inner = opened.nonzero().flatten()
@@ -202,6 +206,8 @@ class _Step:
             )
             return s1, torch.where(self.deduplicating(rows, measured, opened), s2, 0.0)
         s1, s2, _ = guidance.scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3)
+        if cfg.rewind_guidance is None:
+            return s1, s2
         flights = [self.flights[row] for row in rows.tolist()]
         low = torch.tensor(
             [self.step.position < flight.despecified_until for flight in flights], device=s1.device

@@ -100,7 +100,9 @@ def deliver(
 @torch.no_grad()
 def decode(run: Run, sample: Tensor) -> Tensor:
     """The finished picture, float32 [B, 3, H, W] in [0, 1], rounded to the 8 bits it will be delivered in."""
-    return (run.guide.denoiser.decode(sample).float().clamp(0, 1) * 255).round() / 255
+    images = run.guide.denoiser.decode(sample).float()
+    require_finite("images", images)  # before clamping turns an infinity into white
+    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
@@ -135,4 +137,14 @@ def _same_preset(config: AMGConfig, metric: str) -> AMGConfig:
 
 def _strong(config: AMGConfig) -> AMGConfig:
     assert config.metric is not None
-    return AMGConfig.preset("strong", guidance_scale=config.guidance_scale).for_metric(config.metric)
+    strong = AMGConfig.preset(
+        "strong",
+        guidance_scale=config.guidance_scale,
+        gradient=config.gradient,
+        max_rewinds=max(config.max_rewinds, AMGConfig.max_rewinds),
+    ).for_metric(config.metric)
+    if not config.active:
+        return strong
+    names = ("threshold", "lambda_min", "lambda_max", "rewind_threshold")
+    own = {name: getattr(config, name) for name in names}
+    return replace(strong, **{k: min(v, getattr(strong, k)) for k, v in own.items() if v is not None})

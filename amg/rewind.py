@@ -62,7 +62,7 @@ def rewind(
         flight.pending = None
         flight.rewinds += 1
         flight.total_rewinds += 1
-        flight.despecified_until = step + 1
+        flight.despecified_until, flight.deduplicated_until = step + 1, 0
     again = denoise(inner, torch.stack(start).to(sample.dtype), rows, first, step + 1)
     if not merge_history(scheduler, inner, rows, len(flights)):
         return sample

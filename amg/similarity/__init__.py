@@ -35,6 +35,8 @@ def similarity_for(index: Any, denoiser: Any) -> Similarity:
     from amg.similarity.cosine import CosineSimilarity
     from amg.similarity.nl2 import NL2Similarity
 
+    if index.metric == "cosine" and index.embedder is None:
+        raise ValueError("`index` must have its embedder attached to guide: Index.open(path, embedder)")
     if index.metric == "cosine":
         return CosineSimilarity(index, denoiser.decode)
     return NL2Similarity(index, denoiser.decode, pixels=denoiser.pixels)
