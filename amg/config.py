@@ -12,6 +12,7 @@ _CHOICES = {
     "threshold_schedule": ("parabolic", "constant", "exponential"),
     "gradient": ("frozen", "full"),
     "step_length": ("constant", "exact"),
+    "rewind_caption": ("prompt", "ordinary"),
     "on_memorized": ("resample", "block", "flag", "raise"),
 }
 
@@ -61,7 +62,7 @@ class AMGConfig:
     rewind_at: tuple[float, ...] | None = None
     """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
     rewind_to: float = 0.06
-    """The fraction of the trajectory it goes back to, re-noised with fresh noise of its own."""
+    """The fraction of the trajectory it goes back to, from fresh noise of its own."""
     rewind_threshold: float | None = None
     """Similarity of x0_hat at a checkpoint above which a sample goes back."""
     max_rewinds: int = 2
@@ -69,6 +70,10 @@ class AMGConfig:
     rewind_guidance: float | None = None
     """Guidance scale of a sample's later tries up to the checkpoint it came back from; None takes the
     preset's, and where that has none (nL2) s0 is kept."""
+    rewind_caption: str = "ordinary"
+    """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
+    memorised one whose own caption is not duplicated (where the index has captions and the model takes
+    text)."""
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"
@@ -161,9 +166,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
-            "rewind_at": (0.5, 0.8),
+            "rewind_at": (0.3, 0.6, 0.9),
             "rewind_threshold": 0.5,
-            "rewind_guidance": 1.0,
         },
         "nl2": {
             "threshold": -1.4,
@@ -186,9 +190,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
-            "rewind_at": (0.5, 0.8),
+            "rewind_at": (0.3, 0.6, 0.9),
             "rewind_threshold": 0.4,
-            "rewind_guidance": 1.0,
         },
         "nl2": {
             "threshold": -1.6,

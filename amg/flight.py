@@ -27,9 +27,8 @@ class Flight:
     evaluations: int = 0
     despecified_until: int = 0
     deduplicated_until: int = 0
-    pending: Tensor | None = (
-        None  # x0_hat to rewind from, set at a checkpoint and consumed by the step that follows
-    )
+    pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
+    caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)
 
     @staticmethod

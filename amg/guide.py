@@ -3,6 +3,9 @@ rows."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from amg.similarity import Measured, Similarity
 from amg.verdict import TraceStep
 
 FREQUENT_CAPTION = 20  # the released code de-duplicates a caption that occurs more often than this
+ORDINARY_SEARCHED = 256  # nearest rows looked through for captions that are not duplicated
 HELD_STEPS = 10  # and keeps doing so for this many steps
 
 
@@ -76,6 +80,37 @@ class Guide:
         W]."""
         return _Step(self, step, sample, output_uncond, output_cond, conditions, flights).run()
 
+    def despecify(self, flight: Flight, row: int) -> None:
+        """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
+
+        One of the nearest few, chosen by the sample's own generator; captions that occur often are passed
+        over.
+        """
+        if self.config.rewind_caption != "ordinary" or self.denoiser.encode_captions is None:
+            return
+        if self.index.captions[row] is None or self.index.metric != "cosine":
+            return
+        counts, vector = self.index.caption_counts(), self.index.rows[row][None].float()
+        found = self.index.search(vector, k=min(ORDINARY_SEARCHED, self.index.count))
+        near = [other for other in found.row[0].tolist() if counts[other] <= FREQUENT_CAPTION]
+        captions = [
+            caption for caption in (self.index.captions[other] for other in near) if caption is not None
+        ]
+        alike = closest_captions(self.index.captions[row], captions)
+        if alike:
+            flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
+
+
+def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
+    """Those of `others` that share the rarest words with `caption`: the highest sum of log(count /
+    occurrences)."""
+    words = [set(re.findall(r"\w+", other.lower())) for other in others]
+    occurrences = Counter(word for own in words for word in own)
+    wanted = set(re.findall(r"\w+", caption.lower()))
+    scores = [sum(math.log(len(others) / occurrences[word]) for word in own & wanted) for own in words]
+    best = max(scores, default=0.0)
+    return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.9 * best]
+
 
 class _Step:
     """The tensors of one step, so that its stages need not pass them along."""
@@ -116,7 +151,7 @@ class _Step:
             corrected, rows, output = corrected[moved], rows[moved], output.clone()
             output[rows] = self.prediction.from_eps(corrected, self.sample[rows]).to(output.dtype)
             changed[rows] = True
-        self.mark_rewinds(x0_hat, measured)
+        self.mark_rewinds(measured)
         self.record(measured)
         return Guided(output, changed)
 
@@ -261,7 +296,7 @@ class _Step:
             self.flights[row].evaluations += 1 if self.output_uncond is None else 2
         return gradient
 
-    def mark_rewinds(self, x0_hat: Tensor, measured: Measured) -> None:
+    def mark_rewinds(self, measured: Measured) -> None:
         """At a checkpoint, note the samples that are still too close: the scheduler step that follows sends
         them back."""
         cfg, last = self.config, self.step.total - 1
@@ -272,7 +307,8 @@ class _Step:
             return
         for row, flight in enumerate(self.flights):
             if float(measured.similarity[row]) > cfg.rewind_threshold and flight.rewinds < cfg.max_rewinds:
-                flight.pending = x0_hat[row]
+                flight.pending = True
+                self.guide.despecify(flight, int(measured.row[row]))
                 self.terms[row].append("rewind")
 
     def record(self, measured: Measured) -> None:

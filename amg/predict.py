@@ -45,6 +45,23 @@ class Denoiser:
     encode_captions: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
 
 
+def replace_captions(
+    denoiser: Denoiser, conditions: Conditions, captions: Sequence[str | None]
+) -> Conditions:
+    """Conditions with the rows that have a caption in `captions` conditioned on it instead of their
+    prompt."""
+    rows = [row for row, caption in enumerate(captions) if caption is not None]
+    if not rows or denoiser.encode_captions is None:
+        return conditions
+    cond = dict(conditions.cond)
+    for name, value in denoiser.encode_captions(
+        [caption for caption in captions if caption is not None]
+    ).items():
+        cond[name] = cond[name].clone()
+        cond[name][rows] = value.to(cond[name].dtype)
+    return Conditions(cond, conditions.uncond, conditions.shared)
+
+
 def predict(
     denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions
 ) -> tuple[Tensor | None, Tensor]:

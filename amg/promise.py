@@ -82,6 +82,9 @@ def deliver(
     attempts = config.max_retries if config.on_memorized == "resample" else 0
     for _ in range(attempts):
         where, mine = torch.tensor(bad, device=sample.device), [flights[row] for row in bad]
+        for row in bad:
+            if verdicts[row].similarity > verdicts[row].threshold:
+                run.guide.despecify(flights[row], verdicts[row].neighbour.row)
         sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
             sample.dtype
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amg.flight import Flight
-from amg.schedule import alpha_bar_at, renoise, sampler_scale
+from amg.schedule import sampler_scale
 
 
 def pristine(scheduler: Any) -> Any:
@@ -30,7 +30,7 @@ def pristine(scheduler: Any) -> Any:
 
 def pending_rows(flights: Sequence[Flight]) -> list[int]:
     """The rows that a checkpoint marked."""
-    return [row for row, flight in enumerate(flights) if flight.pending is not None]
+    return [row for row, flight in enumerate(flights) if flight.pending]
 
 
 def rewind(
@@ -45,6 +45,10 @@ def rewind(
 ) -> Tensor:
     """Send `rows` back from `step` to step `first` and run them up to and including `step` again.
 
+    They start from fresh noise alone. Re-noising x0_hat instead would leave sqrt(alpha_bar)·x0_hat in it, and
+    at a latent model's early steps (alpha_bar near 0.01) that remnant is enough to bring the same picture
+    back.
+
     `sample` [B, C, H, W] is the batch after `step`; `scheduler` has just made that step; `fresh` is an
     unstepped copy of it. `denoise(scheduler, sample, rows, first, last)` runs steps first..last-1 of those
     rows. Returns the batch with the rows replaced; the scheduler's multistep history is merged row by row.
@@ -53,13 +57,12 @@ def rewind(
     inner = pristine(fresh)
     if type(inner).__name__ == "PNDMScheduler":
         first = 0  # its warm-up is tied to the first steps
-    alpha_bar, scale = alpha_bar_at(inner, first), sampler_scale(inner, first)
+    scale = sampler_scale(inner, first)
     start = []
     for row in rows:
         flight = flights[row]
-        assert flight.pending is not None
-        start.append(renoise(flight.pending, alpha_bar, flight.noise(flight.pending)) * scale)
-        flight.pending = None
+        start.append(flight.noise(sample[row]) * scale)
+        flight.pending = False
         flight.rewinds += 1
         flight.total_rewinds += 1
         flight.despecified_until, flight.deduplicated_until = step + 1, 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide
-from amg.predict import Conditions, predict
+from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine, rewind
 
 
@@ -47,6 +47,7 @@ def denoise(
     for index in range(first, run.count if last is None else last):
         step = run.guide.at(scheduler, index)
         model_input = scheduler.scale_model_input(sample, step.t)
+        conditions = replace_captions(run.guide.denoiser, conditions, [flight.caption for flight in flights])
         output_uncond, output_cond = predict(run.guide.denoiser, model_input, step.t, conditions)
         output = run.guide(step, model_input, output_uncond, output_cond, conditions, flights).output
         noise = generator if generator is not None else [flight.generator for flight in flights]

@@ -135,11 +135,6 @@ def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoeffi
     return StepCoefficients(k_sample, deviation - k_sample * math.sqrt(1 - alpha_bar), spread)
 
 
-def renoise(x0_hat: Tensor, alpha_bar: float, noise: Tensor) -> Tensor:
-    """sqrt(alpha_bar)·x0_hat + sqrt(1 - alpha_bar)·noise, variance preserving."""
-    return math.sqrt(alpha_bar) * x0_hat + math.sqrt(1 - alpha_bar) * noise
-
-
 def sampler_scale(scheduler: Any, step: int) -> float:
     """How much larger the scheduler's own x_t is than the variance-preserving one: sqrt(sigma² + 1) for
     Euler, else 1."""

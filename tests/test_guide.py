@@ -209,3 +209,12 @@ def test_every_parameterisation_is_guided_alike(
     assert torch.equal(found.changed, expected.changed)
     eps = Prediction(kind, case.step.alpha_bar).to_eps(found.output, case.sample)
     torch.testing.assert_close(eps, expected.output, rtol=2e-4, atol=2e-4)
+
+
+def test_later_tries_take_the_ordinary_caption_with_the_rarest_shared_words() -> None:
+    from amg.guide import closest_captions
+
+    others = ["a photo of a cat", "a photo of a dog", "a photo of a red dog", "stairs"]
+    assert closest_captions("Rex the red dog, a photo of 1999", others) == ["a photo of a red dog"]
+    assert closest_captions("Tom the CAT", others) == ["a photo of a cat"]
+    assert closest_captions("nothing shared", others) == [] == closest_captions("a", [])

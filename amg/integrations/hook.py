@@ -22,7 +22,7 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
-from amg.predict import Conditions, predict
+from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine
 from amg.sampler import Run, send_back
 from amg.similarity import similarity_for
@@ -63,6 +63,21 @@ class Session:
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 
+    def with_captions(self, arguments: dict[str, Any], guided: bool) -> dict[str, Any]:
+        """The U-Net's arguments with the captions that later tries were given in place of their prompts."""
+        assert self.run is not None and self.conditions is not None
+        captions = [flight.caption for flight in self.flights]
+        if all(caption is None for caption in captions):
+            return arguments
+        self.conditions = replace_captions(self.run.guide.denoiser, self.conditions, captions)
+        cond, uncond = self.conditions.cond, self.conditions.uncond
+        own = {
+            name: torch.cat([uncond[name], value]) if guided and uncond else value
+            for name, value in cond.items()
+            if isinstance(value, Tensor)
+        }
+        return {**arguments, **own}
+
     @property
     def class_conditional(self) -> bool:
         """Whether classes are this package's business: a pixel pipeline passes none to its U-Net."""
@@ -99,6 +114,7 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
             uncond, cond = predict(run.guide.denoiser, sample, t, session.conditions)
             found = run.guide(step, sample, uncond, cond, session.conditions, session.flights)
             return UNet2DOutput(found.output)
+        kwargs = session.with_captions(kwargs, guided)
         result = original(sample, t, **kwargs)
         output = result[0] if isinstance(result, tuple) else result.sample
         uncond, cond = output.chunk(2) if guided else (None, output)
