@@ -65,7 +65,7 @@ class AMGConfig:
     """The fraction of the trajectory it goes back to, from fresh noise of its own."""
     rewind_threshold: float | None = None
     """Similarity of x0_hat at a checkpoint above which a sample goes back."""
-    max_rewinds: int = 2
+    max_rewinds: int = 6
     """How often one sample may go back in one run."""
     rewind_guidance: float | None = None
     """Guidance scale of a sample's later tries up to the checkpoint it came back from; None takes the
@@ -177,8 +177,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 0.0,
             "c3": 1.0,
             "step_length": "exact",
-            "rewind_at": (0.56, 0.8),
-            "rewind_threshold": -1.5,
+            "rewind_at": (0.56, 0.7, 0.85, 1.0),
+            "rewind_threshold": -1.55,
         },
     },
     "strong": {
@@ -201,8 +201,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 0.0,
             "c3": 1.0,
             "step_length": "exact",
-            "rewind_at": (0.56, 0.8),
-            "rewind_threshold": -1.65,
+            "rewind_at": (0.56, 0.7, 0.85, 1.0),
+            "rewind_threshold": -1.7,
         },
     },
     "released": {

@@ -31,6 +31,7 @@ JUDGE_COPY = 0.5
 COLUMN_NAMES = (
     "guidance",
     "memorised %",
+    "of duplicated %",
     "before the final check %",
     "Top5%",
     "Top1",
@@ -174,7 +175,7 @@ def caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     prompts = [data.captions[row] for row in rows] + [caption for caption, _ in others]
     labels = torch.tensor([int(data.labels[row]) for row in rows] + [label for _, label in others])
     kinds = ["specific"] * guided + ["ordinary"] * (count - guided)
-    condition = {"prompt": prompts, "guidance_scale": 7.5}
+    condition = {"prompt": prompts, "guidance_scale": 3.0}
     return Jobs(kinds, prompts, labels, [(condition, slice(0, count))], list(range(seed, seed + count)))
 
 
@@ -213,10 +214,12 @@ def measure(
     late = torch.tensor([bool(verdict.retries) or verdict.memorized for verdict in column.verdicts])
     sign = -1 if column.verdicts[0].metric == "nl2" else 1
     named = jobs.labels >= 0
+    duplicated = torch.tensor([kind in ("class", "specific") for kind in jobs.kinds])
     logits = judge(column.images[named])[0]
     return [
         title,
         100 * delivered.float().mean().item(),
+        100 * delivered[duplicated].float().mean().item(),
         100 * late.float().mean().item(),
         sign * top5(similarity),
         sign * top1(similarity),
@@ -239,6 +242,8 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
     return [
         f"memorised: {metric} to any of {len(data.ids)} distinct training images; blocked images are not "
         "delivered",
+        "of duplicated: the same share among the duplicated classes or the specific captions alone; before the "
+        "final check: still memorised after guidance and rewinds, so run again or blocked",
         "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: "
         "photos-judge calls the picture a copy; guidance saw neither",
         f"FID: photos-judge features, against the {len(data.ids)} distinct training images",
@@ -301,7 +306,7 @@ def _describe(
         ),
         "photos-sd": (
             "photos-sd: a Stable Diffusion that memorises",
-            "DDIM, latents, 64×64, guidance scale 7.5",
+            "DDIM, latents, 64×64, guidance scale 3",
         ),
     }
     thresholds = {preset: column.verdicts[0].threshold for preset, column in columns.items()}
