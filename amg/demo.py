@@ -104,8 +104,10 @@ def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: Pho
     data = training_set(32 if name == "photos-ddpm" else 64)
     index, pipe = open_index(name, out / f"{name}.amg"), open_pipeline(name)
     jobs = (class_jobs if name == "photos-ddpm" else caption_jobs)(count, seed, data)
+    judges = further_judges(name, out)
     columns = {
-        preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}") for preset in COLUMNS
+        preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}", judges)
+        for preset in COLUMNS
     }
     references = data.images.float() / 255
     luminance = {
@@ -135,12 +137,20 @@ def open_pipeline(name: str) -> Any:
     return pipe
 
 
-def open_index(name: str, path: Path) -> Any:
+def open_index(name: str, path: Path, metric: str | None = None) -> Any:
+    """The index of a bundled model's training set, built on first use."""
     from amg.embed.photos import load_photos
 
     if not path.exists():
-        return zoo.build_index(name, path)
-    return amg.Index.open(path, load_photos() if name == "photos-sd" else None)
+        return zoo.build_index(name, path, metric)
+    return amg.Index.open(path, load_photos() if (metric or name) in ("cosine", "photos-sd") else None)
+
+
+def further_judges(name: str, out: Path) -> tuple[Any, ...]:
+    """Indexes the guided columns' finished images are held to besides their own: for pixels, a copy-detection one."""
+    if name == "photos-sd":
+        return ()
+    return (open_index(name, out / f"{name}-embeddings.amg", "cosine"),)
 
 
 def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
@@ -179,11 +189,14 @@ def caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     return Jobs(kinds, prompts, labels, [(condition, slice(0, count))], list(range(seed, seed + count)))
 
 
-def draw(pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title: str) -> Column:
+def draw(
+    pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title: str, also: tuple[Any, ...] = ()
+) -> Column:
     """Draw all jobs with one config; shows progress and prints one line."""
     from tqdm import tqdm
 
-    sampler = Sampler(pipe, index, config)
+    also = also if config.on_memorized == "resample" else ()
+    sampler = Sampler(pipe, index, config, also)
     images, verdicts, began = [], [], time.monotonic()
     with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:
         for condition, where in jobs.conditions:
@@ -244,6 +257,9 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
         "delivered",
         "of duplicated: the same share among the duplicated classes or the specific captions alone; before the "
         "final check: still memorised after guidance and rewinds, so run again or blocked",
+        "main and strong are held to a second index at the final check: photos-embedder, cosine 0.5 and 0.4"
+        if name == "photos-ddpm"
+        else "photos-embedder measures and guides",
         "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: "
         "photos-judge calls the picture a copy; guidance saw neither",
         f"FID: photos-judge features, against the {len(data.ids)} distinct training images",

@@ -32,9 +32,11 @@ def _pipeline_class(name: str) -> Any:
     return diffusers.DDPMPipeline if name == "photos-ddpm" else diffusers.StableDiffusionPipeline
 
 
-def build_index(name: str, path: str | Path, progress: bool = True) -> Any:
-    """Build the index of a bundled model's training set at `path`: pixels for photos-ddpm, embeddings for
-    photos-sd."""
+def build_index(name: str, path: str | Path, metric: str | None = None, progress: bool = True) -> Any:
+    """Build the index of a bundled model's training set at `path`.
+
+    metric: "nl2" (pixels) or "cosine" (photos-embedder); None takes nl2 for photos-ddpm, cosine for photos-sd.
+    """
     from amg.embed.photos import load_photos
     from amg.index import Index
     from amg.zoo.photos import training_set
@@ -42,7 +44,8 @@ def build_index(name: str, path: str | Path, progress: bool = True) -> Any:
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
     data = training_set(32 if name == "photos-ddpm" else 64)
-    embedder = None if name == "photos-ddpm" else load_photos()
+    metric = metric or ("nl2" if name == "photos-ddpm" else "cosine")
+    embedder = None if metric == "nl2" else load_photos()
     copies = [(row, copy) for row, count in enumerate(data.counts.tolist()) for copy in range(count)]
     rows = [row for row, _ in copies]
     ids = [data.ids[row] + (f"#{copy}" if copy else "") for row, copy in copies]
