@@ -35,7 +35,7 @@ def _pipeline_class(name: str) -> Any:
 def build_index(name: str, path: str | Path, metric: str | None = None, progress: bool = True) -> Any:
     """Build the index of a bundled model's training set at `path`.
 
-    metric: "nl2" (pixels) or "cosine" (photos-embedder); None takes nl2 for photos-ddpm, cosine for photos-sd.
+    metric: "nl2" (pixels) or "cosine" (photos-embedder); None: nl2 for photos-ddpm, cosine for photos-sd.
     """
     from amg.embed.photos import load_photos
     from amg.index import Index
