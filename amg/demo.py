@@ -25,7 +25,8 @@ from amg.verdict import Verdict
 from amg.zoo.judge import PhotosJudge, load_judge
 from amg.zoo.photos import DUPLICATED, PHOTOS, TrainingSet, training_set
 
-COLUMNS = {  # the released code's constants for pixels make x0_hat diverge here, so its column is left out there
+# The released code's constants for pixels make x0_hat diverge here, so that column is left out.
+COLUMNS = {
     "photos-ddpm": ("off", "main", "strong"),
     "photos-sd": ("off", "released", "main", "strong"),
 }

@@ -97,7 +97,7 @@ def _take(mapping: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    joined = {}
+    joined: dict[str, Any] = {}
     for name, value in first.items():
         other = second[name]
         if isinstance(value, Mapping):
