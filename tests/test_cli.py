@@ -93,7 +93,8 @@ def test_info_names_what_runs(capsys):
 
 def test_importing_amg_is_light():
     code = (
-        "import sys, torch, numpy, safetensors, time; before = set(sys.modules); t = time.time(); import amg; "
+        "import sys, torch, numpy, safetensors, time; before = set(sys.modules); t = time.time(); "
+        "import amg; "
         "s = time.time() - t; print(sorted({m.split('.')[0] for m in set(sys.modules) - before}), s)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
