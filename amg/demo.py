@@ -71,12 +71,12 @@ class Column:
     seconds: float
 
 
+@torch.no_grad()
 def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
     """Run the demo into the folder `out`; prints the tables and returns the exit status."""
     if images < 4 or steps < 2:
         raise ValueError(f"`--images` must be >= 4 and `--steps` >= 2, got {images} and {steps}")
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_grad_enabled(False)
     judge = load_judge()
     sections = []
     for name in zoo.MODELS:

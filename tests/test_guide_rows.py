@@ -13,7 +13,7 @@ from amg.config import AMGConfig
 from amg.guide import Guide
 from amg.similarity import similarity_for
 
-from . import oracle, toy
+from . import toy
 from .one_step import KINDS, PICTURES, S0, T, at_threshold, make_case, middle, preset, similarities
 
 
@@ -207,17 +207,13 @@ def test_checkpoints_mark_what_is_too_close(indexes: dict) -> None:
     index, case = indexes["cosine"], make_case(2.0)
     threshold = middle(case, index)
     config = preset(rewind_at=(0.5,), rewind_to=0.1, rewind_threshold=threshold, max_rewinds=1)
-    found = case.run(config, index)  # step 4 of 10 is round(0.5·9)
-    eps = found.output
+    case.run(config, index)  # step 4 of 10 is round(0.5·9)
     for row, (flight, sigma) in enumerate(zip(case.flights, similarities(case, index), strict=True)):
-        assert (flight.pending is not None) == (sigma > threshold)
+        assert flight.pending == (sigma > threshold)
         assert ("rewind" in flight.trace[-1].terms) == (sigma > threshold)
-        if flight.pending is not None:
-            x0_hat = oracle.predict_x0(case.sample[row].double(), eps[row].double(), case.step.alpha_bar)
-            torch.testing.assert_close(flight.pending.double(), x0_hat, rtol=1e-4, atol=1e-5)
     for flight in case.flights:
-        flight.pending, flight.rewinds = None, 1
+        flight.pending, flight.rewinds = False, 1
     case.run(config, index)
     elsewhere = replace(make_case(2.0), step=case.step._replace(position=3))
     elsewhere.run(config, index)
-    assert all(flight.pending is None for flight in [*case.flights, *elsewhere.flights])
+    assert all(not flight.pending for flight in [*case.flights, *elsewhere.flights])
