@@ -208,7 +208,7 @@ def test_checkpoints_mark_what_is_too_close(indexes: dict) -> None:
     threshold = middle(case, index)
     config = preset(rewind_at=(0.5,), rewind_to=0.1, rewind_threshold=threshold, max_rewinds=1)
     case.run(config, index)  # step 4 of 10 is round(0.5·9)
-    for row, (flight, sigma) in enumerate(zip(case.flights, similarities(case, index), strict=True)):
+    for flight, sigma in zip(case.flights, similarities(case, index), strict=True):
         assert flight.pending == (sigma > threshold)
         assert ("rewind" in flight.trace[-1].terms) == (sigma > threshold)
     for flight in case.flights:
