@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import sys
 
 import pytest
@@ -116,10 +115,7 @@ def test_a_missing_open_clip_names_the_extra(monkeypatch, tmp_path):
 
 
 def test_the_bundled_embedder():
-    if importlib.util.find_spec("amg.embed.photos") is None:
-        pytest.skip("this tree has no amg/embed/photos.py")
-    from amg.embed.photos import WEIGHTS
-
-    if not WEIGHTS.is_file():
-        pytest.skip("the weights of the bundled embedder are not in this tree")
-    check(load("photos"))
+    embedder = load("photos")
+    check(embedder)
+    images = torch.rand(2, 3, 64, 64)
+    assert embedder(images).shape == (2, embedder.dimension) == (2, 512)
