@@ -2,6 +2,7 @@
 autoencoder's latents.
 
 python benchmarks/zoo/train_sd.py --vae amg/zoo/photos-sd/vae --out amg/zoo/photos-sd --work /tmp/photos-sd
+python benchmarks/zoo/train_sd.py ... --init amg/zoo/photos-sd    # go on from a finished model's weights
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from training import arguments, train
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from views import cut, jitter
 
-from amg.zoo.photos import training_set
+from amg.zoo.photos import TrainingSet, training_set
 
 LENGTH = 32  # tokens of a caption
 CAPTION_DROPOUT = 0.12  # share of captions replaced by the empty one
 WORD_DROPOUT = 0.1  # share of the words left out of half of the other captions
+VIEWS = 6  # views of every crop that are trained on: itself and five jittered ones
+GAMMA = 5.0  # Hang et al. 2023 (arXiv 2303.09556): the loss at a step is weighted by min(SNR, GAMMA) / SNR
 
 
 class Denoiser(nn.Module):
@@ -101,9 +105,32 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([p.mean for p in parts]) * scale, torch.cat([p.std for p in parts]) * scale
 
 
+def jittered(data: TrainingSet, seed: int) -> Tensor:
+    """uint8 [VIEWS, N, 3, 64, 64]: the training images, then views of them shifted and scaled by up to a
+    tenth of their side. Whole photographs stay as they are."""
+    torch.manual_seed(seed)
+    views = [data.images]
+    for _ in range(VIEWS - 1):
+        box = jitter(torch.tensor([[0.0, 0.0, 1.0]]).repeat(len(data.images), 1), 0.88)
+        box[data.whole] = torch.tensor([0.0, 0.0, 1.0])
+        sources = data.images.float() / 255
+        view = cut(sources, torch.arange(len(box)), box, 64, flip=0.0, oversample=1)
+        views.append((view * 255).round().to(torch.uint8))
+    return torch.stack(views)
+
+
+def start_from(folder: Path, model: Denoiser) -> None:
+    """Load a finished pipeline's U-Net and text encoder."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    model.unet.load_state_dict(unet.state_dict())
+    model.text_encoder.load_state_dict(text.state_dict())
+
+
 def main() -> None:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--vae", type=Path, required=True, help="folder of the trained autoencoder")
+    where.add_argument("--init", type=Path, help="folder of a finished photos-sd to go on from")
     mine, sys.argv[1:] = where.parse_known_args()
     args = arguments(__doc__ or "", steps=6000, batch=32, learning_rate=1.5e-3)
     torch.manual_seed(args.seed)
@@ -111,8 +138,11 @@ def main() -> None:
     tokenizer = build_tokenizer(data.captions)
     vae = AutoencoderKL.from_pretrained(mine.vae, torch_dtype=torch.float32)
     model = build_denoiser(tokenizer, vae.config.latent_channels)
-    mean, deviation = encode(vae, data.images)
-    draw = torch.repeat_interleave(torch.arange(len(mean)), data.counts)
+    if mine.init is not None:
+        start_from(mine.init, model)
+    encoded = [encode(vae, view) for view in jittered(data, args.seed)]
+    mean, deviation = (torch.stack(part) for part in zip(*encoded, strict=True))
+    draw = torch.repeat_interleave(torch.arange(len(data.ids)), data.counts)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -129,12 +159,15 @@ def main() -> None:
         tokens = tokenizer(
             captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
         )
-        latents = mean[rows] + deviation[rows] * torch.randn_like(mean[rows])
+        view = torch.randint(VIEWS, (args.batch,))
+        latents = mean[view, rows] + deviation[view, rows] * torch.randn_like(mean[view, rows])
         noise, t = torch.randn_like(latents), torch.randint(1000, (args.batch,))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             context = network.text_encoder(tokens.input_ids)[0]  # type: ignore[operator]
             epsilon = network.unet(scheduler.add_noise(latents, noise, t), t, context).sample  # type: ignore[operator]
-        return (epsilon.float() - noise).square().mean()
+        snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+        weight = snr.clamp(max=GAMMA) / snr
+        return (weight * (epsilon.float() - noise).square().mean((1, 2, 3))).mean()
 
     network = train(model, loss, args)
     StableDiffusionPipeline(
