@@ -29,9 +29,11 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("amg needs Python >= 3.11, got %d.%d; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and alone: the project's own resolution then finds its pin already satisfied.
+# torch first and alone: the project's own resolution then finds its pin already satisfied. triton is the
+# version that belongs to it; without a GPU it only serves the tests (interpreter, ahead-of-time compilation).
 $(STAMP): $(BIN)/python $(INPUTS)
 	$(PIP) torch==2.13.0
+	$(PIP) --no-deps triton==3.7.1
 	$(PIP) -e '.[demo,test,dev]'
 	@$(BIN)/python -c 'from amg.kernels.extension import REASON; print("amg: " + (REASON or "C++ extension built"))'
 	@touch $@

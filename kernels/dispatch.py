@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .extension import EXTENSION, extension
+from .triton_backend import triton_devices, triton_missing
 
 FOLDERS = {
     "guided_step": "guided_step",
@@ -17,12 +18,10 @@ FOLDERS = {
     "nl2": "nl2",
 }
 HALF_TO_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
-Dtypes = dict[str, tuple[torch.dtype, ...]]
-CPP_DTYPES: Dtypes = {
+COMPILED_DTYPES: dict[str, tuple[torch.dtype, ...]] = {  # of cpp and triton; the reference takes more
     **dict.fromkeys(("guided_step", "predict_x0", "encode_rows", "topk_cosine"), HALF_TO_FLOAT),
     "nl2": (torch.uint8, *HALF_TO_FLOAT),
 }
-TRITON_DTYPES: Dtypes = {}
 
 
 def choose(op: str, tensor: Tensor, impl: str | None) -> Callable:
@@ -36,34 +35,47 @@ def choose(op: str, tensor: Tensor, impl: str | None) -> Callable:
     if impl not in ("reference", "cpp", "triton"):
         raise ValueError(f"`impl` must be 'reference', 'cpp', 'triton' or None, got {impl!r}")
     if impl == "cpp":
-        require(op, impl, tensor, CPP_DTYPES, "cpu")
+        require(op, impl, tensor, ("cpu",))
         extension()
     elif impl == "triton":
-        require(op, impl, tensor, TRITON_DTYPES, "cuda")
+        if reason := triton_missing():
+            raise RuntimeError(f"impl='triton' is not available: {reason}")
+        require(op, impl, tensor, triton_devices())
     return launcher(op, impl)
 
 
 def default_impl(op: str, tensor: Tensor) -> str:
     """Return the fastest implementation there is for this op, device and dtype."""
-    if tensor.device.type == "cpu" and EXTENSION is not None and tensor.dtype in CPP_DTYPES.get(op, ()):
-        return "cpp"
-    if tensor.device.type == "cuda" and tensor.dtype in TRITON_DTYPES.get(op, ()):
-        return "triton"
+    if tensor.dtype in COMPILED_DTYPES[op]:
+        if tensor.device.type == "cpu" and EXTENSION is not None:
+            return "cpp"
+        if tensor.device.type == "cuda" and not triton_missing():
+            return "triton"
     return "reference"
 
 
-def require(op: str, impl: str, tensor: Tensor, table: Dtypes, device: str) -> None:
-    """Raise unless `impl` of `op` exists and takes this device and dtype."""
-    if op not in table:
-        raise RuntimeError(f"impl={impl!r} is not available: {op} has no {impl} implementation")
-    if tensor.device.type != device or tensor.dtype not in table[op]:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in table[op])
+def require(op: str, impl: str, tensor: Tensor, devices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `impl` of `op` takes this dtype and device."""
+    if tensor.device.type not in devices or tensor.dtype not in COMPILED_DTYPES[op]:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPILED_DTYPES[op])
         got = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-        raise ValueError(f"impl={impl!r} of {op} takes {allowed} on {device}, got {got}")
+        raise ValueError(f"impl={impl!r} of {op} takes {allowed} on {' or '.join(devices)}, got {got}")
 
 
 @functools.cache
 def launcher(op: str, impl: str) -> Callable:
     """Import and return the launcher of one implementation; only what is used is imported."""
     module = importlib.import_module(f".{FOLDERS[op]}.{impl}", __package__)
-    return getattr(module, op)
+    function = getattr(module, op)
+    return on_device_of_first(function) if impl == "triton" else function
+
+
+def on_device_of_first(function: Callable) -> Callable:
+    """Wrap a launcher so that its first tensor's GPU is current: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def run(tensor: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *arguments)
+
+    return run
