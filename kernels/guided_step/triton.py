@@ -143,4 +143,4 @@ def launch(inputs: list[Tensor | None], prev_sample: Tensor | None, x0_hat: Tens
     block_signals = signals.new_empty((batch, blocks, 4))
     outputs = (prev_sample, x0_hat, block_signals)
     step_kernel[(batch * blocks,)](*tensors, coefficients, *outputs, size, blocks, stride, BLOCK)
-    signals_kernel[(batch,)](block_signals, signals, blocks, signals.shape[1], SUM_BLOCKS)
+    signals_kernel[(batch,)](block_signals, signals, blocks, signals.shape[1], SUM_BLOCKS, num_warps=1)
