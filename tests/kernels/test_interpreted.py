@@ -1,4 +1,7 @@
-"""Runs interpreted/ in processes where Triton's kernels are interpreted on the CPU."""
+"""Runs Triton's kernels on the CPU: the tests in interpreted/, and guided_step's own with impl="triton".
+
+They need processes of their own, where TRITON_INTERPRET=1 was set before triton was imported.
+"""
 
 import os
 import re
@@ -8,16 +11,19 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed")
-FOLDER = Path(__file__).parent / "interpreted"
+from amg.kernels.triton_backend import triton_missing
+
+HERE = Path(__file__).parent
+FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE / "test_guided_step.py"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_pass_the_oracle_tests_interpreted(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
+@pytest.mark.skipif(triton_missing() is not None, reason=str(triton_missing()))
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(HERE)) for file in FILES])
+def test_kernels_pass_the_oracle_tests_interpreted(file):
+    chosen = [] if file.parent.name == "interpreted" else ["-k", "triton"]
     result = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,

@@ -1,9 +1,12 @@
 """The torch.library registrations: opcheck, fullgraph compilation, and dispatch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import amg.kernels as kernels
+from amg.kernels import dispatch
 from amg.kernels.extension import EXTENSION
 
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="amg._C is not built")
@@ -41,6 +44,25 @@ def test_compile_fullgraph_keeps_the_op_and_its_numbers():
     compiled = torch.compile(loop_body, fullgraph=True, backend="aot_eager")
     for output, truth in zip(compiled(sample), loop_body(sample), strict=True):
         assert torch.equal(output, truth)
+
+
+def test_cuda_gets_triton_where_it_can_be_imported_and_the_dtype_fits(monkeypatch):
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    in_float64 = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    assert dispatch.default_impl("guided_step", on_cuda) == "triton"
+    assert dispatch.default_impl("guided_step", in_float64) == "reference"
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "no module")
+    assert dispatch.default_impl("guided_step", on_cuda) == "reference"
+    with pytest.raises(RuntimeError, match="impl='triton' is not available: no module"):
+        dispatch.choose("guided_step", on_cuda, "triton")
+
+
+def test_triton_named_on_cpu_is_refused():
+    pytest.importorskip("triton")
+    message = "impl='triton' of nl2 takes uint8, float32, float16, bfloat16 on cuda, got float32 on cpu"
+    with pytest.raises(ValueError, match=message):
+        kernels.nl2(torch.rand(1, 8), torch.rand(3, 8), impl="triton")
 
 
 @needs_extension
