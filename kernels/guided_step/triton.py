@@ -78,7 +78,7 @@ def step_kernel(
         if noise is not None:
             prev += tl.load(row + 2) * tl.load(noise + start + offsets, inside, 0).to(tl.float32)
         tl.store(prev_sample + start + offsets, prev, inside)
-        moved = tl.where(inside, prev - x_t, 0)
+        moved = prev - x_t
     # Joined, the four sums cost one reduction: entry [i, j] of the last two axes is signal i + 2j.
     of_delta = tl.join(short_sums(delta * delta), short_sums(eps_u * delta))
     of_rest = tl.join(short_sums(eps_u * eps_u), short_sums(moved * moved))

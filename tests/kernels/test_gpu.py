@@ -1,0 +1,251 @@
+"""Every op on a CUDA device, by its public function and default implementation, against float64 on CPU."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import amg.kernels as kernels
+from amg.kernels import dispatch
+
+from .step_inputs import DTYPES, StepInputs, assert_within_twice_eager, make_inputs, run
+
+pytestmark = pytest.mark.gpu
+TENSORS = ("sample", "eps_uncond", "eps_cond", "eps_neighbour", "similarity_grad", "noise")
+
+
+def on_cuda(inputs: StepInputs, device: str = "cuda") -> StepInputs:
+    return replace(inputs, **{name: getattr(inputs, name).to(device) for name in inputs.__dataclass_fields__})
+
+
+def to_cpu(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [output.cpu() for output in outputs]
+
+
+def assert_same_bits(outputs: tuple[Tensor, ...], truths: tuple[Tensor, ...]) -> None:
+    for output, truth in zip(outputs, truths, strict=True):
+        assert torch.equal(output, truth)
+
+
+def test_triton_is_what_runs():
+    assert dispatch.default_impl("guided_step", torch.empty(1, device="cuda")) == "triton"
+    inputs = on_cuda(make_inputs(torch.float32))
+    assert_same_bits(run(inputs, None), run(inputs, "triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(5, 4, 9, 7), (1, 4, 64, 64), (10, 3, 32, 32), (2, 1, 1, 1025), (4, 4, 128, 128)]
+)
+def test_step_error_is_at_most_twice_eager(shape, dtype):
+    inputs = make_inputs(dtype, shape)
+    assert_within_twice_eager(to_cpu(run(on_cuda(inputs), None)), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_with_a_row_of_coefficients_a_sample(dtype):
+    inputs = make_inputs(dtype, (5, 4, 32, 32))
+    rows = inputs.coefficients.repeat(5, 1)
+    rows[:, 6] = torch.linspace(1.5, 9.0, 5)
+    inputs = replace(inputs, coefficients=rows)
+    assert_within_twice_eager(to_cpu(run(on_cuda(inputs), None)), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_predict_x0_is_the_first_half(dtype):
+    inputs = on_cuda(make_inputs(dtype, (5, 4, 20, 20)))
+    tensors = (inputs.sample, inputs.eps_uncond, inputs.eps_cond)
+    first = kernels.predict_x0(*tensors, coefficients=inputs.coefficients)
+    whole = kernels.guided_step(*tensors, noise=inputs.noise, coefficients=inputs.coefficients)
+    torch.testing.assert_close(first.x0_hat, whole.x0_hat)
+    torch.testing.assert_close(first.signals, whole.signals[:, :3], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_closed_sample_never_reads_neighbour_or_gradient(dtype):
+    inputs = on_cuda(make_inputs(dtype, (5, 4, 32, 32)))
+    closed = (inputs.similarity <= inputs.coefficients[5]).view(-1, 1, 1, 1)
+    names = ("eps_neighbour", "similarity_grad")
+    nan = {name: getattr(inputs, name).masked_fill(closed, torch.nan) for name in names}
+    assert_same_bits(run(replace(inputs, **nan), None), run(inputs, None))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_similarity_spoils_its_own_sample_only(value):
+    inputs = on_cuda(make_inputs(torch.float16))
+    similarity = inputs.similarity.clone()
+    similarity[1] = value
+    clean, spoilt = run(inputs, None), run(replace(inputs, similarity=similarity), None)
+    rest = [0, 2, 3, 4]
+    assert_same_bits([output[rest] for output in spoilt], [output[rest] for output in clean])
+    assert spoilt.prev_sample[1].isnan().all() and spoilt.x0_hat[1].isnan().all()
+
+
+def test_step_layouts_and_offsets_change_nothing():
+    inputs = on_cuda(make_inputs(torch.float16, (5, 4, 16, 16)))
+    layouts = {
+        "channels_last": lambda tensor: tensor.to(memory_format=torch.channels_last),
+        "strided": lambda tensor: tensor.repeat_interleave(2, dim=3)[..., ::2],
+        "misaligned": lambda tensor: torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(
+            tensor.shape
+        ),
+    }
+    truth = run(inputs, None)
+    for lay_out in layouts.values():
+        moved = replace(inputs, **{name: lay_out(getattr(inputs, name)) for name in TENSORS})
+        for output, expected in zip(run(moved, None), truth, strict=True):
+            torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_twice(dtype):
+    inputs = on_cuda(make_inputs(dtype, (8, 4, 128, 128)))
+    assert_same_bits(run(inputs, None), run(inputs, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_graph_replay_equals_eager_also_after_gates_flip(dtype):
+    inputs, other = (on_cuda(make_inputs(dtype, (5, 4, 64, 64), seed)) for seed in (0, 1))
+    other = replace(other, similarity=other.similarity.flip(0), coefficients=other.coefficients * 0.9)
+    graph, captured = capture(lambda: run(inputs, None))
+    for source in (other, on_cuda(make_inputs(dtype, (5, 4, 64, 64)))):
+        for name in inputs.__dataclass_fields__:
+            getattr(inputs, name).copy_(getattr(source, name))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(captured, run(source, None))
+
+
+def capture(function: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # compiles and loads the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function()
+    return graph, captured
+
+
+def test_the_host_never_waits_in_a_step():
+    inputs = on_cuda(make_inputs(torch.float16, (5, 4, 64, 64)))
+    tensors = (inputs.sample, inputs.eps_uncond, inputs.eps_cond)
+
+    def step() -> None:
+        run(inputs, None)
+        kernels.predict_x0(*tensors, coefficients=inputs.coefficients)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            inputs.similarity.max().item()  # the mode does notice
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_beyond_32_bits():
+    """2³¹ elements and one sample more: that last sample is right."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    sample = torch.zeros(2**17 + 1, 4, 64, 64, dtype=torch.float16, device="cuda")
+    sample[-1] = torch.randn(4, 64, 64)
+    coefficients = make_inputs(torch.float16).coefficients.cuda()
+    alone = kernels.guided_step(*[sample[-1:]] * 3, coefficients=coefficients)
+    whole = kernels.guided_step(*[sample] * 3, coefficients=coefficients)
+    assert_same_bits([output[-1:] for output in whole], alone)
+    assert not whole.prev_sample[:-1].any() and not whole.signals[:-1].any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_device_that_is_not_current():
+    inputs = make_inputs(torch.float32)
+    assert torch.cuda.current_device() == 0
+    assert_within_twice_eager(to_cpu(run(on_cuda(inputs, "cuda:1"), None)), inputs)
+
+
+def test_opcheck_and_fullgraph():
+    inputs = on_cuda(make_inputs(torch.float32))
+    tensors, keywords = inputs.arguments()
+    arguments = (*tensors, keywords["similarity"], keywords["noise"], keywords["coefficients"], None)
+    torch.library.opcheck(torch.ops.amg.guided_step.default, arguments)
+    compiled = torch.compile(lambda: run(inputs, None), fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(), run(inputs, None))
+
+
+def unit_rows(count: int, dimension: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(count, dimension), dim=1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "dimension"), [(1, 1), (257, 64), (1003, 100), (20_000, 512)])
+def test_codes_equal_the_reference_and_bound_what_they_lose(count, dimension, dtype):
+    rows = unit_rows(count, dimension, dtype)
+    codes, truth = kernels.encode_rows(rows.cuda()), kernels.encode_rows(rows, impl="reference")
+    assert_same_bits(to_cpu(codes[:2]), truth[:2])
+    lost = (rows.double() - truth.scales.double()[:, None] * truth.codes.double()).norm(dim=1)
+    assert (lost <= codes.errors.cpu().double()).all()
+    assert (codes.errors.cpu().double() <= lost * (1 + 3e-7) + 1e-40).all(), "the bound is tight"
+
+
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "count", "dimension", "k"),
+    [
+        (1, 1, 1, 1),
+        (5, 257, 64, 5),
+        (17, 1003, 100, 1),
+        (8, 20_000, 512, 1),
+        (64, 20_000, 512, 10),
+        (3, 5000, 65, 100),
+    ],
+)
+def test_search_finds_the_reference_s_rows(batch, count, dimension, k, dtype, screened):
+    rows, queries = unit_rows(count, dimension, dtype), 3 * torch.randn(batch, dimension)
+    truth = kernels.topk_cosine(queries, rows, k, impl="reference")
+    codes = kernels.encode_rows(rows.cuda()) if screened else None
+    result = kernels.topk_cosine(queries.cuda(), rows.cuda(), k, codes=codes)
+    assert torch.equal(result.row.cpu(), truth.row)
+    torch.testing.assert_close(result.similarity.cpu(), truth.similarity, rtol=1.2e-7, atol=1e-12)
+    assert_same_bits(result, kernels.topk_cosine(queries.cuda(), rows.cuda(), k, codes=codes))
+
+
+def test_search_ties_go_to_the_lowest_row():
+    rows = unit_rows(1, 96, torch.float32).repeat(3000, 1)
+    queries = torch.randn(4, 96)
+    result = kernels.topk_cosine(queries.cuda(), rows.cuda(), 7)
+    assert torch.equal(result.row.cpu(), torch.arange(7).repeat(4, 1))
+
+
+def test_search_refuses_rows_that_are_not_finite():
+    rows = unit_rows(600, 20, torch.float32)
+    rows[417, 3] = torch.nan
+    with pytest.raises(ValueError, match="`rows` must be finite"):
+        kernels.top1_cosine(torch.randn(3, 20).cuda(), rows.cuda())
+    with pytest.raises(ValueError, match="`rows` must be finite, got a non-finite value in row 417"):
+        kernels.encode_rows(rows.cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES])
+@pytest.mark.parametrize(
+    ("batch", "count", "pixels", "k"),
+    [(1, 1, 1, 50), (3, 60, 7, 50), (13, 130, 1000, 3), (5, 4000, 3072, 50), (32, 2000, 192, 1)],
+)
+def test_nl2_equals_the_reference(batch, count, pixels, k, dtype):
+    bytes_ = torch.randint(0, 256, (count, pixels))
+    rows = bytes_.to(torch.uint8) if dtype == torch.uint8 else (bytes_ / 255).to(dtype)
+    near = (bytes_ / 255)[torch.randint(count, (batch,))] + 0.02 * torch.randn(batch, pixels)
+    for queries in (torch.rand(batch, pixels), near):
+        truth = kernels.nl2(queries, rows, k=k, impl="reference")
+        result = kernels.nl2(queries.cuda(), rows.cuda(), k=k)
+        assert torch.equal(result.row.cpu(), truth.row)
+        for name, rtol in (("distance", 1.2e-7), ("denominator", 2.5e-7), ("value", 4e-7)):
+            actual, expected = getattr(result, name).cpu(), getattr(truth, name)
+            torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
+        assert_same_bits(result, kernels.nl2(queries.cuda(), rows.cuda(), k=k))
