@@ -1,6 +1,8 @@
 """The specialisations that test_aot.py compiles, one list an op; arguments in the kernel's order."""
 
-from .aot import AMD, NVIDIA, Case
+import importlib
+
+from .aot import AMD, NVIDIA, Case, why_not
 
 
 def step_case(variant: str, dtype: str, **changes: object) -> Case:
@@ -41,8 +43,130 @@ CASES_GUIDED_STEP = [
     Case("guided_step.triton.signals_kernel", "4 signals", SIGNALS_ARGUMENTS, warps=1, targets=NVIDIA + AMD),
 ]
 
-CASES_TOP1: list[Case] = []
 
-CASES_NL2: list[Case] = []
+def score_function(module: str, name: str) -> object:
+    """Return the jit function that a search kernel takes as a constant; None where nothing is compiled."""
+    return None if why_not() else getattr(importlib.import_module(f"amg.kernels.{module}"), name)
+
+
+def screening_tiles(queries: str, block_queries: int) -> dict[str, object]:
+    """The tile sizes and warps that the launchers choose: 128 bytes of each row a step."""
+    block_k = {"*i8": 128, "*fp16": 64, "*bf16": 64, "*fp32": 32}[queries]
+    return {"BLOCK_ROWS": 128, "BLOCK_QUERIES": block_queries, "BLOCK_K": block_k}
+
+
+def cosine_case(rows: str, block_queries: int) -> Case:
+    coded = rows == "*i8"
+    arguments = {
+        "rows": rows,
+        **dict.fromkeys(("scales", "errors"), "*fp32" if coded else None),
+        "queries": rows,
+        **dict.fromkeys(("query_scales", "losses", "lower", "upper"), "*fp32"),
+        "count": "i32",
+        "dimension": "i32:16",
+        "stride": "i32:16",
+        "batch": "i32",
+        "blocks": "i32",
+        **screening_tiles(rows, block_queries),
+    }
+    variant = f"{'codes' if coded else rows[1:]}, {block_queries} queries"
+    warps = 4 if block_queries < 32 else 8
+    return Case("top1_cosine.triton.screen_blocks", variant, arguments, warps=warps)
+
+
+def distance_case(rows: str, block_queries: int) -> Case:
+    queries = "*i8" if rows == "*u8" else rows
+    arguments = {
+        "rows": rows,
+        "queries": queries,
+        "query_squares": "*i32" if rows == "*u8" else "*fp32",
+        **dict.fromkeys(("losses", "lower", "upper"), "*fp32"),
+        **dict.fromkeys(("unit", "error"), "fp32"),
+        "count": "i32",
+        "pixels": "i32:16",
+        "stride": "i32:16",
+        **dict.fromkeys(("padded_batch", "batch", "blocks"), "i32"),
+        "SEGMENT": 2**15 if rows == "*u8" else 2**11,
+        **screening_tiles(queries, block_queries),
+    }
+    warps = 4 if block_queries < 32 else 8
+    return Case("nl2.triton.screen_blocks", f"{rows[1:]}, {block_queries} queries", arguments, warps=warps)
+
+
+def encode_case(rows: str) -> Case:
+    arguments = {
+        "rows": rows,
+        "codes": "*i8",
+        "scales": "*fp32",
+        "errors": "*fp64",
+        "count": "i32",
+        "dimension": "i32:16",
+        "ROWS": 16,
+        "BLOCK_K": 128,
+        "CODE_MAX": 127,
+    }
+    return Case("top1_cosine.triton.encode_blocks", rows[1:], arguments)
+
+
+def exact_arguments(rows: str, score: object, own: dict[str, object]) -> dict[str, object]:
+    """Arguments of the kernels that score listed blocks exactly; `own` is what only one of them has."""
+    return {
+        "rows": rows,
+        "queries": "*fp64",
+        "norms": None if rows == "*u8" else "*fp64",
+        "listed": "*i32",
+        "number": "*i32",
+        **own,
+        "SCORE": score,
+        "BLOCK_ROWS": 128,
+        "ROWS": 16,
+        "BLOCK_K": 128,
+    }
+
+
+def best_case(rows: str) -> Case:
+    own = {
+        "score": "*fp32",
+        "row": "*i64",
+        "count": "i32",
+        "dimension": "i32:16",
+        "batch": "i32",
+        "blocks": "i32",
+    }
+    score = score_function("top1_cosine.triton", "exact_similarity")
+    return Case("search.triton.best_in_blocks", f"cosine {rows[1:]}", exact_arguments(rows, score, own))
+
+
+def scores_case(variant: str, rows: str, score: object) -> Case:
+    own = {
+        "scores": "*fp32",
+        "first": "i32",
+        "slots": "i32",
+        "count": "i32",
+        "dimension": "i32:16",
+        "blocks": "i32",
+    }
+    return Case("search.triton.scores_in_blocks", variant, exact_arguments(rows, score, own))
+
+
+LIST_ARGUMENTS = {
+    **dict.fromkeys(("upper", "floor"), "*fp32"),
+    **dict.fromkeys(("listed", "number"), "*i32"),
+    "blocks": "i32",
+    "CHUNK": 2048,
+}
+CASES_TOP1 = [
+    *(cosine_case(rows, 16) for rows in ("*fp32", "*fp16", "*bf16", "*i8")),
+    *(cosine_case(rows, 64) for rows in ("*fp32", "*fp16", "*i8")),
+    Case("search.triton.list_blocks", "any", LIST_ARGUMENTS, wide=False),  # rows of it start anywhere
+    *(best_case(rows) for rows in ("*fp32", "*fp16")),
+    scores_case("cosine fp16", "*fp16", score_function("top1_cosine.triton", "exact_similarity")),
+    *(encode_case(rows) for rows in ("*fp32", "*fp16")),
+]
+CASES_NL2 = [
+    *(distance_case(rows, 16) for rows in ("*u8", "*fp32", "*fp16", "*bf16")),
+    *(distance_case(rows, 64) for rows in ("*u8", "*fp32", "*fp16")),
+    scores_case("nl2 u8", "*u8", score_function("nl2.triton", "exact_closeness")),
+]
 
 CASES = [*CASES_GUIDED_STEP, *CASES_TOP1, *CASES_NL2]
