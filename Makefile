@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint sanitize install clean
 
 demo: $(STAMP)
 	$(BIN)/amg demo --out demo
@@ -22,6 +22,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: $(STAMP)
+	$(BIN)/python -P tests/sanitize.py
 
 install: $(STAMP)
 
