@@ -19,12 +19,13 @@ using amg::DType;
 using amg::Half;
 using amg::Screen;
 
-constexpr float kUnit = 5.9604645e-8f;  // 2^-24, the relative error of one fp32 rounding
+constexpr float kUnit = 5.9604645e-8f;    // 2^-24, the relative error of one fp32 rounding
+constexpr float kUnderflow = 2.2e-19f;    // √ of twice fp32's smallest normal: what a distance loses where squares underflow
 
 inline void offer_distance(const DistanceScan& s, std::int64_t query, std::int64_t row, float mean_square,
                            float relative, const Screen& screen) {
   const float distance = std::sqrt(mean_square);
-  screen_score(screen, query, row, -distance, s.query_lost[query] + relative * distance + 1e-30f);
+  screen_score(screen, query, row, -distance, s.query_lost[query] + relative * distance + kUnderflow);
 }
 
 // Direct differences of R rows and Q queries; their fp32 sum loses at most pixels·2^-24 of itself.

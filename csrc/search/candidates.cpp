@@ -126,7 +126,7 @@ void search_rows(std::int64_t queries, std::int64_t count, std::int64_t k, int n
     screen(count * share / shares, count * (share + 1) / shares, view);
   }
   if (settle_tables(tables, num_threads, take))
-    throw std::invalid_argument("`rows` must be finite, got a score of nan");
+    throw std::invalid_argument("`rows` must be finite (and, like `queries`, below 1e18 in magnitude), got a score of nan");
 }
 
 }  // namespace amg

@@ -20,6 +20,7 @@ using amg::Half;
 using amg::Screen;
 
 constexpr float kUnit = 5.9604645e-8f;  // 2^-24, the relative error of one fp32 rounding
+constexpr float kSmallest = 1.2e-38f;   // the most that one square or product loses to underflow
 
 // Scores of R rows against Q queries. |score − exact| ≤ (dimension·2^-24 + slack)·‖r‖ for a unit query.
 template <class V, class T, int R, int Q>
@@ -43,7 +44,7 @@ void row_tile(const CosineScan& s, std::int64_t first_row, std::int64_t first_qu
   }
   const float relative = (s.dimension + 8) * kUnit + amg::kRoundingSlack;
   for (int r = 0; r < R; ++r) {
-    const float slack = relative * std::sqrt(V::reduce(squares[r]));
+    const float slack = relative * std::sqrt(V::reduce(squares[r]) + s.dimension * kSmallest);
     for (int q = 0; q < Q; ++q)
       screen_score(screen, first_query + q, first_row + r, V::reduce(dots[q][r]), slack);
   }

@@ -10,6 +10,7 @@ from ..errors import describe
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K = 1024
 MAX_DIMENSION = 65536  # int32 sums of int8 products stay exact below this
+MIN_NORM = 1e-150  # the squares of a float64 query below this lose digits, then vanish
 
 
 class Top1(NamedTuple):
@@ -52,7 +53,7 @@ def check_queries(queries: Tensor, rows: Tensor) -> None:
         expected = f"floating [B, {rows.shape[1]}] on {rows.device} like `rows`"
         raise ValueError(f"`queries` must be {expected}, got {describe(queries)}")
     norms = queries.double().norm(dim=1)
-    bad = ~norms.isfinite() | (norms == 0)
+    bad = ~norms.isfinite() | (norms < MIN_NORM)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(f"`queries` must be finite and not zero, got norm {norms[row]:g} for query {row}")
