@@ -33,17 +33,48 @@ def test_opcheck(op, impl):
     torch.library.opcheck(getattr(torch.ops.amg, op).default, (*op_arguments()[op], impl))
 
 
-def test_compile_fullgraph_keeps_the_op_and_its_numbers():
-    sample, eps_uncond, eps_cond, *_ = op_arguments()["guided_step"]
-    coefficients = op_arguments()["guided_step"][-1]
+def call_public(op: str, first: torch.Tensor, arguments: tuple, impl: str | None) -> tuple:
+    """Call the op through its public function, its first tensor replaced by `first`."""
+    if op == "guided_step":
+        similarity, noise, coefficients = arguments[5:]
+        more = {"similarity": similarity, "noise": noise, "coefficients": coefficients}
+        return kernels.guided_step(first, *arguments[1:5], **more, impl=impl)
+    if op == "predict_x0":
+        return kernels.predict_x0(first, *arguments[1:3], coefficients=arguments[3], impl=impl)
+    if op == "encode_rows":
+        return kernels.encode_rows(first, impl=impl)
+    if op == "nl2":
+        return kernels.nl2(first, arguments[1], k=arguments[2], alpha=arguments[3], impl=impl)
+    codes = kernels.Codes(*arguments[2:5])
+    if op == "top1_cosine":
+        return kernels.top1_cosine(first, arguments[1], codes=codes, impl=impl)
+    return kernels.topk_cosine(first, arguments[1], arguments[5], codes=codes, impl=impl)
 
-    def loop_body(sample):
-        output = kernels.guided_step(sample * 2, eps_uncond, eps_cond, coefficients=coefficients)
-        return output.prev_sample + 1, output.signals
 
-    compiled = torch.compile(loop_body, fullgraph=True, backend="aot_eager")
-    for output, truth in zip(compiled(sample), loop_body(sample), strict=True):
-        assert torch.equal(output, truth)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "op", ["guided_step", "predict_x0", "encode_rows", "top1_cosine", "topk_cosine", "nl2"]
+)
+def test_compile_fullgraph_keeps_the_op_and_its_numbers(op, impl, dynamic):
+    graphs = []
+
+    def keep_graph(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def around(first):
+        outputs = call_public(op, first * 2, arguments, impl)
+        return tuple(output + 1 for output in outputs)
+
+    arguments = op_arguments()[op.replace("top1", "topk")]
+    compiled = torch.compile(around, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for output, truth in zip(compiled(arguments[0]), around(arguments[0]), strict=True):
+        assert output.dtype == truth.dtype and torch.equal(output, truth)
+    torch._dynamo.reset()
+    torch.compile(around, fullgraph=True, dynamic=dynamic, backend=keep_graph)(arguments[0])
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 1 and targets.count(f"amg.{op.replace('top1', 'topk')}") == 1
 
 
 def test_cuda_gets_triton_where_it_can_be_imported_and_the_dtype_fits(monkeypatch):
