@@ -93,6 +93,18 @@ def compile_case(case: Case, target: str):
     return triton.compile(ASTSource(function, signature, constants, attributes), target=gpu, options=options)
 
 
+def specialisation(compiled) -> tuple:
+    """Return what makes a compiled kernel the one it is: name, types, constants, alignment, warps."""
+    aligned = {position for position, attributes in compiled.src.attrs.items() if attributes}
+    return (
+        compiled.src.name,
+        compiled.src.signature,
+        compiled.src.constants,
+        aligned,
+        compiled.metadata.num_warps,
+    )
+
+
 def read_nvidia(asm: dict) -> tuple[int, int, int]:
     """Return registers, spilled bytes and 128-bit global loads by cuobjdump and nvdisasm, as in triton."""
     import triton

@@ -6,9 +6,11 @@ After a change that is meant: `python -m tests.kernels.aot --write`, and look at
 from dataclasses import replace
 
 import pytest
+import torch
 
 from . import aot
-from .aot_cases import CASES
+from .aot_cases import CASES, CASES_GUIDED_STEP
+from .step_inputs import make_inputs
 
 COMPILATIONS = [(case, target) for case in CASES for target in case.targets]
 NAMES = [f"{case.kernel}-{case.variant}-{target}" for case, target in COMPILATIONS]
@@ -36,3 +38,51 @@ def test_a_size_that_16_does_not_divide_shows():
 
 def test_the_record_holds_these_cases_and_no_others():
     assert set(aot.recorded()) == {(case.kernel, case.variant, target) for case, target in COMPILATIONS}
+
+
+@compiles
+def test_guided_step_launches_the_recorded_specialisations(monkeypatch):
+    """The real launcher against an absent GPU of type sm_90: kernels are compiled for it, never run."""
+    from amg.kernels.guided_step import triton as launchers
+
+    launched = []
+    pretend_sm_90(monkeypatch, launched)
+    inputs = make_inputs(torch.float16, (5, 4, 64, 64))
+    tensors, keywords = inputs.arguments()
+    launchers.guided_step(*tensors, keywords["similarity"], keywords["noise"], inputs.coefficients)
+    launchers.guided_step(*tensors[:3], None, None, None, None, inputs.coefficients)
+    launchers.predict_x0(*tensors[:3], inputs.coefficients.repeat(5, 1))
+    cases = {case.variant: aot.compile_case(case, "sm_90") for case in CASES_GUIDED_STEP}
+    for place, variant in {
+        0: "all terms fp16",
+        1: "4 signals",
+        2: "plain guidance fp16",
+        4: "predict_x0 fp16",
+    }.items():
+        assert aot.specialisation(launched[place]) == aot.specialisation(cases[variant])
+    assert len(launched) == 6
+
+
+def pretend_sm_90(monkeypatch: pytest.MonkeyPatch, launched: list) -> None:
+    """Make Triton compile what is launched, list it in `launched`, and stop there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class AbsentGPU:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return -90  # a device of its own in Triton's cache of compiled kernels
+
+        def get_current_stream(self, device):
+            return 0
+
+    original = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        launched.append(original(self, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(driver, "_active", AbsentGPU())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
