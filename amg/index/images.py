@@ -117,9 +117,10 @@ def decode_image(content: bytes) -> torch.Tensor:
 
 
 def pil_to_tensor(picture: Any) -> torch.Tensor:
-    """A PIL image of any mode → uint8 RGB [3, H, W]: alpha dropped, 16 bits to 8, not rotated by EXIF."""
+    """A PIL image of any mode → uint8 RGB [3, H, W]: turned as its EXIF says, alpha dropped, 16 bits to 8."""
     import numpy as np
 
+    picture = upright(picture)
     if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         depth = np.asarray(picture).astype(np.int64)
         if depth.min() < 0 or depth.max() > 65535:
@@ -129,6 +130,18 @@ def pil_to_tensor(picture: Any) -> torch.Tensor:
     if picture.mode == "F":
         raise UnreadableImage("mode F (float pixels) has no known range")
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def upright(picture: Any) -> Any:
+    """The picture as viewers show it: turned by its EXIF orientation, if it has a legible one."""
+    import PIL.ExifTags
+    import PIL.ImageOps
+
+    try:
+        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF, of which PIL raises many types; damaged pixels show when they are read
+        return picture
+    return picture if orientation == 1 else PIL.ImageOps.exif_transpose(picture)
 
 
 def import_pil() -> Any:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -116,6 +118,57 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     expected = grey if mode == "I;16" else torch.from_numpy(__import__("numpy").array(picture.convert("RGB")))
     expected = expected.expand(3, 8, 8) if mode == "I;16" else expected.permute(2, 0, 1)
     assert torch.equal(index.rows[0], expected.flatten())
+
+
+TURNS = {  # EXIF orientation → what a viewer does to the stored pixels [3, H, W]
+    1: lambda image: image,
+    2: lambda image: image.flip(2),
+    3: lambda image: image.rot90(2, (1, 2)),
+    4: lambda image: image.flip(1),
+    5: lambda image: image.transpose(1, 2),
+    6: lambda image: image.rot90(-1, (1, 2)),
+    7: lambda image: image.rot90(2, (1, 2)).transpose(1, 2),
+    8: lambda image: image.rot90(1, (1, 2)),
+    9: lambda image: image,  # no such orientation
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "orientation"),
+    [*(("png", orientation) for orientation in TURNS), ("jpg", 6), ("tif", 8), ("webp", 5)],
+)
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "folder" / f"turned.{suffix}"
+    file.parent.mkdir()
+    exif = PIL.Exif()
+    exif[0x0112] = orientation
+    stored = torch.randint(0, 256, (3, 6, 10), dtype=torch.uint8)
+    to_pil(stored).save(file, exif=exif, lossless=True)
+    if suffix == "jpg":
+        stored = torch.from_numpy(numpy.array(PIL.open(file))).permute(2, 0, 1)
+    shown = TURNS[orientation](stored)
+    table = pyarrow.table({"image": [file.read_bytes()]})
+    pyarrow.parquet.write_table(table, tmp_path / "turned.parquet")
+    for source in (file.parent, tmp_path / "turned.parquet", [PIL.open(file)]):
+        index = build(source, path=tmp_path / "i")
+        assert index.image_size == tuple(shown.shape[1:]) and torch.equal(index.rows[0], shown.flatten())
+        assert index.nearest(shown.flatten()[None] / 255).row.tolist() == [0]
+        assert index.search([PIL.open(file)]).similarity.item() == 0
+        shutil.rmtree(tmp_path / "i")
+
+
+def test_damaged_exif_is_as_good_as_none(tmp_path):
+    picture = torch.randint(0, 256, (3, 6, 10), dtype=torch.uint8)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    to_pil(picture).save(folder / "a.png", exif=b"Exif\0\0nonsense")
+    with pytest.raises(Exception, match="TIFF"):
+        PIL.open(folder / "a.png").getexif()
+    index = build(folder, path=tmp_path / "i")
+    assert index.manifest.skipped == () and torch.equal(index.rows[0], picture.flatten())
 
 
 def test_captions_from_everywhere(tmp_path, pictures, folder):
