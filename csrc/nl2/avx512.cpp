@@ -1,4 +1,5 @@
 #include "simd/avx512.h"
+#include "simd/unroll.h"
 
 #include "nl2/body.h"
 
@@ -21,18 +22,29 @@ struct ByteSums {
   std::int64_t sum, square;
 };
 
+// step(i, left) for every vector of [from, to); `left` is a constant but for the last.
+template <class Step>
+AMG_INLINE inline void for_vectors(std::int64_t from, std::int64_t to, Step step) {
+  std::int64_t i = from;
+  for (; i + kBytes <= to; i += kBytes) step(i, std::int64_t{kBytes});
+  if (i < to) step(i, to - i);
+}
+
+constexpr std::int64_t kAhead = 4096;  // bytes by which rows are asked for early
+
 // Σr and Σr² = Σr(r − 128) + 128·Σr, the factor r − 128 being r with its top bit flipped, read as signed.
 inline ByteSums byte_sums(const DistanceScan& s, std::int64_t row) {
   const std::uint8_t* bytes = static_cast<const std::uint8_t*>(s.rows) + row * s.pixels;
   const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
   std::int64_t total = 0, products = 0;
-  for_segments(s.pixels, [&](std::int64_t from, std::int64_t to) {
+  for_segments(s.pixels, [&](std::int64_t from, std::int64_t to) AMG_INLINE {
     __m512i sum = _mm512_setzero_si512(), product = sum;
-    for (std::int64_t i = from; i < to; i += kBytes) {
-      const __m512i value = load_bytes(bytes + i, s.pixels - i);
+    for_vectors(from, to, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + i + kAhead), _MM_HINT_T0);
+      const __m512i value = load_bytes(bytes + i, left);
       sum = _mm512_dpbusd_epi32(sum, value, ones);
       product = _mm512_dpbusd_epi32(product, value, _mm512_xor_si512(value, flip));
-    }
+    });
     total += lane_sum(sum);
     products += lane_sum(product);
   });
@@ -47,38 +59,48 @@ void byte_tile(const DistanceScan& s, const ByteSums* sums, std::int64_t first_r
   const std::int8_t* queries = s.query_signed + first_query * s.padded;
   for_segments(s.pixels, [&](std::int64_t from, std::int64_t to) {
     __m512i products[Q][R];
-    for (int q = 0; q < Q; ++q)
-      for (int r = 0; r < R; ++r) products[q][r] = _mm512_setzero_si512();
-    for (std::int64_t i = from; i < to; i += kBytes) {
+    unroll<Q>([&](auto q) AMG_INLINE {
+      unroll<R>([&](auto r) AMG_INLINE { products[q.value][r.value] = _mm512_setzero_si512(); });
+    });
+    for_vectors(from, to, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
       __m512i row[R];
-      for (int r = 0; r < R; ++r) row[r] = load_bytes(rows + r * s.pixels + i, s.pixels - i);
-      for (int q = 0; q < Q; ++q) {
-        const __m512i query = _mm512_loadu_si512(queries + q * s.padded + i);
-        for (int r = 0; r < R; ++r) products[q][r] = _mm512_dpbusd_epi32(products[q][r], row[r], query);
-      }
-    }
-    for (int q = 0; q < Q; ++q)
-      for (int r = 0; r < R; ++r) dots[q][r] += lane_sum(products[q][r]);
+      unroll<R>([&](auto r) AMG_INLINE { row[r.value] = load_bytes(rows + r.value * s.pixels + i, left); });
+      unroll<Q>([&](auto q) AMG_INLINE {
+        const __m512i query = _mm512_loadu_si512(queries + q.value * s.padded + i);
+        unroll<R>([&](auto r) AMG_INLINE {
+          products[q.value][r.value] = _mm512_dpbusd_epi32(products[q.value][r.value], row[r.value], query);
+        });
+      });
+    });
+    unroll<Q>([&](auto q) AMG_INLINE {
+      unroll<R>([&](auto r) AMG_INLINE { dots[q.value][r.value] += lane_sum(products[q.value][r.value]); });
+    });
   });
   for (int q = 0; q < Q; ++q)
     for (int r = 0; r < R; ++r)
       offer_bytes(s, first_query + q, first_row + r, dots[q][r] + 128 * sums[r].sum, sums[r].square, screen);
 }
 
-template <int R>
-void bytes_to_all(const DistanceScan& s, std::int64_t row, const Screen& screen) {
-  ByteSums sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = byte_sums(s, row + r);
-  std::int64_t query = 0;
-  for (; query + 6 <= s.queries; query += 6) byte_tile<R, 6>(s, sums, row, query, screen);
-  for (; query + 2 <= s.queries; query += 2) byte_tile<R, 2>(s, sums, row, query, screen);
-  for (; query < s.queries; ++query) byte_tile<R, 1>(s, sums, row, query, screen);
+constexpr std::int64_t kChunk = 32;  // rows that stay in the second cache while every group of queries passes
+
+template <int Q>
+void chunk_to_queries(const DistanceScan& s, const ByteSums* sums, std::int64_t begin, std::int64_t end,
+                      std::int64_t query, const Screen& screen) {
+  std::int64_t row = begin;
+  for (; row + 4 <= end; row += 4) byte_tile<4, Q>(s, sums + (row - begin), row, query, screen);
+  for (; row < end; ++row) byte_tile<1, Q>(s, sums + (row - begin), row, query, screen);
 }
 
 void scan_bytes(const DistanceScan& s, std::int64_t begin, std::int64_t end, const Screen& screen) {
-  std::int64_t row = begin;
-  for (; row + 4 <= end; row += 4) bytes_to_all<4>(s, row, screen);
-  for (; row < end; ++row) bytes_to_all<1>(s, row, screen);
+  ByteSums sums[kChunk];
+  for (std::int64_t start = begin; start < end; start += kChunk) {
+    const std::int64_t stop = end - start < kChunk ? end : start + kChunk;
+    for (std::int64_t row = start; row < stop; ++row) sums[row - start] = byte_sums(s, row);
+    std::int64_t query = 0;
+    for (; query + 6 <= s.queries; query += 6) chunk_to_queries<6>(s, sums, start, stop, query, screen);
+    for (; query + 2 <= s.queries; query += 2) chunk_to_queries<2>(s, sums, start, stop, query, screen);
+    for (; query < s.queries; ++query) chunk_to_queries<1>(s, sums, start, stop, query, screen);
+  }
 }
 
 }  // namespace

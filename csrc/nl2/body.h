@@ -80,13 +80,18 @@ template <class V>
 double exact_distance(const double* query, const void* row, DType dtype, std::int64_t pixels) {
   double sums[kExactLanes] = {};
   float values[kExactLanes];
-  for (std::int64_t i = 0; i < pixels; i += kExactLanes) {
+  std::int64_t i = 0;
+  for (; i + kExactLanes <= pixels; i += kExactLanes) {
     load_floats<V>(row, dtype, i, pixels, values);
-    const std::int64_t left = pixels - i;
-    for (int lane = 0; lane < (left < kExactLanes ? left : kExactLanes); ++lane) {
+    for (int lane = 0; lane < kExactLanes; ++lane) {
       const double difference = values[lane] - query[i + lane];
       sums[lane] += difference * difference;
     }
+  }
+  if (i < pixels) load_floats<V>(row, dtype, i, pixels, values);
+  for (int lane = 0; i + lane < pixels; ++lane) {
+    const double difference = values[lane] - query[i + lane];
+    sums[lane] += difference * difference;
   }
   double total = 0;
   for (const double sum : sums) total += sum;

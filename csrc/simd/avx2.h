@@ -19,6 +19,10 @@ struct Avx2Vec {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
+  static Reg load(const amg::Byte* p) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_div_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(255.0f));
+  }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
   static void store(amg::Half* p, Reg v) {
     const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

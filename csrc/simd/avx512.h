@@ -19,6 +19,10 @@ struct Avx512Vec {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
+  static Reg load(const amg::Byte* p) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_div_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(255.0f));
+  }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
   static void store(amg::Half* p, Reg v) {
     const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

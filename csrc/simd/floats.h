@@ -10,23 +10,22 @@ namespace {
 
 constexpr int kExactLanes = 16;  // partial sums of an exact score, the same at every level
 
-// Elements [begin, begin + kExactLanes) of a row as floats, zero beyond its end; bytes as r/255 in fp32, which is
-// what an image loader makes of them, so that an image is at distance 0 from its own bytes.
-template <class V>
-void load_floats(const void* row, amg::DType dtype, std::int64_t begin, std::int64_t size, float* values) {
-  const std::int64_t here = size - begin;
-  if (dtype == amg::DType::u8) {
-    const std::uint8_t* bytes = static_cast<const std::uint8_t*>(row) + begin;
-    for (int i = 0; i < kExactLanes; ++i) values[i] = i < here ? bytes[i] / 255.0f : 0.0f;
-    return;
-  }
+template <class V, class T>
+inline void load_typed_floats(const void* row, std::int64_t begin, std::int64_t size, float* values) {
   for (int i = 0; i < kExactLanes; i += V::width) {
     const std::int64_t at = begin + i, left = size - at;
-    typename V::Reg value = V::zero();
-    if (left > 0 && dtype == amg::DType::f16) value = load_some<V>(static_cast<const amg::Half*>(row) + at, left);
-    if (left > 0 && dtype == amg::DType::bf16) value = load_some<V>(static_cast<const amg::BFloat*>(row) + at, left);
-    if (left > 0 && dtype == amg::DType::f32) value = load_some<V>(static_cast<const float*>(row) + at, left);
-    V::store(values + i, value);
+    V::store(values + i, left > 0 ? load_some<V>(static_cast<const T*>(row) + at, left) : V::zero());
+  }
+}
+
+// Elements [begin, begin + kExactLanes) of a row as floats, zero beyond its end.
+template <class V>
+inline void load_floats(const void* row, amg::DType dtype, std::int64_t begin, std::int64_t size, float* values) {
+  switch (dtype) {
+    case amg::DType::u8: return load_typed_floats<V, amg::Byte>(row, begin, size, values);
+    case amg::DType::f16: return load_typed_floats<V, amg::Half>(row, begin, size, values);
+    case amg::DType::bf16: return load_typed_floats<V, amg::BFloat>(row, begin, size, values);
+    default: return load_typed_floats<V, float>(row, begin, size, values);
   }
 }
 

@@ -61,6 +61,7 @@ struct ScalarVec {
   static Reg load(const float* p) { return *p; }
   static Reg load(const amg::Half* p) { return half_to_float(p->bits); }
   static Reg load(const amg::BFloat* p) { return bits_to_float(static_cast<std::uint32_t>(p->bits) << 16); }
+  static Reg load(const amg::Byte* p) { return p->value / 255.0f; }
   static void store(float* p, Reg v) { *p = v; }
   static void store(amg::Half* p, Reg v) { p->bits = float_to_half(v); }
   static void store(amg::BFloat* p, Reg v) { p->bits = float_to_bfloat(v); }

@@ -1,6 +1,7 @@
 // Two layouts of the VNNI products: for few queries lanes hold dimensions, for many they hold queries, which
 // needs no horizontal sums.
 #include "simd/avx512.h"
+#include "simd/unroll.h"
 
 #include "top1_cosine/body.h"
 
@@ -13,6 +14,14 @@ inline __m512i load_codes(const std::int8_t* source, std::int64_t left) {
   return _mm512_maskz_loadu_epi8(mask, source);
 }
 
+// step(i, left) for every vector of the dimension; `left` is a constant but for the last.
+template <class Step>
+AMG_INLINE inline void for_vectors(std::int64_t dimension, Step step) {
+  std::int64_t i = 0;
+  for (; i + kBytes <= dimension; i += kBytes) step(i, std::int64_t{kBytes});
+  if (i < dimension) step(i, dimension - i);
+}
+
 // The four lane sums of a, b, c, d.
 inline __m128i lane_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
   const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -22,98 +31,95 @@ inline __m128i lane_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// Bounds of four rows, one a lane.
-struct RowBounds4 {
-  __m128 scale, error, norm;
-};
+// Rows are asked for this many bytes early: tiles jump from row to row, which hides the stream from the
+// hardware prefetcher.
+constexpr std::int64_t kAhead = 8192;
 
-// squares hold Σ(c + 128)c and sums Σc: ‖code‖² = squares − 128·sums.
-inline RowBounds4 row_bounds4(const CosineScan& s, std::int64_t row, __m128i squares, __m128i sums) {
-  const __m128i code_squares = _mm_sub_epi32(squares, _mm_slli_epi32(sums, 7));
-  const __m128 scale = _mm_loadu_ps(s.scales + row);
-  const __m128 norm = _mm_mul_ps(_mm_mul_ps(scale, _mm_sqrt_ps(_mm_cvtepi32_ps(code_squares))), _mm_set1_ps(1 + 1e-6f));
-  const __m128 error = _mm_fmadd_ps(_mm_loadu_ps(s.errors + row), _mm_set1_ps(1 + 1e-6f), _mm_set1_ps(1e-30f));
-  return {scale, error, norm};
+template <int R>
+inline void prefetch_rows(const CosineScan& s, std::int64_t row, std::int64_t ahead) {
+  const char* start = reinterpret_cast<const char*>(s.codes + row * s.dimension) + ahead;
+  for (std::int64_t i = 0; i < R * s.dimension; i += kBytes) _mm_prefetch(start + i, _MM_HINT_T0);
 }
 
-inline void offer_rows(const CosineScan& s, const RowBounds4& b, std::int64_t row, std::int64_t query, __m128i biased,
-                       const Screen& screen) {
+inline std::int32_t code_squares(const CosineScan& s, std::int64_t row) {
+  __m512i sum = _mm512_setzero_si512(), squares = sum;
+  const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
+  for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+    const __m512i code = load_codes(s.codes + row * s.dimension + i, left);
+    squares = _mm512_dpbusd_epi32(squares, _mm512_xor_si512(code, flip), code);
+    sum = _mm512_dpbusd_epi32(sum, ones, code);
+  });
+  return _mm512_reduce_add_epi32(squares) - 128 * _mm512_reduce_add_epi32(sum);
+}
+
+// A row that passed the gate: only now is its norm worth computing.
+[[gnu::noinline]] void offer_passed(const CosineScan& s, std::int64_t query, std::int64_t row, std::int32_t dot,
+                                    const Screen& screen) {
+  offer_code(s, row_bounds(s, row, code_squares(s, row)), query, row, dot, screen);
+}
+
+constexpr float kGate = 1 + 4e-6f;  // more than the roundings by which offer_code's bound may exceed the gate's
+
+// Four rows' products with one query. The gate's bound takes query_reach, which needs no pass over the row.
+inline void gate_rows(const CosineScan& s, std::int64_t row, std::int64_t query, __m128i biased, const Screen& screen) {
   const __m128i dots = _mm_sub_epi32(biased, _mm_set1_epi32(128 * s.query_sums[query]));
-  const __m128 score = _mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_mul_ps(b.scale, _mm_set1_ps(s.query_scales[query])));
-  const __m128 slack = _mm_fmadd_ps(b.norm, _mm_set1_ps(s.query_errors[query]), b.error);
-  __mmask8 possible = _mm_cmp_ps_mask(_mm_add_ps(score, slack), _mm_set1_ps(screen.floors[query]), _CMP_NLT_UQ);
-  if (possible == 0) return;
-  alignas(16) float scores[4], slacks[4];
-  _mm_store_ps(scores, score);
-  _mm_store_ps(slacks, slack);
+  const __m128 scale = _mm_loadu_ps(s.scales + row);
+  const __m128 error = _mm_fmadd_ps(_mm_loadu_ps(s.errors + row), _mm_set1_ps(kGate), _mm_set1_ps(1e-30f));
+  const __m128 score = _mm_mul_ps(_mm_cvtepi32_ps(dots), _mm_mul_ps(scale, _mm_set1_ps(s.query_scales[query])));
+  const __m128 slack = _mm_fmadd_ps(scale, _mm_set1_ps(s.query_reach[query]), error);
+  const __mmask8 passed = _mm_cmp_ps_mask(_mm_add_ps(score, slack), _mm_set1_ps(screen.floors[query]), _CMP_NLT_UQ);
+  if (__builtin_expect(passed == 0, true)) return;
+  alignas(16) std::int32_t values[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(values), dots);
   for (int r = 0; r < 4; ++r)
-    if ((possible >> r) & 1) screen_score(screen, query, row + r, scores[r], slacks[r]);
+    if ((passed >> r) & 1) offer_passed(s, query, row + r, values[r], screen);
 }
 
 // Four rows against Q queries, lanes along the dimension. The row is biased to unsigned by flipping its top bit.
 template <int Q>
 void code_tile(const CosineScan& s, std::int64_t row, std::int64_t first_query, const Screen& screen) {
   constexpr int R = 4;
-  __m512i dots[Q][R], squares[R], sums[R];
-  for (int r = 0; r < R; ++r) squares[r] = sums[r] = _mm512_setzero_si512();
-  for (int q = 0; q < Q; ++q)
-    for (int r = 0; r < R; ++r) dots[q][r] = _mm512_setzero_si512();
+  __m512i dots[Q][R];
+  unroll<Q>([&](auto q) AMG_INLINE { unroll<R>([&](auto r) AMG_INLINE { dots[q.value][r.value] = _mm512_setzero_si512(); }); });
   const std::int8_t* codes = s.codes + row * s.dimension;
   const std::int8_t* queries = s.query_codes + first_query * s.padded;
-  const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
-  for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
     __m512i biased[R];
-    for (int r = 0; r < R; ++r) {
-      const __m512i code = load_codes(codes + r * s.dimension + i, s.dimension - i);
-      biased[r] = _mm512_xor_si512(code, flip);
-      squares[r] = _mm512_dpbusd_epi32(squares[r], biased[r], code);
-      sums[r] = _mm512_dpbusd_epi32(sums[r], ones, code);
-    }
-    for (int q = 0; q < Q; ++q) {
-      const __m512i query = _mm512_loadu_si512(queries + q * s.padded + i);
-      for (int r = 0; r < R; ++r) dots[q][r] = _mm512_dpbusd_epi32(dots[q][r], biased[r], query);
-    }
-  }
-  const RowBounds4 bounds = row_bounds4(s, row, lane_sums(squares[0], squares[1], squares[2], squares[3]),
-                                        lane_sums(sums[0], sums[1], sums[2], sums[3]));
-  for (int q = 0; q < Q; ++q)
-    offer_rows(s, bounds, row, first_query + q, lane_sums(dots[q][0], dots[q][1], dots[q][2], dots[q][3]), screen);
-}
-
-struct CodeSums {
-  std::int32_t sum, squares;
-};
-
-inline CodeSums code_sums(const CosineScan& s, std::int64_t row) {
-  __m512i sum = _mm512_setzero_si512(), squares = sum;
-  const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
-  for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
-    const __m512i code = load_codes(s.codes + row * s.dimension + i, s.dimension - i);
-    squares = _mm512_dpbusd_epi32(squares, _mm512_xor_si512(code, flip), code);
-    sum = _mm512_dpbusd_epi32(sum, ones, code);
-  }
-  const std::int32_t total = _mm512_reduce_add_epi32(sum);
-  return {total, _mm512_reduce_add_epi32(squares) - 128 * total};
+    unroll<R>([&](auto r) AMG_INLINE {
+      biased[r.value] = _mm512_xor_si512(load_codes(codes + r.value * s.dimension + i, left), flip);
+    });
+    unroll<Q>([&](auto q) AMG_INLINE {
+      const __m512i query = _mm512_loadu_si512(queries + q.value * s.padded + i);
+      unroll<R>([&](auto r) AMG_INLINE {
+        dots[q.value][r.value] = _mm512_dpbusd_epi32(dots[q.value][r.value], biased[r.value], query);
+      });
+    });
+  });
+  unroll<Q>([&](auto q) AMG_INLINE {
+    const __m512i* of_query = dots[q.value];
+    gate_rows(s, row, first_query + q.value, lane_sums(of_query[0], of_query[1], of_query[2], of_query[3]), screen);
+  });
 }
 
 // A row left over from the tiles of four.
 void code_row(const CosineScan& s, std::int64_t row, const Screen& screen) {
-  const RowBounds bounds = row_bounds(s, row, code_sums(s, row).squares);
   const __m512i flip = _mm512_set1_epi8(-128);
   for (std::int64_t query = 0; query < s.queries; ++query) {
     __m512i dot = _mm512_setzero_si512();
-    for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
-      const __m512i code = load_codes(s.codes + row * s.dimension + i, s.dimension - i);
+    for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+      const __m512i code = load_codes(s.codes + row * s.dimension + i, left);
       const __m512i query_code = _mm512_loadu_si512(s.query_codes + query * s.padded + i);
       dot = _mm512_dpbusd_epi32(dot, _mm512_xor_si512(code, flip), query_code);
-    }
-    offer_code(s, bounds, query, row, _mm512_reduce_add_epi32(dot) - 128 * s.query_sums[query], screen);
+    });
+    offer_passed(s, query, row, _mm512_reduce_add_epi32(dot) - 128 * s.query_sums[query], screen);
   }
 }
 
 void scan_few(const CosineScan& s, std::int64_t begin, std::int64_t end, const Screen& screen) {
   std::int64_t row = begin;
   for (; row + 4 <= end; row += 4) {
+    prefetch_rows<4>(s, row, kAhead);
     std::int64_t query = 0;
     for (; query + 4 <= s.queries; query += 4) code_tile<4>(s, row, query, screen);
     for (; query + 2 <= s.queries; query += 2) code_tile<2>(s, row, query, screen);
@@ -123,19 +129,19 @@ void scan_few(const CosineScan& s, std::int64_t begin, std::int64_t end, const S
 }
 
 // Sixteen queries' products with one row, from the packed layout's Σ(query + 128)·code.
-inline void offer_lanes(const CosineScan& s, const RowBounds& b, std::int32_t code_sum, std::int64_t row,
-                        std::int64_t query, __m512i biased, const Screen& screen) {
+inline void gate_lanes(const CosineScan& s, float row_scale, float row_error, std::int32_t code_sum, std::int64_t row,
+                       std::int64_t query, __m512i biased, const Screen& screen) {
   const __m512i dots = _mm512_sub_epi32(biased, _mm512_set1_epi32(128 * code_sum));
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(b.scale), _mm512_loadu_ps(s.query_scales + query));
-  const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), scale);
-  const __m512 slack = _mm512_fmadd_ps(_mm512_set1_ps(b.norm), _mm512_loadu_ps(s.query_errors + query), _mm512_set1_ps(b.error));
-  unsigned possible = _mm512_cmp_ps_mask(_mm512_add_ps(score, slack), _mm512_loadu_ps(screen.floors + query), _CMP_NLT_UQ);
-  if (possible == 0) return;
-  alignas(64) float scores[amg::kLanes], slacks[amg::kLanes];
-  _mm512_store_ps(scores, score);
-  _mm512_store_ps(slacks, slack);
+  const __m512 scale = _mm512_set1_ps(row_scale);
+  const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), _mm512_mul_ps(scale, _mm512_loadu_ps(s.query_scales + query)));
+  const __m512 slack = _mm512_fmadd_ps(scale, _mm512_loadu_ps(s.query_reach + query), _mm512_set1_ps(row_error));
+  const __m512 floors = _mm512_loadu_ps(screen.floors + query);
+  const unsigned passed = _mm512_cmp_ps_mask(_mm512_add_ps(score, slack), floors, _CMP_NLT_UQ);
+  if (__builtin_expect(passed == 0, true)) return;
+  alignas(64) std::int32_t values[amg::kLanes];
+  _mm512_store_si512(values, dots);
   for (int lane = 0; lane < amg::kLanes; ++lane)
-    if ((possible >> lane) & 1) screen_score(screen, query + lane, row, scores[lane], slacks[lane]);
+    if ((passed >> lane) & 1) offer_passed(s, query + lane, row, values[lane], screen);
 }
 
 // The four codes from `i` on as one integer, zeros beyond the row's end.
@@ -147,48 +153,73 @@ inline std::int32_t four_codes(const std::int8_t* code, std::int64_t left) {
 
 // R rows against G groups of sixteen queries, lanes across queries.
 template <int R, int G>
-void packed_tile(const CosineScan& s, const CodeSums* sums, std::int64_t first_row, std::int64_t first_group,
+void packed_tile(const CosineScan& s, const std::int32_t* sums, std::int64_t first_row, std::int64_t first_group,
                  const Screen& screen) {
   __m512i dots[R][G];
-  for (int r = 0; r < R; ++r)
-    for (int g = 0; g < G; ++g) dots[r][g] = _mm512_setzero_si512();
+  unroll<R>([&](auto r) AMG_INLINE { unroll<G>([&](auto g) AMG_INLINE { dots[r.value][g.value] = _mm512_setzero_si512(); }); });
   const std::int64_t group_bytes = s.padded * amg::kLanes;
   const std::uint8_t* packed = s.packed + first_group * group_bytes;
   const std::int8_t* codes = s.codes + first_row * s.dimension;
-  const auto step = [&](std::int64_t i, std::int64_t left) __attribute__((always_inline)) {
+  const auto step = [&](std::int64_t i, std::int64_t left) AMG_INLINE {
     __m512i queries[G];
-    for (int g = 0; g < G; ++g) queries[g] = _mm512_loadu_si512(packed + g * group_bytes + i * amg::kLanes);
-    for (int r = 0; r < R; ++r) {
-      const __m512i word = _mm512_set1_epi32(four_codes(codes + r * s.dimension + i, left));
-      for (int g = 0; g < G; ++g) dots[r][g] = _mm512_dpbusd_epi32(dots[r][g], queries[g], word);
-    }
+    unroll<G>([&](auto g) AMG_INLINE {
+      queries[g.value] = _mm512_loadu_si512(packed + g.value * group_bytes + i * amg::kLanes);
+    });
+    unroll<R>([&](auto r) AMG_INLINE {
+      const __m512i word = _mm512_set1_epi32(four_codes(codes + r.value * s.dimension + i, left));
+      unroll<G>([&](auto g) AMG_INLINE {
+        dots[r.value][g.value] = _mm512_dpbusd_epi32(dots[r.value][g.value], queries[g.value], word);
+      });
+    });
   };
   const std::int64_t whole = s.dimension / 4 * 4;
   for (std::int64_t i = 0; i < whole; i += 4) step(i, 4);
   if (whole < s.dimension) step(whole, s.dimension - whole);
-  for (int r = 0; r < R; ++r) {
-    const RowBounds bounds = row_bounds(s, first_row + r, sums[r].squares);
-    for (int g = 0; g < G; ++g)
-      offer_lanes(s, bounds, sums[r].sum, first_row + r, (first_group + g) * amg::kLanes, dots[r][g], screen);
-  }
+  unroll<R>([&](auto r) AMG_INLINE {
+    const std::int64_t row = first_row + r.value;
+    const float scale = s.scales[row], error = s.errors[row] * kGate + 1e-30f;
+    unroll<G>([&](auto g) AMG_INLINE {
+      gate_lanes(s, scale, error, sums[r.value], row, (first_group + g.value) * amg::kLanes, dots[r.value][g.value], screen);
+    });
+  });
 }
 
 constexpr std::int64_t kChunk = 48;  // rows that stay in the nearest cache while every group of queries passes
 
+// Σ codes of each row of a chunk, four rows at a time.
+void chunk_sums(const CosineScan& s, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (std::int64_t row = begin; row < end; row += 4) {
+    __m512i sum[4];
+    unroll<4>([&](auto r) AMG_INLINE { sum[r.value] = _mm512_setzero_si512(); });
+    const std::int64_t last = end - 1 - row;
+    for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+      unroll<4>([&](auto r) AMG_INLINE {
+        const std::int64_t at = row + (r.value < last ? r.value : last);
+        sum[r.value] = _mm512_dpbusd_epi32(sum[r.value], ones, load_codes(s.codes + at * s.dimension + i, left));
+      });
+    });
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + (row - begin)), lane_sums(sum[0], sum[1], sum[2], sum[3]));
+  }
+}
+
 template <int R, int G>
-void packed_chunk(const CosineScan& s, const CodeSums* sums, std::int64_t begin, std::int64_t end, std::int64_t group,
+void packed_chunk(const CosineScan& s, const std::int32_t* sums, std::int64_t begin, std::int64_t end, std::int64_t group,
                   const Screen& screen) {
   std::int64_t row = begin;
-  for (; row + R <= end; row += R) packed_tile<R, G>(s, sums + (row - begin), row, group, screen);
+  for (; row + R <= end; row += R) {
+    if (group == 0) prefetch_rows<R>(s, row, kChunk * s.dimension);
+    packed_tile<R, G>(s, sums + (row - begin), row, group, screen);
+  }
   for (; row < end; ++row) packed_tile<1, G>(s, sums + (row - begin), row, group, screen);
 }
 
 void scan_many(const CosineScan& s, std::int64_t begin, std::int64_t end, const Screen& screen) {
   const std::int64_t groups = (s.queries + amg::kLanes - 1) / amg::kLanes;
-  CodeSums sums[kChunk];
+  std::int32_t sums[kChunk];
   for (std::int64_t start = begin; start < end; start += kChunk) {
     const std::int64_t stop = end - start < kChunk ? end : start + kChunk;
-    for (std::int64_t row = start; row < stop; ++row) sums[row - start] = code_sums(s, row);
+    chunk_sums(s, start, stop, sums);
     std::int64_t group = 0;
     for (; group + 4 <= groups; group += 4) packed_chunk<6, 4>(s, sums, start, stop, group, screen);
     if (groups - group == 3) packed_chunk<8, 3>(s, sums, start, stop, group, screen);

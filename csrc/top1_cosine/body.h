@@ -77,12 +77,13 @@ template <class V>
 double exact_dot(const double* query, const void* row, DType dtype, std::int64_t dimension) {
   double sums[kExactLanes] = {};
   float values[kExactLanes];
-  for (std::int64_t i = 0; i < dimension; i += kExactLanes) {
+  std::int64_t i = 0;
+  for (; i + kExactLanes <= dimension; i += kExactLanes) {
     load_floats<V>(row, dtype, i, dimension, values);
-    const std::int64_t left = dimension - i;
-    for (int lane = 0; lane < (left < kExactLanes ? left : kExactLanes); ++lane)
-      sums[lane] += query[i + lane] * static_cast<double>(values[lane]);
+    for (int lane = 0; lane < kExactLanes; ++lane) sums[lane] += query[i + lane] * static_cast<double>(values[lane]);
   }
+  if (i < dimension) load_floats<V>(row, dtype, i, dimension, values);
+  for (int lane = 0; i + lane < dimension; ++lane) sums[lane] += query[i + lane] * static_cast<double>(values[lane]);
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;

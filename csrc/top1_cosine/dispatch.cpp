@@ -28,26 +28,35 @@ CosineKernels level_kernels() {
 // Everything the kernels need of the queries, in their layouts.
 struct PreparedQueries {
   std::vector<double> norms;
-  std::vector<float> unit, scales, errors;
+  std::vector<float> unit, scales, errors, reach;
   std::vector<std::int8_t> codes;
   std::vector<std::uint8_t> packed;
   std::vector<std::int32_t> sums;
 };
+
+// Nearest integer of a double below 2^51, without a library call: adding 1.5·2^52 leaves no room for a fraction.
+double rounded(double value) {
+  constexpr double kShift = 6755399441055744.0;
+  return (value + kShift) - kShift;
+}
 
 void encode_query(const std::vector<double>& unit, std::int64_t query, const CosineArgs& args, std::int64_t padded,
                   PreparedQueries& prepared) {
   double largest = 0, lost = 0;
   for (std::int64_t i = 0; i < args.dimension; ++i) largest = std::max(largest, std::fabs(unit[i]));
   const float scale = static_cast<float>(largest / kCodeMax);
+  const double inverse = 1.0 / scale;
+  std::int8_t* codes = prepared.codes.data() + query * padded;
   std::int32_t sum = 0;
   for (std::int64_t i = 0; i < args.dimension; ++i) {
-    const double code = std::max(-kCodeMax, std::min(kCodeMax, std::nearbyint(unit[i] / scale)));
-    prepared.codes[query * padded + i] = static_cast<std::int8_t>(code);
+    const double code = std::max(-kCodeMax, std::min(kCodeMax, rounded(unit[i] * inverse)));
+    codes[i] = static_cast<std::int8_t>(code);
     sum += static_cast<std::int32_t>(code);
     lost += (unit[i] - code * scale) * (unit[i] - code * scale);
   }
   prepared.scales[query] = scale;
   prepared.errors[query] = static_cast<float>(std::sqrt(lost) * (1 + 1e-6)) + kRoundingSlack;
+  prepared.reach[query] = static_cast<float>(prepared.errors[query] * 128 * std::sqrt(args.dimension) * (1 + 1e-5));
   prepared.sums[query] = sum;
 }
 
@@ -55,11 +64,12 @@ void encode_query(const std::vector<double>& unit, std::int64_t query, const Cos
 void pack_queries(std::int64_t batch, std::int64_t padded, PreparedQueries& prepared) {
   const std::int64_t groups = (batch + kLanes - 1) / kLanes;
   prepared.packed.assign(groups * padded * kLanes, 128);
-  for (std::int64_t query = 0; query < batch; ++query)
-    for (std::int64_t i = 0; i < padded; ++i) {
-      const std::int64_t word = (query / kLanes * (padded / 4) + i / 4) * kLanes + query % kLanes;
-      prepared.packed[word * 4 + i % 4] = static_cast<std::uint8_t>(prepared.codes[query * padded + i] + 128);
-    }
+  for (std::int64_t query = 0; query < batch; ++query) {
+    std::uint8_t* lane = prepared.packed.data() + (query / kLanes * padded * kLanes + query % kLanes * 4);
+    const std::int8_t* codes = prepared.codes.data() + query * padded;
+    for (std::int64_t i = 0; i < padded; i += 4)
+      for (int byte = 0; byte < 4; ++byte) lane[i * kLanes + byte] = static_cast<std::uint8_t>(codes[i + byte] + 128);
+  }
 }
 
 PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
@@ -71,6 +81,7 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   prepared.codes.assign(args.batch * padded, 0);
   prepared.scales.assign(lanes, 0.0f);
   prepared.errors.assign(lanes, 0.0f);
+  prepared.reach.assign(lanes, 0.0f);
   prepared.sums.assign(lanes, 0);
   for (std::int64_t query = 0; query < args.batch; ++query) {
     const double* raw = args.queries + query * args.dimension;
@@ -97,7 +108,7 @@ void topk_cosine(const CosineArgs& args) {
   const PreparedQueries prepared = prepare_queries(args, padded);
   const CosineScan scan{args.rows, args.dtype, args.count, args.dimension, args.codes, args.scales, args.errors, args.batch,
                         padded, prepared.unit.data(), prepared.codes.data(), prepared.packed.data(),
-                        prepared.scales.data(), prepared.errors.data(), prepared.sums.data()};
+                        prepared.scales.data(), prepared.errors.data(), prepared.reach.data(), prepared.sums.data()};
   const std::int64_t row_bytes = args.dimension * element_size(args.dtype);
   const std::function<float(std::int64_t, std::int64_t)> exact = [&](std::int64_t query, std::int64_t row) {
     const void* address = static_cast<const char*>(args.rows) + row * row_bytes;

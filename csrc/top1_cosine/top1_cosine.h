@@ -27,8 +27,9 @@ struct CosineScan {
   const float* unit;               // [queries, padded], normalised
   const std::int8_t* query_codes;  // [queries, padded]
   const std::uint8_t* packed;      // [groups of kLanes queries][padded / 4][kLanes][4], codes + 128
-  const float* query_scales;       // the three are padded to a multiple of kLanes
+  const float* query_scales;       // these four are padded to a multiple of kLanes
   const float* query_errors;       // slack per unit of ‖r̂‖: ‖q − q̂‖ and the rounding
+  const float* query_reach;        // slack per unit of the row's scale, from ‖r̂‖ ≤ scale·128·√dimension
   const std::int32_t* query_sums;  // Σ codes
 };
 
