@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
     also = [open_index(path, None, arguments.device) for path in arguments.also]
-    scale = arguments.guidance_scale or (7.5 if getattr(pipe, "vae", None) is not None else 2.0)
+    scale = arguments.guidance_scale
+    if scale is None:
+        scale = 7.5 if getattr(pipe, "vae", None) is not None else 2.0
     overrides = {"on_memorized": arguments.on_memorized} if arguments.on_memorized else {}
     sampler = Sampler(
         pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also
@@ -94,6 +96,8 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError(
             f"`--images` and `--batch-size` must be >= 1, got {arguments.images}, {arguments.batch_size}"
         )
+    if arguments.steps < 1:
+        raise ValueError(f"`--steps` must be >= 1, got {arguments.steps}")
     prompts: list[str | None] = [arguments.prompt]
     if arguments.prompts is not None:
         prompts = [*_read_prompts(arguments.prompts)]
@@ -159,8 +163,11 @@ def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
 def _write(folder: Path, job: dict[str, Any], image: Any, verdict: Verdict) -> None:
     name = f"{job['seed']:06d}.png"
     partial = folder / (name + ".partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, folder / name)
+    try:
+        image.save(partial, format="PNG")
+        os.replace(partial, folder / name)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk leaves
     record = {"file": name, **job, "verdict": verdict.as_dict()}
     with (folder / VERDICTS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_a_folder_of_another_request_is_refused(index, tmp_path, capsys):
         (["sample", "photos-ddpm", "--index", "missing.amg", "--out", "y"], "missing.amg"),
         (["sample", "photos-ddpm", "--index", "x", "--scheduler", "magic", "--out", "y"], "scheduler"),
         (["sample", "photos-ddpm", "--index", "x", "--images", "0", "--out", "y"], "--images"),
+        (["sample", "photos-ddpm", "--index", "x", "--steps", "0", "--out", "y"], "`--steps` must be >= 1"),
         (["demo", "--images", "1"], "--images"),
+        (["demo", "--steps", "0"], "--steps"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, capsys, tmp_path, monkeypatch):
@@ -83,6 +86,35 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, caps
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"amg {arguments[0]}: ") and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_guidance_scale_of_zero_is_not_the_default(index, tmp_path):
+    assert sample(index, tmp_path / "zero", "--guidance-scale", "0", "--preset", "off") == 0
+    assert sample(index, tmp_path / "two", "--preset", "off") == 0
+    request, default = (
+        json.loads((tmp_path / name / "request.json").read_text()) for name in ("zero", "two")
+    )
+    assert (request["guidance_scale"], default["guidance_scale"]) == (0, 2)
+
+
+def test_a_full_disk_leaves_whole_pictures_only(index, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    def save_until_full(image, path, **options):
+        if path.name.startswith("000001"):
+            path.write_bytes(b"half a picture")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(image, path, **options)
+
+    save = Image.Image.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save_until_full)
+        assert sample(index, tmp_path, "--images", "3") == 2
+    assert "amg sample: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.png", "request.json", "verdicts.jsonl"}
+    assert [record["seed"] for record in verdicts(tmp_path)] == [0]
+    assert sample(index, tmp_path, "--images", "3") == 0
+    assert [record["seed"] for record in verdicts(tmp_path)] == [0, 1, 2]
 
 
 def test_info_names_what_runs(capsys):
