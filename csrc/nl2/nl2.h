@@ -10,7 +10,7 @@ namespace amg {
 struct Screen;
 
 constexpr std::int64_t kPixelPadding = 64;    // query rows are padded with zeros to a multiple of this
-constexpr std::int64_t kSegment = 65536;      // pixels whose integer products are summed in int32
+constexpr std::int64_t kSegment = 32768;      // pixels whose products of bytes an int32 holds the sum of
 constexpr float kDistanceSlack = 2e-6f;       // relative: fp32 roundings of a distance, and ties in fp32
 
 // What the kernels screen. Byte rows are compared with queries rounded to bytes, in exact integers.

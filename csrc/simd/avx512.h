@@ -48,4 +48,26 @@ struct Avx512Vec {
   }
 };
 
+// sum += the four products of each lane's unsigned and signed bytes. By name and not by the intrinsic, around which
+// GCC 12 copies or spills every sum once an iteration.
+inline void add_products(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+constexpr int kBytes = 64;  // of a vector
+
+// The bytes of a vector that are there when `left` are.
+inline __mmask64 first_bytes(std::int64_t left) {
+  return left >= kBytes ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
+}
+
+// The four lane sums of a, b, c, d.
+inline __m128i lane_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
 }  // namespace

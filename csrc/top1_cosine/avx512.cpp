@@ -7,29 +7,7 @@
 
 namespace {
 
-constexpr int kBytes = 64;
-
-inline __m512i load_codes(const std::int8_t* source, std::int64_t left) {
-  const __mmask64 mask = left >= kBytes ? ~__mmask64{0} : (__mmask64{1} << left) - 1;
-  return _mm512_maskz_loadu_epi8(mask, source);
-}
-
-// step(i, left) for every vector of the dimension; `left` is a constant but for the last.
-template <class Step>
-AMG_INLINE inline void for_vectors(std::int64_t dimension, Step step) {
-  std::int64_t i = 0;
-  for (; i + kBytes <= dimension; i += kBytes) step(i, std::int64_t{kBytes});
-  if (i < dimension) step(i, dimension - i);
-}
-
-// The four lane sums of a, b, c, d.
-inline __m128i lane_sums(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
+inline __m512i load_codes(const std::int8_t* source, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, source); }
 
 // Rows are asked for this many bytes early: tiles jump from row to row, which hides the stream from the
 // hardware prefetcher.
@@ -44,11 +22,12 @@ inline void prefetch_rows(const CosineScan& s, std::int64_t row, std::int64_t ah
 inline std::int32_t code_squares(const CosineScan& s, std::int64_t row) {
   __m512i sum = _mm512_setzero_si512(), squares = sum;
   const __m512i flip = _mm512_set1_epi8(-128), ones = _mm512_set1_epi8(1);
-  for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
-    const __m512i code = load_codes(s.codes + row * s.dimension + i, left);
-    squares = _mm512_dpbusd_epi32(squares, _mm512_xor_si512(code, flip), code);
-    sum = _mm512_dpbusd_epi32(sum, ones, code);
-  });
+  for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
+    const __mmask64 mask = first_bytes(s.dimension - i);
+    const __m512i code = load_codes(s.codes + row * s.dimension + i, mask);
+    add_products(squares, _mm512_xor_si512(code, flip), code);
+    add_products(sum, ones, code);
+  }
   return _mm512_reduce_add_epi32(squares) - 128 * _mm512_reduce_add_epi32(sum);
 }
 
@@ -84,18 +63,19 @@ void code_tile(const CosineScan& s, std::int64_t row, std::int64_t first_query, 
   const std::int8_t* codes = s.codes + row * s.dimension;
   const std::int8_t* queries = s.query_codes + first_query * s.padded;
   const __m512i flip = _mm512_set1_epi8(-128);
-  for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+  for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
+    const __mmask64 mask = first_bytes(s.dimension - i);
     __m512i biased[R];
     unroll<R>([&](auto r) AMG_INLINE {
-      biased[r.value] = _mm512_xor_si512(load_codes(codes + r.value * s.dimension + i, left), flip);
+      biased[r.value] = _mm512_xor_si512(load_codes(codes + r.value * s.dimension + i, mask), flip);
     });
     unroll<Q>([&](auto q) AMG_INLINE {
       const __m512i query = _mm512_loadu_si512(queries + q.value * s.padded + i);
       unroll<R>([&](auto r) AMG_INLINE {
-        dots[q.value][r.value] = _mm512_dpbusd_epi32(dots[q.value][r.value], biased[r.value], query);
+        add_products(dots[q.value][r.value], biased[r.value], query);
       });
     });
-  });
+  }
   unroll<Q>([&](auto q) AMG_INLINE {
     const __m512i* of_query = dots[q.value];
     gate_rows(s, row, first_query + q.value, lane_sums(of_query[0], of_query[1], of_query[2], of_query[3]), screen);
@@ -107,11 +87,12 @@ void code_row(const CosineScan& s, std::int64_t row, const Screen& screen) {
   const __m512i flip = _mm512_set1_epi8(-128);
   for (std::int64_t query = 0; query < s.queries; ++query) {
     __m512i dot = _mm512_setzero_si512();
-    for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
-      const __m512i code = load_codes(s.codes + row * s.dimension + i, left);
+    for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
+      const __mmask64 mask = first_bytes(s.dimension - i);
+      const __m512i code = load_codes(s.codes + row * s.dimension + i, mask);
       const __m512i query_code = _mm512_loadu_si512(s.query_codes + query * s.padded + i);
-      dot = _mm512_dpbusd_epi32(dot, _mm512_xor_si512(code, flip), query_code);
-    });
+      add_products(dot, _mm512_xor_si512(code, flip), query_code);
+    }
     offer_passed(s, query, row, _mm512_reduce_add_epi32(dot) - 128 * s.query_sums[query], screen);
   }
 }
@@ -168,7 +149,7 @@ void packed_tile(const CosineScan& s, const std::int32_t* sums, std::int64_t fir
     unroll<R>([&](auto r) AMG_INLINE {
       const __m512i word = _mm512_set1_epi32(four_codes(codes + r.value * s.dimension + i, left));
       unroll<G>([&](auto g) AMG_INLINE {
-        dots[r.value][g.value] = _mm512_dpbusd_epi32(dots[r.value][g.value], queries[g.value], word);
+        add_products(dots[r.value][g.value], queries[g.value], word);
       });
     });
   };
@@ -193,12 +174,13 @@ void chunk_sums(const CosineScan& s, std::int64_t begin, std::int64_t end, std::
     __m512i sum[4];
     unroll<4>([&](auto r) AMG_INLINE { sum[r.value] = _mm512_setzero_si512(); });
     const std::int64_t last = end - 1 - row;
-    for_vectors(s.dimension, [&](std::int64_t i, std::int64_t left) AMG_INLINE {
+    for (std::int64_t i = 0; i < s.dimension; i += kBytes) {
+      const __mmask64 mask = first_bytes(s.dimension - i);
       unroll<4>([&](auto r) AMG_INLINE {
         const std::int64_t at = row + (r.value < last ? r.value : last);
-        sum[r.value] = _mm512_dpbusd_epi32(sum[r.value], ones, load_codes(s.codes + at * s.dimension + i, left));
+        add_products(sum[r.value], ones, load_codes(s.codes + at * s.dimension + i, mask));
       });
-    });
+    }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + (row - begin)), lane_sums(sum[0], sum[1], sum[2], sum[3]));
   }
 }

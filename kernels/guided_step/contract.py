@@ -1,5 +1,6 @@
 """Contract of guided_step: result types and argument checks shared by every implementation."""
 
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -84,13 +85,15 @@ def check_similarity(similarity: Tensor | None, sample: Tensor, **needs_it: Tens
     ):
         expected = f"[{sample.shape[0]}] float32 on {sample.device}"
         raise ValueError(f"`similarity` must be {expected}, got {describe(similarity)}")
-    if similarity.device.type == "cpu" and not bool(similarity.isfinite().all()):
-        row = int((~similarity.isfinite()).nonzero()[0])
-        raise ValueError(f"`similarity` must be finite, got {float(similarity[row])} for sample {row}")
+    for number, value in enumerate(similarity.tolist() if similarity.device.type == "cpu" else ()):
+        if not isfinite(value):
+            raise ValueError(f"`similarity` must be finite, got {value} for sample {number}")
 
 
 def check_noise(noise: Tensor | None, coefficients: Tensor, sample: Tensor) -> None:
     """Raise ValueError where k_noise asks for noise that was not given (looked at on CPU only)."""
     check_like_sample("noise", noise, sample)
-    if noise is None and coefficients.device.type == "cpu" and bool((coefficients[..., K_NOISE] != 0).any()):
+    if noise is not None or coefficients.device.type != "cpu":
+        return
+    if any(row[K_NOISE] != 0 for row in coefficients.view(-1, len(COEFFICIENTS)).tolist()):
         raise ValueError("`noise` must be given where coefficients[k_noise] is not 0, got noise=None")

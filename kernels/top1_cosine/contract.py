@@ -1,5 +1,6 @@
 """Contract of the cosine search: result types and argument checks shared by every implementation."""
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,9 @@ def check_queries(queries: Tensor, rows: Tensor) -> None:
     ):
         expected = f"floating [B, {rows.shape[1]}] on {rows.device} like `rows`"
         raise ValueError(f"`queries` must be {expected}, got {describe(queries)}")
-    norms = queries.double().norm(dim=1)
-    bad = ~norms.isfinite() | (norms < MIN_NORM)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"`queries` must be finite and not zero, got norm {norms[row]:g} for query {row}")
+    for query, norm in enumerate(torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64).tolist()):
+        if not MIN_NORM <= norm < inf:
+            raise ValueError(f"`queries` must be finite and not zero, got norm {norm:g} for query {query}")
 
 
 def check_codes(codes: Codes | None, rows: Tensor) -> None:
