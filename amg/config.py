@@ -57,6 +57,9 @@ class AMGConfig:
     denoiser."""
     step_length: str | None = None
     """"constant": c3. "exact": the length along the same direction that brings sigma to lambda_t."""
+    terms_from: float | None = None
+    """The fraction of the trajectory before which no term acts. Terms that act before the first checkpoint can
+    hide a copy from it without leaving it (recoloured, or under noise)."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
     rewind_at: tuple[float, ...] | None = None
@@ -68,8 +71,9 @@ class AMGConfig:
     max_rewinds: int = 6
     """How often one sample may go back in one run."""
     rewind_guidance: float | None = None
-    """Guidance scale of a sample's later tries up to the checkpoint it came back from; None takes the
-    preset's, and where that has none (nL2) s0 is kept."""
+    """Guidance scale of a sample's last allowed try, up to the checkpoint it came back from; earlier tries step
+    down to it evenly from s0, so that most pictures keep their condition. None takes the preset's, and where
+    that has none s0 is kept."""
     rewind_caption: str = "ordinary"
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
     memorised one whose own caption is not duplicated (where the index has captions and the model takes
@@ -139,6 +143,17 @@ class AMGConfig:
                 f"`rewind_threshold` must be given with `rewind_at`, got None ({self.preset_name!r})"
             )
         return resolved
+
+    def under(self, metric: str) -> AMGConfig:
+        """What this config asks of a further index of `metric`: itself, or its preset's numbers."""
+        return self if self.metric == metric else AMGConfig.preset(self.preset_name).for_metric(metric)
+
+    def scale_of_try(self, rewinds: int, retries: int, guidance_scale: float) -> float:
+        """Guidance scale of a sample that has gone back `rewinds` times in this run, after `retries` re-runs."""
+        if self.rewind_guidance is None:
+            return guidance_scale
+        share = 1.0 if retries else rewinds / max(self.max_rewinds, 1)
+        return guidance_scale + (self.rewind_guidance - guidance_scale) * min(share, 1.0)
 
     @property
     def active(self) -> bool:

@@ -166,7 +166,7 @@ def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
         count - guided
     )
     conditions: list[tuple[dict[str, Any], slice]] = [
-        ({"class_labels": labels, "guidance_scale": 2.0}, slice(0, guided)),
+        ({"class_labels": labels, "guidance_scale": 2.5}, slice(0, guided)),
         ({"batch_size": count - guided}, slice(guided, count)),
     ]
     labels = torch.cat([labels, torch.full((count - guided,), -1)])
@@ -322,7 +322,7 @@ def _describe(
     titles = {
         "photos-ddpm": (
             "photos-ddpm: a class-conditional DDPM that memorises",
-            "DDIM, pixels, 32×32, guidance scale 2",
+            "DDIM, pixels, 32×32, guidance scale 2.5",
         ),
         "photos-sd": (
             "photos-sd: a Stable Diffusion that memorises",

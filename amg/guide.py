@@ -18,7 +18,7 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, threshold_at
-from amg.similarity import Measured, Similarity
+from amg.similarity import Measured, Similarity, similarity_for
 from amg.verdict import TraceStep
 
 FREQUENT_CAPTION = 20  # the released code de-duplicates a caption that occurs more often than this
@@ -35,6 +35,13 @@ class Step(NamedTuple):
     t: Any
     alpha_bar: float
     threshold: float
+
+
+class Judge(NamedTuple):
+    """A further index the finished images are held to: its metric, and its similarity of x0_hat."""
+
+    metric: str
+    similarity: Similarity
 
 
 class Guided(NamedTuple):
@@ -56,6 +63,7 @@ class Guide:
     denoiser: Denoiser
     guidance_scale: float
     guidance_rescale: float = 0.0
+    judges: tuple[Judge, ...] = ()
 
     def at(self, scheduler: Any, index: int) -> Step:
         """The step's place and numbers, out of the scheduler's current timesteps."""
@@ -101,6 +109,11 @@ class Guide:
             flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
 
 
+def judges_for(also: Sequence[Any], denoiser: Denoiser) -> tuple[Judge, ...]:
+    """The further indexes `also` as judges of a denoiser's x0_hat."""
+    return tuple(Judge(index.metric, similarity_for(index, denoiser)) for index in also)
+
+
 def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
     """Those of `others` that share the rarest words with `caption`: the highest sum of log(count /
     occurrences)."""
@@ -141,7 +154,7 @@ class _Step:
         eps = self.prediction.to_eps(output, self.sample)
         x0_hat = self.prediction.x0_hat(eps.float(), self.sample.float())
         measured = self.guide.similarity.measure(x0_hat)
-        opened = guidance.open_gates(measured.similarity, self.step.threshold) | (not self.config.gated)
+        opened = self.opened(measured)
         acting = opened | (self.ungated(measured) if self.config.form == "released" else False)
         if bool(acting.any()):
             rows = acting.nonzero().flatten()
@@ -151,25 +164,35 @@ class _Step:
             corrected, rows, output = corrected[moved], rows[moved], output.clone()
             output[rows] = self.prediction.from_eps(corrected, self.sample[rows]).to(output.dtype)
             changed[rows] = True
-        self.mark_rewinds(measured)
+        self.mark_rewinds(x0_hat, measured)
         self.record(measured)
         return Guided(output, changed)
 
     def classifier_free(self) -> tuple[Tensor, Tensor]:
-        """Plain guidance, except that a later try of a rewound sample starts with its own, lower scale."""
+        """Plain guidance, except that a later try of a rewound sample starts with a lower scale, see
+        `rewind_guidance`."""
         changed = torch.zeros(len(self.flights), dtype=torch.bool, device=self.output_cond.device)
         if self.output_uncond is None:
             return self.output_cond, changed
         output = guidance.classifier_free(self.output_uncond, self.output_cond, self.guide.guidance_scale)
         if self.guide.guidance_rescale > 0:
             output = _rescale(output, self.output_cond, self.guide.guidance_rescale)
-        low = self.config.rewind_guidance
         for row, flight in enumerate(self.flights):
-            if low is not None and self.step.position < flight.despecified_until:
+            if self.despecified(flight):
+                low = self.config.scale_of_try(flight.rewinds, flight.retries, self.guide.guidance_scale)
                 output[row] = guidance.classifier_free(self.output_uncond[row], self.output_cond[row], low)
                 changed[row] = True
                 self.terms[row].append("despecification")
         return output, changed
+
+    def despecified(self, flight: Flight) -> bool:
+        """Whether a sample is in a later try that starts with a lower guidance scale."""
+        return self.config.rewind_guidance is not None and self.step.position < flight.despecified_until
+
+    def opened(self, measured: Measured) -> Tensor:
+        """[B] bool, the rows on which the terms act: sigma > lambda_t, from `terms_from` on."""
+        opened = guidance.open_gates(measured.similarity, self.step.threshold) | (not self.config.gated)
+        return opened & (self.step.position >= (self.config.terms_from or 0.0) * (self.step.total - 1))
 
     def ungated(self, measured: Measured) -> Tensor:
         """Rows on which the released form acts below lambda_t: despecification whenever sigma > 0, held
@@ -188,8 +211,7 @@ class _Step:
             if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
                 measured = self.guide.similarity.measure(x0_hat)
-                opened = guidance.open_gates(measured.similarity, self.step.threshold)
-                opened = opened | (not self.config.gated)
+                opened = self.opened(measured)
         if not self.config.c3 or not bool(opened.any()):
             return eps
         inner = opened.nonzero().flatten()
@@ -241,12 +263,7 @@ class _Step:
             )
             return s1, torch.where(self.deduplicating(rows, measured, opened), s2, 0.0)
         s1, s2, _ = guidance.scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3)
-        if cfg.rewind_guidance is None:
-            return s1, s2
-        flights = [self.flights[row] for row in rows.tolist()]
-        low = torch.tensor(
-            [self.step.position < flight.despecified_until for flight in flights], device=s1.device
-        )
+        low = torch.tensor([self.despecified(self.flights[row]) for row in rows.tolist()], device=s1.device)
         return torch.where(low, 0.0, s1), torch.where(low, 0.0, s2)
 
     def deduplicating(self, rows: Tensor, measured: Measured, opened: Tensor) -> Tensor:
@@ -296,20 +313,26 @@ class _Step:
             self.flights[row].evaluations += 1 if self.output_uncond is None else 2
         return gradient
 
-    def mark_rewinds(self, measured: Measured) -> None:
-        """At a checkpoint, note the samples that are still too close: the scheduler step that follows sends
-        them back."""
+    def mark_rewinds(self, x0_hat: Tensor, measured: Measured) -> None:
+        """At a checkpoint, note the samples still too close under the index or a further judge: the scheduler
+        step that follows sends them back."""
         cfg, last = self.config, self.step.total - 1
         if (
             self.step.position not in {round(at * last) for at in cfg.rewind_at or ()}
             or cfg.rewind_threshold is None
         ):
             return
+        close = own = measured.similarity > cfg.rewind_threshold
+        for judge in self.guide.judges:
+            asked = cfg.under(judge.metric)
+            limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
+            close = close | (judge.similarity.measure(x0_hat).similarity > limit).to(own.device)
         for row, flight in enumerate(self.flights):
-            if float(measured.similarity[row]) > cfg.rewind_threshold and flight.rewinds < cfg.max_rewinds:
+            if bool(close[row]) and flight.rewinds < cfg.max_rewinds:
                 flight.pending = True
-                self.guide.despecify(flight, int(measured.row[row]))
                 self.terms[row].append("rewind")
+                if bool(own[row]):
+                    self.guide.despecify(flight, int(measured.row[row]))
 
     def record(self, measured: Measured) -> None:
         similarity, rows = measured.similarity.tolist(), measured.row.tolist()

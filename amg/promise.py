@@ -39,7 +39,7 @@ def check(
     """
     require_finite("images", images)
     verdicts = _under(images, index, config)
-    others = [_under(images, judge, _same_preset(config, judge.metric)) for judge in also]
+    others = [_under(images, judge, config.under(judge.metric)) for judge in also]
     finished = []
     for row, (verdict, flight) in enumerate(zip(verdicts, flights, strict=True)):
         more = tuple(other[row] for other in others)
@@ -132,10 +132,6 @@ def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:
         )
         for value, found in zip(similarity.tolist(), row.tolist(), strict=True)
     ]
-
-
-def _same_preset(config: AMGConfig, metric: str) -> AMGConfig:
-    return config if config.metric == metric else AMGConfig.preset(config.preset_name).for_metric(metric)
 
 
 def _strong(config: AMGConfig) -> AMGConfig:

@@ -9,7 +9,7 @@ wrapped step is where rewound rows are replaced. Both exist only during one call
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
-from amg.guide import Guide
+from amg.guide import Guide, judges_for
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine
@@ -33,8 +33,8 @@ NAME = "anti-memorization guidance"
 class Session:
     """One call of a protected pipeline: what the hook and the step wrapper share."""
 
-    def __init__(self, pipe: Any, index: Any, config: AMGConfig):
-        self.pipe, self.index, self.config = pipe, index, config
+    def __init__(self, pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any] = ()):
+        self.pipe, self.index, self.config, self.also = pipe, index, config, also
         self.run: Run | None = None
         self.flights: list[Flight] = []
         self.conditions: Conditions | None = None
@@ -57,9 +57,8 @@ class Session:
         self.flights = [Flight.from_noise(row) for row in model_input[:batch]]
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
-        guide = Guide(
-            self.config, self.index, similarity_for(self.index, denoiser), denoiser, self.scale, rescale
-        )
+        similarity, judges = similarity_for(self.index, denoiser), judges_for(self.also, denoiser)
+        guide = Guide(self.config, self.index, similarity, denoiser, self.scale, rescale, judges)
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 

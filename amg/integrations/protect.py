@@ -97,7 +97,7 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
-    session = Session(pipe, protection.index, protection.config)
+    session = Session(pipe, protection.index, protection.config, protection.also)
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
             kwargs.pop("class_labels", None),
@@ -107,7 +107,8 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound.apply_defaults()
     if bound.arguments.get("num_inference_steps", 1) < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {bound.arguments['num_inference_steps']}")
-    _warn_without_guidance(protection.config, bound.arguments.get("guidance_scale"))
+    scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
+    warn_without_guidance(protection.config, scale)
     with guided_call(session):
         result = call(pipe, *args, **kwargs)
     images = result[0] if isinstance(result, tuple) else result.images
@@ -177,7 +178,8 @@ def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:
     return images
 
 
-def _warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
+def warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
+    """Say to the caller's caller's caller which terms a scale of at most 1 leaves without effect."""
     if guidance_scale is not None and guidance_scale <= 1 and config.active and (config.c1 or config.c2):
         warnings.warn(
             f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale "

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
-from amg.guide import Guide
+from amg.guide import Guide, judges_for
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
-from amg.integrations.protect import to_pil
+from amg.integrations.protect import to_pil, warn_without_guidance
 from amg.predict import Conditions
 from amg.promise import decode, deliver
 from amg.rewind import pristine
@@ -45,6 +45,7 @@ class Sampler:
         self.config = (config or AMGConfig.preset("main")).for_metric(index.metric)
         self.denoiser = denoiser_for(pipe)
         self.similarity = similarity_for(index, self.denoiser)
+        self.judges = judges_for(self.also, self.denoiser)
 
     @torch.no_grad()
     def __call__(
@@ -79,7 +80,10 @@ class Sampler:
         conditions, batch = self._conditions(
             prompt, negative_prompt, class_labels, batch_size, scale, num_images_per_prompt
         )
-        guide = Guide(self.config, self.index, self.similarity, self.denoiser, scale, guidance_rescale)
+        warn_without_guidance(self.config, scale if conditions.cond else None)
+        guide = Guide(
+            self.config, self.index, self.similarity, self.denoiser, scale, guidance_rescale, self.judges
+        )
         scheduler = pristine(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=self.pipe._execution_device)
         run = Run(guide, pristine(scheduler), {"eta": eta})
