@@ -106,7 +106,7 @@ def block_bounds(pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         rounded, losses = round_to_bytes(pixels)
         segment, unit, error = BYTE_SEGMENT, 1 / (65025 * size), 0.0
     else:
-        rounded, losses = round_to_floats(pixels, search.SCREEN_DTYPE[rows.dtype])
+        rounded, losses = round_to_floats(pixels, search.screening_dtype(rows))
         segment, unit = FLOAT_SEGMENT, 1 / size
         error = search.dot_error(segment + triton.cdiv(size, segment), rounded.dtype)
     block_queries, block_k = search.query_block(batch), search.BYTES_A_STEP // rounded.element_size()

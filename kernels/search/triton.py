@@ -20,7 +20,6 @@ LIST_CHUNK = 2048  # blocks looked at together when the survivors are listed
 SHARES = 1024  # exact-scoring programs of a top-1 search, all queries together
 SCORES_AT_ONCE = 2**22  # exact scores held by a top-k search
 BYTES_A_STEP = 128  # of each row, in one step of the dot product: a cache line
-SCREEN_DTYPE = {torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16}
 TF32_STEP = 2.0**-10  # relative error of an fp32 row read as TF32, whether rounded or cut off
 SUM_STEP = 4 * 2.0**-24  # per term of an MMA sum: the units cut off what they align before adding
 
@@ -42,7 +41,7 @@ def dots_and_squares(rows, queries, row, query, begin, end, dimension, stride, B
     for step in tl.range(begin, end, BLOCK_K):
         column = step + tl.arange(0, BLOCK_K)
         inside = (column < dimension)[None, :]
-        tile = tl.load(row_start[:, None] + column[None, :], inside, 128 if CENTRED else 0)
+        tile = tl.load(row_start[:, None] + column[None, :], inside, 0)
         if CENTRED:
             tile = (tile ^ 128).to(tl.int8, bitcast=True)
         tile = tile.to(QUERY)
@@ -50,6 +49,8 @@ def dots_and_squares(rows, queries, row, query, begin, end, dimension, stride, B
         dots = tl.dot(tile, values, dots, input_precision="tf32", out_dtype=TOTAL)
         wide = tile.to(TOTAL)
         squares += tl.sum(wide * wide, axis=1)
+    if CENTRED:  # the zeros beyond the end became −128; they meet zeros of the query
+        squares -= 128 * 128 * (tl.cdiv(end - begin, BLOCK_K) * BLOCK_K - (end - begin))
     return dots, squares
 
 
@@ -167,6 +168,14 @@ class Exact(NamedTuple):
     queries: Tensor
     norms: Tensor | None
     score: Any
+
+
+def screening_dtype(rows: Tensor) -> torch.dtype:
+    """Return the dtype in which floating rows meet queries: their own, but fp32 for bf16 on the CPU.
+
+    The interpreter's bf16 dot product is wrong; bf16 values are exact in TF32.
+    """
+    return torch.float32 if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 else rows.dtype
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -128,7 +128,7 @@ def block_bounds(unit: Tensor, rows: Tensor, codes: Codes | None) -> tuple[Tenso
     """Return each block's largest lower and upper bound [B, blocks] of unit queries' similarities."""
     batch, (count, dimension) = len(unit), rows.shape
     screened, scales, errors = (rows, None, None) if codes is None else (part.contiguous() for part in codes)
-    encoded = round_queries(unit, search.SCREEN_DTYPE[rows.dtype]) if codes is None else encode_queries(unit)
+    encoded = round_queries(unit, search.screening_dtype(rows)) if codes is None else encode_queries(unit)
     block_queries, block_k = search.query_block(batch), search.BYTES_A_STEP // encoded[0].element_size()
     queries = search.padded(encoded[0], block_queries, block_k)
     query_scales, losses = (search.padded(part[:, None], block_queries, 1) for part in encoded[1:])

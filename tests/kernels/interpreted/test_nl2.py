@@ -1,7 +1,7 @@
 """The pixel metric in Triton, interpreted, against the reference: same row, same bits, whatever the data.
 
-The interpreter's bf16 dot product is wrong (FACTS), so bf16 rows are screened in fp32 here; a GPU screens
-them in bf16, under the same bounds. Blocks are small so that a few hundred rows are many blocks.
+The interpreter's bf16 dot product is wrong, so bf16 rows are screened in fp32 on the CPU; a GPU screens them
+in bf16, under the same bounds. Blocks are small so that a few hundred rows are many blocks.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(search, "BLOCK_ROWS", 32)
     monkeypatch.setattr(search, "EXACT_ROWS", 32)
     monkeypatch.setattr(search, "SHARES", 24)
-    monkeypatch.setitem(search.SCREEN_DTYPE, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(search, "LIST_CHUNK", 8)
 
 
 def image_rows(count: int, pixels: int, dtype: torch.dtype) -> Tensor:
@@ -120,6 +120,17 @@ def test_bounds_hold_and_exclude(dtype, monkeypatch):
         assert ((upper - lower)[nearest > 0.1] < 0.01).all()
 
 
+def test_the_spread_of_floating_rows_counts_every_segment(monkeypatch):
+    """√(‖q − r‖² ± ρ·(‖q‖ + ‖r‖)²), the norms of all pixels: q and r lie in different segments."""
+    monkeypatch.setattr(launchers, "FLOAT_SEGMENT", 64)
+    halves = torch.eye(2).repeat_interleave(64, 1)
+    spread = search.dot_error(64 + 2, torch.float32) * (4.0 + 8.0) ** 2
+    for query, row in ((0, 1), (1, 0)):
+        lower, upper = launchers.block_bounds(0.5 * halves[[query]].double(), halves[[row]])
+        for bound, square in ((lower, 80 + spread), (upper, 80 - spread)):
+            torch.testing.assert_close(bound, torch.tensor([[-((square / 128) ** 0.5)]]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
 def test_most_blocks_are_never_scored_exactly(dtype, monkeypatch):
     rows = image_rows(640, 192, dtype)
@@ -143,7 +154,9 @@ def test_more_pixels_than_one_integer_segment():
     queries = torch.stack([torch.zeros(70_001), torch.ones(70_001)])
     assert_exact(queries, rows, k=2)
     lower, upper = launchers.block_bounds(queries.double(), rows)
-    assert (upper - lower).max() < 1e-5 and (lower[1] <= 0) and upper[1] >= 0
+    nearest = torch.tensor([[(35_000 / 70_001) ** 0.5], [0.0]])
+    torch.testing.assert_close(-lower, nearest, rtol=0, atol=1e-5)
+    torch.testing.assert_close(-upper, nearest, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -151,6 +164,7 @@ def test_more_pixels_than_one_integer_segment():
 @pytest.mark.parametrize("k", [1, 3])
 def test_non_finite_rows_raise(value, k):
     rows = image_rows(200, 20, torch.float32)
+    rows[96:128] = 5.0  # nothing else would list this block
     rows[117, 3] = value
     with pytest.raises(ValueError, match="`rows` must be finite"):
         kernels.nl2(torch.rand(3, 20), rows, k=k, impl="triton")

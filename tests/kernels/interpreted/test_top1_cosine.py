@@ -1,7 +1,7 @@
 """The cosine search in Triton, interpreted, against the reference: same row, same bits, whatever the data.
 
-The interpreter's bf16 dot product is wrong (FACTS), so bf16 rows are screened in fp32 here; a GPU screens
-them in bf16, under the same bounds. Blocks are small so that a few hundred rows are many blocks.
+The interpreter's bf16 dot product is wrong, so bf16 rows are screened in fp32 on the CPU; a GPU screens them
+in bf16, under the same bounds. Blocks are small so that a few hundred rows are many blocks.
 """
 
 import pytest
@@ -31,7 +31,7 @@ CASES = [  # queries, rows, dimension
 def small_blocks(monkeypatch):
     monkeypatch.setattr(search, "BLOCK_ROWS", 32)
     monkeypatch.setattr(search, "SHARES", 24)
-    monkeypatch.setitem(search.SCREEN_DTYPE, torch.bfloat16, torch.float32)
+    monkeypatch.setattr(search, "LIST_CHUNK", 8)
 
 
 def unit_rows(count: int, dimension: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,7 +84,17 @@ def adversarial_rows(kind: str, queries: Tensor, count: int = 300) -> Tensor:
     return rows
 
 
-KINDS = ["all equal", "near ties", "all negative", "copies", "spikes", "not unit", "tiny", "coarse", "zeros"]
+KINDS = [
+    "all equal",
+    "near ties",
+    "all negative",
+    "copies",
+    "spikes",
+    "not unit",
+    "tiny",
+    "coarse",
+    "zeros",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,6 +128,32 @@ def test_bounds_hold_and_exclude(dtype, screened):
     largest = (queries @ rows.double().T).unflatten(1, (10, 32)).amax(2)
     assert (lower < largest).all() and (largest < upper).all()
     assert (upper - lower).max() < (0.15 if screened else 0.01)
+
+
+def test_bounds_hold_for_rows_whose_squares_vanish_in_fp32():
+    rows, queries = 1e-22 * unit_rows(320, 200), unit_rows(4, 200).double()
+    lower, upper = launchers.block_bounds(queries, rows, None)
+    largest = (queries @ rows.double().T).unflatten(1, (10, 32)).amax(2)
+    assert (lower < largest).all() and (largest < upper).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("lost_by", ["row codes", "query codes", "fp16 queries"])
+def test_bounds_hold_where_rounding_errors_line_up(lost_by, sign):
+    """A query along what a row's code loses, or a row along what a query's rounding loses: the worst case."""
+    whole = unit_rows(4, 200)
+    if lost_by == "fp16 queries":
+        kept = whole.half().double()
+    else:
+        codes, scales, _ = kernels.encode_rows(whole, impl="reference")
+        kept = codes * scales.double()[:, None]
+    lost = torch.nn.functional.normalize(sign * (whole.double() - kept), dim=1)
+    rows, queries = (whole, lost) if lost_by == "row codes" else (lost.float(), whole.double())
+    rows = (rows.half() if lost_by == "fp16 queries" else rows).repeat_interleave(32, 0)  # a block each
+    codes = kernels.encode_rows(rows, impl="reference") if "codes" in lost_by else None
+    lower, upper = launchers.block_bounds(queries, rows, codes)
+    similarity = (queries * rows[::32].double()).sum(1)
+    assert (lower.diagonal() < similarity).all() and (similarity < upper.diagonal()).all()
 
 
 @pytest.mark.parametrize("screened", [False, True])
@@ -167,7 +203,8 @@ def test_encode_rows_is_the_reference(dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("k", [1, 3])
 def test_non_finite_rows_raise(value, k):
-    rows, queries = unit_rows(200, 20), torch.randn(3, 20)
+    rows, queries = unit_rows(200, 20), torch.randn(1, 20).repeat(3, 1)
+    rows[96:128] = -torch.nn.functional.normalize(queries[:1], dim=1)  # nothing else would list this block
     codes = kernels.encode_rows(rows, impl="reference")
     rows[117, 3] = value
     with pytest.raises(ValueError, match="`rows` must be finite"):
