@@ -14,25 +14,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import guided_step, nl2, top1_cosine
-from protocol import (
-    OURS,
-    RESULTS,
-    Case,
-    Turn,
-    Verdict,
-    append,
-    csv_rows,
-    judge,
-    measure,
-    show,
-    table,
-    wall_clock,
-)
+from protocol import OURS, RESULTS, Case, Turn, conclude, run_cases, wall_clock
 
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # settings that hold back the rivals' BLAS
 ROUNDS, QUICK_ROUNDS = 15, 2
@@ -62,16 +50,9 @@ def main() -> int:
     if not chosen:
         parser.error(f"no case has {options.only!r} in its name, there are {' '.join(CASES)}")
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    verdicts: list[Verdict] = []
-    for name in chosen:
-        case = build(name, options.threads)
-        figures = measure(case, rounds)
-        show(case, figures)
-        if not options.quick:
-            append(options.csv, csv_rows(case, figures, device()))
-        verdicts += judge(case, figures)
-    print(f"\n{device()}, torch {torch.__version__}, {rounds} rounds\n\n{table(verdicts)}")
-    return 0
+    builders = {name: partial(build, name, options.threads) for name in chosen}
+    verdicts, failures = run_cases(builders, rounds, device(), None if options.quick else options.csv)
+    return conclude(device(), rounds, verdicts, failures)
 
 
 def build(name: str, threads: int | None) -> Case:

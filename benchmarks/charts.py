@@ -78,9 +78,9 @@ def draw(lines: list[Line], path: Path) -> None:
         panel(axis, key, providers)
     for axis in list(axes.flat)[len(groups) :]:
         axis.axis("off")
-    first = lines[0]
+    title = "Median time as a multiple of amg's on a logarithmic scale, shorter is better"
     figure.suptitle(
-        f"Median time as a multiple of amg's on a logarithmic scale, shorter is better\n{first['device']}, torch {first['torch']}",
+        f"{title}\n{lines[0]['device']}, torch {lines[0]['torch']}",
         x=0.01,
         y=0.995,
         ha="left",

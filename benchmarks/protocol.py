@@ -12,6 +12,7 @@ import datetime
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,7 @@ class Turn:
 
     def take(self) -> None:
         time.sleep(PAUSE)
-        once = wall_clock(self.call, 1)
+        once = self.clock(self.call, 1)
         together = self.provider.sample_calls or max(1, round(SAMPLE / once))
         stop = time.perf_counter() + TURN
         while True:
@@ -140,6 +141,42 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
         return samples[0], samples[0], samples[0]
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return tenths[1], tenths[4], tenths[7]
+
+
+def run_cases(
+    builders: dict[str, Callable[[], Case]],
+    rounds: int,
+    device: str,
+    path: Path | None,
+    clock: Clock = wall_clock,
+) -> tuple[list[Verdict], list[str]]:
+    """Measure, show and record (where `path` is given) each case; return verdicts and what failed.
+
+    A case that fails, a wrong answer included, is reported and the rest go on.
+    """
+    verdicts: list[Verdict] = []
+    failures: list[str] = []
+    for name, build in builders.items():
+        try:
+            case = build()
+            figures = measure(case, rounds, clock)
+        except Exception as error:
+            traceback.print_exc()
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        show(case, figures)
+        if path is not None:
+            append(path, csv_rows(case, figures, device))
+        verdicts += judge(case, figures)
+    return verdicts, failures
+
+
+def conclude(device: str, rounds: int, verdicts: Sequence[Verdict], failures: Sequence[str]) -> int:
+    """Print the summary last; return the exit status: 1 where a case failed (an unmet bar is no failure)."""
+    print(f"\n{device}, torch {torch.__version__}, {rounds} rounds, commit {commit()}\n\n{table(verdicts)}")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return 1 if failures else 0
 
 
 def csv_rows(case: Case, figures: dict[str, Figures], device: str) -> list[dict[str, object]]:

@@ -29,12 +29,12 @@ def copiers(mib: int, sets: int, threads: int) -> tuple[Provider, ...]:
     into, shared = target.numpy(), in_threads(threads, len(target))
 
     def memcpy(i: int) -> None:
-        source = sources[i].numpy()
+        source = sources[i % sets].numpy()
         shared(lambda part: np.copyto(into[part], source[part]))
 
     moved = 2 * 4 * len(target)
     return (
-        Provider(COPIERS[0], lambda i: target.copy_(sources[i]), moved),
+        Provider(COPIERS[0], lambda i: target.copy_(sources[i % sets]), moved),
         Provider(COPIERS[1], memcpy, moved),
     )
 
