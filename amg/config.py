@@ -58,8 +58,11 @@ class AMGConfig:
     step_length: str | None = None
     """"constant": c3. "exact": the length along the same direction that brings sigma to lambda_t."""
     terms_from: float | None = None
-    """The fraction of the trajectory before which no term acts. Terms that act before the first checkpoint can
-    hide a copy from it without leaving it (recoloured, or under noise)."""
+    """The fraction of the trajectory before which no term acts. Terms that act before the first checkpoint
+    can hide a copy from it without leaving it (recoloured, or under noise)."""
+    check_at: tuple[float, ...] | None = None
+    """Fractions of the trajectory where every sample is measured; in between only those whose gate was open
+    at their last check. Empty: at every step (the paper's form). Finished images are checked regardless."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
     rewind_at: tuple[float, ...] | None = None
@@ -68,12 +71,12 @@ class AMGConfig:
     """The fraction of the trajectory it goes back to, from fresh noise of its own."""
     rewind_threshold: float | None = None
     """Similarity of x0_hat at a checkpoint above which a sample goes back."""
-    max_rewinds: int = 6
+    max_rewinds: int = 8
     """How often one sample may go back in one run."""
     rewind_guidance: float | None = None
-    """Guidance scale of a sample's last allowed try, up to the checkpoint it came back from; earlier tries step
-    down to it evenly from s0, so that most pictures keep their condition. None takes the preset's, and where
-    that has none s0 is kept."""
+    """Guidance scale of a sample's last allowed try, up to the checkpoint it came back from; earlier tries
+    step down to it evenly from s0, so that most pictures keep their condition. None takes the preset's, and
+    where that has none s0 is kept."""
     rewind_caption: str = "ordinary"
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
     memorised one whose own caption is not duplicated (where the index has captions and the model takes
@@ -112,6 +115,11 @@ class AMGConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be finite and >= 0, got {value}")
+        if any(not 0 <= at <= 1 for at in (*(self.check_at or ()), self.terms_from or 0.0)):
+            raise ValueError(
+                "every `check_at` and `terms_from` must be in [0, 1], "
+                f"got check_at={self.check_at}, terms_from={self.terms_from}"
+            )
         if not 0 <= self.rewind_to < 1 or any(not self.rewind_to < at <= 1 for at in self.rewind_at or ()):
             raise ValueError(
                 "`rewind_to` must be in [0, 1) and every `rewind_at` in (rewind_to, 1], "
@@ -135,7 +143,12 @@ class AMGConfig:
             raise ValueError(f'`metric` must be "cosine" or "nl2", got {metric!r}')
         if self.metric is not None and self.metric != metric:
             raise ValueError(f"`metric` of the config is {self.metric!r} but the index measures {metric!r}")
-        preset = {"threshold_decay": 0.005, **PRESETS[self.preset_name][metric]}
+        preset = {
+            "threshold_decay": 0.005,
+            "terms_from": 0.0,
+            "check_at": (),
+            **PRESETS[self.preset_name][metric],
+        }
         open_fields = {name: value for name, value in preset.items() if getattr(self, name) is None}
         resolved = replace(self, metric=metric, **open_fields)
         if resolved.rewind_at and resolved.rewind_threshold is None:
@@ -149,7 +162,7 @@ class AMGConfig:
         return self if self.metric == metric else AMGConfig.preset(self.preset_name).for_metric(metric)
 
     def scale_of_try(self, rewinds: int, retries: int, guidance_scale: float) -> float:
-        """Guidance scale of a sample that has gone back `rewinds` times in this run, after `retries` re-runs."""
+        """Guidance scale of a sample that went back `rewinds` times in this run, after `retries` re-runs."""
         if self.rewind_guidance is None:
             return guidance_scale
         share = 1.0 if retries else rewinds / max(self.max_rewinds, 1)
@@ -165,6 +178,7 @@ _OFF = {"c1": 0.0, "c2": 0.0, "c3": 0.0, "step_length": "constant", "rewind_at":
 _FORMS: dict[str, dict[str, Any]] = {
     "released": {
         "form": "released",
+        "check_at": (),
         "threshold_schedule": "exponential",
         "rewind_at": (),
         "step_length": "constant",
@@ -181,6 +195,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
+            "check_at": (0.3, 0.45, 0.6, 0.75, 0.9),
             "rewind_at": (0.3, 0.6, 0.9),
             "rewind_threshold": 0.5,
         },
@@ -192,7 +207,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 0.0,
             "c3": 1.0,
             "step_length": "exact",
+            "terms_from": 0.57,
+            "check_at": (0.56, 0.7, 0.85, 1.0),
             "rewind_at": (0.56, 0.7, 0.85, 1.0),
+            "rewind_guidance": 1.0,
             "rewind_threshold": -1.55,
         },
     },
@@ -205,6 +223,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
+            "check_at": (0.3, 0.45, 0.6, 0.75, 0.9),
             "rewind_at": (0.3, 0.6, 0.9),
             "rewind_threshold": 0.4,
         },
@@ -216,8 +235,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 0.0,
             "c3": 1.0,
             "step_length": "exact",
+            "terms_from": 0.57,
+            "check_at": (0.56, 0.7, 0.85, 1.0),
             "rewind_at": (0.56, 0.7, 0.85, 1.0),
-            "rewind_threshold": -1.7,
+            "rewind_guidance": 1.0,
+            "rewind_threshold": -1.62,
         },
     },
     "released": {

@@ -27,6 +27,7 @@ class Flight:
     evaluations: int = 0
     despecified_until: int = 0
     deduplicated_until: int = 0
+    suspected: bool = False  # its gate was open when it was last measured
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)

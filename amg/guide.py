@@ -16,6 +16,7 @@ from torch import Tensor
 from amg import guidance
 from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.gate import rows_to_check, steps_of
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, threshold_at
 from amg.similarity import Measured, Similarity, similarity_for
@@ -143,6 +144,7 @@ class _Step:
         self.prediction = Prediction(guide.denoiser.prediction_type, step.alpha_bar)
         self.output_uncond, self.output_cond = output_uncond, output_cond
         self.terms: list[list[str]] = [[] for _ in flights]
+        self.measured: dict[int, tuple[float, int]] = {}  # similarity and nearest row of the rows checked
 
     def run(self) -> Guided:
         output, changed = self.classifier_free()
@@ -151,22 +153,31 @@ class _Step:
         guidance.require_finite("output", output)  # images drop NaN silently when they become bytes
         if not self.config.active:
             return Guided(output, changed)
-        eps = self.prediction.to_eps(output, self.sample)
-        x0_hat = self.prediction.x0_hat(eps.float(), self.sample.float())
+        checked = rows_to_check(self.config, self.step.position, self.step.total, self.flights)
+        if checked:
+            output = self.guide_rows(torch.tensor(checked, device=output.device), output, changed)
+        self.record()
+        return Guided(output, changed)
+
+    def guide_rows(self, rows: Tensor, output: Tensor, changed: Tensor) -> Tensor:
+        """Measure `rows` [R] and correct the open ones: the new output; they are marked in `changed`."""
+        sample = self.sample[rows]
+        eps = self.prediction.to_eps(output[rows], sample)
+        x0_hat = self.prediction.x0_hat(eps.float(), sample.float())
         measured = self.guide.similarity.measure(x0_hat)
         opened = self.opened(measured)
-        acting = opened | (self.ungated(measured) if self.config.form == "released" else False)
+        acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
         if bool(acting.any()):
-            rows = acting.nonzero().flatten()
-            corrected = self.correct(rows, eps[rows], x0_hat[rows], _take(measured, rows), opened[rows])
+            at = acting.nonzero().flatten()
+            corrected = self.correct(rows[at], eps[at], x0_hat[at], _take(measured, at), opened[at])
             # a row that no term moved keeps its very bits, whatever the parameterisation
-            moved = (corrected != eps[rows].float()).flatten(1).any(1)
-            corrected, rows, output = corrected[moved], rows[moved], output.clone()
-            output[rows] = self.prediction.from_eps(corrected, self.sample[rows]).to(output.dtype)
-            changed[rows] = True
-        self.mark_rewinds(x0_hat, measured)
-        self.record(measured)
-        return Guided(output, changed)
+            moved = (corrected != eps[at].float()).flatten(1).any(1)
+            where, output = rows[at[moved]], output.clone()
+            output[where] = self.prediction.from_eps(corrected[moved], self.sample[where]).to(output.dtype)
+            changed[where] = True
+        self.mark_rewinds(rows, x0_hat, measured)
+        self.note(rows, measured, opened)
+        return output
 
     def classifier_free(self) -> tuple[Tensor, Tensor]:
         """Plain guidance, except that a later try of a rewound sample starts with a lower scale, see
@@ -194,10 +205,11 @@ class _Step:
         opened = guidance.open_gates(measured.similarity, self.step.threshold) | (not self.config.gated)
         return opened & (self.step.position >= (self.config.terms_from or 0.0) * (self.step.total - 1))
 
-    def ungated(self, measured: Measured) -> Tensor:
+    def ungated(self, rows: Tensor, measured: Measured) -> Tensor:
         """Rows on which the released form acts below lambda_t: despecification whenever sigma > 0, held
         captions."""
-        held = torch.tensor([self.step.position < flight.deduplicated_until for flight in self.flights])
+        until = [self.flights[row].deduplicated_until for row in rows.tolist()]
+        held = torch.tensor([self.step.position < last for last in until])
         return (measured.similarity > 0) | held.to(measured.similarity.device)
 
     def correct(
@@ -313,35 +325,42 @@ class _Step:
             self.flights[row].evaluations += 1 if self.output_uncond is None else 2
         return gradient
 
-    def mark_rewinds(self, x0_hat: Tensor, measured: Measured) -> None:
+    def mark_rewinds(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> None:
         """At a checkpoint, note the samples still too close under the index or a further judge: the scheduler
         step that follows sends them back."""
-        cfg, last = self.config, self.step.total - 1
-        if (
-            self.step.position not in {round(at * last) for at in cfg.rewind_at or ()}
-            or cfg.rewind_threshold is None
-        ):
+        cfg = self.config
+        if self.step.position not in steps_of(cfg.rewind_at or (), self.step.total):
             return
+        assert cfg.rewind_threshold is not None
         close = own = measured.similarity > cfg.rewind_threshold
         for judge in self.guide.judges:
             asked = cfg.under(judge.metric)
             limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
+            assert limit is not None
             close = close | (judge.similarity.measure(x0_hat).similarity > limit).to(own.device)
-        for row, flight in enumerate(self.flights):
-            if bool(close[row]) and flight.rewinds < cfg.max_rewinds:
+        for at, row in enumerate(rows.tolist()):
+            flight = self.flights[row]
+            if bool(close[at]) and flight.rewinds < cfg.max_rewinds:
                 flight.pending = True
                 self.terms[row].append("rewind")
-                if bool(own[row]):
-                    self.guide.despecify(flight, int(measured.row[row]))
+                if bool(own[at]):
+                    self.guide.despecify(flight, int(measured.row[at]))
 
-    def record(self, measured: Measured) -> None:
-        similarity, rows = measured.similarity.tolist(), measured.row.tolist()
-        for flight, value, nearest, terms in zip(self.flights, similarity, rows, self.terms, strict=True):
-            flight.trace.append(
-                TraceStep(
-                    self.step.position, float(self.step.t), value, self.step.threshold, nearest, tuple(terms)
-                )
-            )
+    def note(self, rows: Tensor, measured: Measured, opened: Tensor) -> None:
+        """Keep what was measured for the trace and for the next steps' choice of rows."""
+        found = zip(
+            rows.tolist(), measured.similarity.tolist(), measured.row.tolist(), opened.tolist(), strict=True
+        )
+        for row, similarity, nearest, is_open in found:
+            self.measured[row] = (similarity, nearest)
+            self.flights[row].suspected = is_open
+
+    def record(self) -> None:
+        """Append this step to every sample's trace."""
+        for row, (flight, terms) in enumerate(zip(self.flights, self.terms, strict=True)):
+            similarity, nearest = self.measured.get(row, (None, None))
+            place = (self.step.position, float(self.step.t), similarity, self.step.threshold, nearest)
+            flight.trace.append(TraceStep(*place, tuple(terms)))
 
 
 def _take(measured: Measured, rows: Tensor) -> Measured:

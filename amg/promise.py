@@ -140,6 +140,7 @@ def _strong(config: AMGConfig) -> AMGConfig:
         "strong",
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
+        check_at=(),
         max_rewinds=max(config.max_rewinds, AMGConfig.max_rewinds),
     ).for_metric(config.metric)
     if not config.active:

@@ -62,7 +62,7 @@ def rewind(
     for row in rows:
         flight = flights[row]
         start.append(flight.noise(sample[row]) * scale)
-        flight.pending = False
+        flight.pending, flight.suspected = False, False
         flight.rewinds += 1
         flight.total_rewinds += 1
         flight.despecified_until, flight.deduplicated_until = step + 1, 0

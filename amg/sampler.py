@@ -94,6 +94,7 @@ def start_over(
     again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
     checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
     for flight in flights:
+        flight.suspected = False
         flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
     noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
     sample = noise * scheduler.init_noise_sigma

@@ -81,7 +81,15 @@ def make_case(
 
 
 def preset(**options: Any) -> AMGConfig:
-    plain: dict[str, Any] = {"c1": C[0], "c2": C[1], "c3": C[2], "step_length": "constant", "rewind_at": ()}
+    plain: dict[str, Any] = {
+        "c1": C[0],
+        "c2": C[1],
+        "c3": C[2],
+        "step_length": "constant",
+        "rewind_at": (),
+        "check_at": (),
+        "terms_from": 0.0,
+    }
     return AMGConfig.preset("main", **{**plain, **options})
 
 

@@ -144,12 +144,12 @@ def test_evaluations_count_the_full_gradient(indexes: dict) -> None:
 
 def test_a_later_try_starts_with_its_own_guidance_scale(indexes: dict) -> None:
     case = make_case(2.0)
-    for row in (1, 3):
-        case.flights[row].despecified_until = 5
+    for row, rewinds in ((1, 2), (3, 8)):
+        case.flights[row].despecified_until, case.flights[row].rewinds = 5, rewinds
     eps_uncond, eps_cond = case.outputs()
-    found = case.run(preset(rewind_guidance=1.5), indexes["cosine"])
+    found = case.run(preset(rewind_guidance=1.5, max_rewinds=8), indexes["cosine"])
     for row in range(5):
-        scale = 1.5 if row in (1, 3) else S0
+        scale = {1: S0 + (1.5 - S0) * 2 / 8, 3: 1.5}.get(row, S0)
         assert torch.equal(found.output[row], eps_uncond[row] + scale * (eps_cond[row] - eps_uncond[row]))
     assert found.changed.tolist() == [False, True, False, True, False]
     after = replace(case, step=case.step._replace(position=5))
