@@ -9,14 +9,13 @@ namespace {
 
 inline __m512i load_codes(const std::int8_t* source, __mmask64 mask) { return _mm512_maskz_loadu_epi8(mask, source); }
 
-// Rows are asked for this many bytes early: tiles jump from row to row, which hides the stream from the
-// hardware prefetcher.
-constexpr std::int64_t kAhead = 8192;
+// Codes are asked for this many bytes early, line after line: tiles jump from row to row, which hides the stream from
+// the hardware prefetcher.
+constexpr std::int64_t kAhead = 16384;
 
-template <int R>
-inline void prefetch_rows(const CosineScan& s, std::int64_t row, std::int64_t ahead) {
-  const char* start = reinterpret_cast<const char*>(s.codes + row * s.dimension) + ahead;
-  for (std::int64_t i = 0; i < R * s.dimension; i += kBytes) _mm_prefetch(start + i, _MM_HINT_T0);
+// Inlined always: GCC drops calls of a function that does nothing but this.
+AMG_INLINE inline void prefetch(const std::int8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
 }
 
 inline std::int32_t code_squares(const CosineScan& s, std::int64_t row) {
@@ -67,6 +66,7 @@ void code_tile(const CosineScan& s, std::int64_t row, std::int64_t first_query, 
     const __mmask64 mask = first_bytes(s.dimension - i);
     __m512i biased[R];
     unroll<R>([&](auto r) AMG_INLINE {
+      prefetch(codes + kAhead + R * i + kBytes * r.value);
       biased[r.value] = _mm512_xor_si512(load_codes(codes + r.value * s.dimension + i, mask), flip);
     });
     unroll<Q>([&](auto q) AMG_INLINE {
@@ -100,7 +100,6 @@ void code_row(const CosineScan& s, std::int64_t row, const Screen& screen) {
 void scan_few(const CosineScan& s, std::int64_t begin, std::int64_t end, const Screen& screen) {
   std::int64_t row = begin;
   for (; row + 4 <= end; row += 4) {
-    prefetch_rows<4>(s, row, kAhead);
     std::int64_t query = 0;
     for (; query + 4 <= s.queries; query += 4) code_tile<4>(s, row, query, screen);
     for (; query + 2 <= s.queries; query += 2) code_tile<2>(s, row, query, screen);
@@ -165,7 +164,7 @@ void packed_tile(const CosineScan& s, const std::int32_t* sums, std::int64_t fir
   });
 }
 
-constexpr std::int64_t kChunk = 48;  // rows that stay in the nearest cache while every group of queries passes
+constexpr std::int64_t kChunk = 24;  // rows that stay in the nearest cache while every group of queries passes
 
 // Σ codes of each row of a chunk, four rows at a time.
 void chunk_sums(const CosineScan& s, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
@@ -190,7 +189,8 @@ void packed_chunk(const CosineScan& s, const std::int32_t* sums, std::int64_t be
                   const Screen& screen) {
   std::int64_t row = begin;
   for (; row + R <= end; row += R) {
-    if (group == 0) prefetch_rows<R>(s, row, kChunk * s.dimension);
+    if (group == 0)
+      for (std::int64_t i = 0; i < R * s.dimension; i += kBytes) prefetch(s.codes + (row + kChunk) * s.dimension + i);
     packed_tile<R, G>(s, sums + (row - begin), row, group, screen);
   }
   for (; row < end; ++row) packed_tile<1, G>(s, sums + (row - begin), row, group, screen);
