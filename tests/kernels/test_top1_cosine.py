@@ -140,6 +140,22 @@ def test_cpp_hammered_with_coarse_values(batch, count, dimension, dtype, screene
 
 
 @needs_extension
+@pytest.mark.parametrize("batch", [1, 8, 20])
+def test_any_codes_that_keep_the_contract_are_enough(batch):
+    """Clipped and coarse codes with honest scales and errors: the answer stays exact."""
+    rows = unit_rows(700, 70)
+    scales = rows.abs().amax(1) / 127 * torch.linspace(0.8, 40, 700)
+    codes = (rows / scales[:, None]).round().clamp(-127, 127)
+    errors = (rows.double() - codes.double() * scales.double()[:, None]).norm(dim=1).float() * (1 + 1e-6)
+    assert codes.amin() == -127
+    queries = torch.randn(batch, 70)
+    found = kernels.topk_cosine(
+        queries, rows, 5, codes=kernels.Codes(codes.char(), scales, errors), impl="cpp"
+    )
+    assert torch.equal(found.row, brute_force(queries, rows, 5)[1])
+
+
+@needs_extension
 def test_k_up_to_1024():
     rows, queries = unit_rows(3000, 40), torch.randn(2, 40)
     for screened in (False, True):
