@@ -3,9 +3,6 @@ rows."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import amg.kernels as kernels
 from amg import guidance
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import rows_to_check, steps_of
+from amg.ordinary import FREQUENT_CAPTION, despecify
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, threshold_at
 from amg.similarity import Measured, Similarity, similarity_for
 from amg.verdict import TraceStep
 
-FREQUENT_CAPTION = 20  # the released code de-duplicates a caption that occurs more often than this
-ORDINARY_SEARCHED = 256  # nearest rows looked through for captions that are not duplicated
-HELD_STEPS = 10  # and keeps doing so for this many steps
+HELD_STEPS = 10  # the released code goes on de-duplicating a frequent caption for this many steps
 
 
 class Step(NamedTuple):
@@ -89,41 +86,10 @@ class Guide:
         W]."""
         return _Step(self, step, sample, output_uncond, output_cond, conditions, flights).run()
 
-    def despecify(self, flight: Flight, row: int) -> None:
-        """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
-
-        One of the nearest few, chosen by the sample's own generator; captions that occur often are passed
-        over.
-        """
-        if self.config.rewind_caption != "ordinary" or self.denoiser.encode_captions is None:
-            return
-        if self.index.captions[row] is None or self.index.metric != "cosine":
-            return
-        counts, vector = self.index.caption_counts(), self.index.rows[row][None].float()
-        found = self.index.search(vector, k=min(ORDINARY_SEARCHED, self.index.count))
-        near = [other for other in found.row[0].tolist() if counts[other] <= FREQUENT_CAPTION]
-        captions = [
-            caption for caption in (self.index.captions[other] for other in near) if caption is not None
-        ]
-        alike = closest_captions(self.index.captions[row], captions)
-        if alike:
-            flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
-
 
 def judges_for(also: Sequence[Any], denoiser: Denoiser) -> tuple[Judge, ...]:
     """The further indexes `also` as judges of a denoiser's x0_hat."""
     return tuple(Judge(index.metric, similarity_for(index, denoiser)) for index in also)
-
-
-def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
-    """Those of `others` that share the rarest words with `caption`: the highest sum of log(count /
-    occurrences)."""
-    words = [set(re.findall(r"\w+", other.lower())) for other in others]
-    occurrences = Counter(word for own in words for word in own)
-    wanted = set(re.findall(r"\w+", caption.lower()))
-    scores = [sum(math.log(len(others) / occurrences[word]) for word in own & wanted) for own in words]
-    best = max(scores, default=0.0)
-    return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.9 * best]
 
 
 class _Step:
@@ -144,6 +110,7 @@ class _Step:
         self.prediction = Prediction(guide.denoiser.prediction_type, step.alpha_bar)
         self.output_uncond, self.output_cond = output_uncond, output_cond
         self.terms: list[list[str]] = [[] for _ in flights]
+        self.signals: dict[int, tuple[float, ...]] = {}  # the free signals of the rows checked
         self.measured: dict[int, tuple[float, int]] = {}  # similarity and nearest row of the rows checked
 
     def run(self) -> Guided:
@@ -163,7 +130,7 @@ class _Step:
         """Measure `rows` [R] and correct the open ones: the new output; they are marked in `changed`."""
         sample = self.sample[rows]
         eps = self.prediction.to_eps(output[rows], sample)
-        x0_hat = self.prediction.x0_hat(eps.float(), sample.float())
+        x0_hat = self.x0_hat(rows, eps)
         measured = self.guide.similarity.measure(x0_hat)
         opened = self.opened(measured)
         acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
@@ -190,11 +157,54 @@ class _Step:
             output = _rescale(output, self.output_cond, self.guide.guidance_rescale)
         for row, flight in enumerate(self.flights):
             if self.despecified(flight):
-                low = self.config.scale_of_try(flight.rewinds, flight.retries, self.guide.guidance_scale)
-                output[row] = guidance.classifier_free(self.output_uncond[row], self.output_cond[row], low)
+                halves = (self.output_uncond[row], self.output_cond[row])
+                output[row] = guidance.classifier_free(*halves, self.scale_of(flight))
                 changed[row] = True
                 self.terms[row].append("despecification")
         return output, changed
+
+    @property
+    def plainly_guided(self) -> bool:
+        """Whether the output is classifier-free guidance of two halves and nothing more."""
+        return self.output_uncond is not None and self.guide.guidance_rescale == 0
+
+    def halves(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, eps_uncond and eps_cond of `rows`, float32 or wider."""
+        assert self.output_uncond is not None
+        sample = self.sample[rows]
+        parts = (self.output_uncond[rows], self.output_cond[rows])
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        eps_uncond, eps_cond = (self.prediction.to_eps(part, sample).to(wide) for part in parts)
+        return sample.to(wide), eps_uncond, eps_cond
+
+    def coefficients(self, rows: Tensor, s1: Tensor | None = None, s2: Tensor | None = None) -> Tensor:
+        """[R, 10] for `amg.kernels`: k_eps = 1 and nothing else of x_t, so that "prev_sample" is eps_guided;
+        every gate open, and with a similarity of 1 the scales are s1 and s2 themselves."""
+        alpha_bar, device = self.step.alpha_bar, self.output_cond.device
+        fixed = (0.0, 1.0, 0.0, (1 - alpha_bar) ** 0.5, alpha_bar**-0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+        table = torch.tensor(fixed, device=device).repeat(len(rows), 1)
+        scales = [self.scale_of(self.flights[row]) for row in rows.tolist()]
+        table[:, kernels.COEFFICIENTS.index("s0")] = torch.tensor(scales, device=device)
+        for name, scale in (("c1", s1), ("c2", s2)):
+            if scale is not None:
+                table[:, kernels.COEFFICIENTS.index(name)] = scale
+        return table
+
+    def x0_hat(self, rows: Tensor, eps: Tensor) -> Tensor:
+        """x0_hat of the guided noise prediction `eps` of `rows`; the kernel also gives the free signals."""
+        if not self.plainly_guided:
+            return self.prediction.x0_hat(eps.float(), self.sample[rows].float())
+        found = kernels.predict_x0(*self.halves(rows), coefficients=self.coefficients(rows))
+        for row, signals in zip(rows.tolist(), found.signals.tolist(), strict=True):
+            self.signals[row] = tuple(signals)
+        return found.x0_hat
+
+    def scale_of(self, flight: Flight) -> float:
+        """The classifier-free guidance scale of a sample at this step."""
+        scale = self.guide.guidance_scale
+        if not self.despecified(flight):
+            return scale
+        return self.config.scale_of_try(flight.rewinds, flight.retries, scale)
 
     def despecified(self, flight: Flight) -> bool:
         """Whether a sample is in a later try that starts with a lower guidance scale."""
@@ -238,32 +248,45 @@ class _Step:
     ) -> Tensor:
         assert self.output_uncond is not None
         s1, s2 = self.strengths(rows, measured, opened)
-        if not bool((s1 > 0).any() or (s2 > 0).any()):
+        repeated = [self.guide.index.captions[row] for row in measured.row.tolist()]
+        told = [caption is not None for caption in repeated]
+        if self.guide.denoiser.encode_captions is None:
+            told = [False] * len(told)
+        s2 = torch.where(torch.tensor(told, device=s2.device), s2, 0.0)
+        acting = (s1 > 0) | (s2 > 0)
+        if not bool(acting.any()):
             return eps
-        sample = self.sample[rows]
-        eps_uncond = self.prediction.to_eps(self.output_uncond[rows], sample).float()
-        eps_cond = self.prediction.to_eps(self.output_cond[rows], sample).float()
-        eps = eps + guidance.despecification(eps_uncond, eps_cond, s1)
         for row in rows[s1 > 0].tolist():
             self.terms[row].append("despecification")
-        repeated = [self.guide.index.captions[row] for row in measured.row.tolist()]
-        act = torch.tensor(
-            [bool(scale > 0) and caption is not None for scale, caption in zip(s2, repeated, strict=True)]
+        fused = kernels.guided_step(
+            *self.halves(rows),
+            self.eps_neighbour(rows, s2, repeated),
+            similarity=torch.ones_like(s1),
+            coefficients=self.coefficients(rows, s1, s2),
         )
-        if bool(act.any()) and self.guide.denoiser.encode_captions is not None:
-            where = act.nonzero().flatten().to(rows.device)
-            captions = [caption for caption, used in zip(repeated, act.tolist(), strict=True) if used]
-            chosen = rows[where]
-            output = predict_neighbours(
-                self.guide.denoiser, self.sample[chosen], self.step.t, self.conditions.take(chosen), captions
-            )
-            eps_neighbour = self.prediction.to_eps(output, self.sample[chosen]).float()
-            eps = eps.clone()
-            eps[where] += guidance.deduplication(eps_uncond[where], eps_neighbour, s2[where])
-            for row in chosen.tolist():
-                self.flights[row].evaluations += 1
-                self.terms[row].append("deduplication")
-        return eps
+        if not self.plainly_guided:  # the rescaled output differs from plain guidance by what the terms keep
+            plain = kernels.guided_step(*self.halves(rows), coefficients=self.coefficients(rows))
+            return eps + (fused.prev_sample - plain.prev_sample)
+        return torch.where(guidance.per_sample(acting, eps).bool(), fused.prev_sample, eps)
+
+    def eps_neighbour(self, rows: Tensor, s2: Tensor, captions: Sequence[str | None]) -> Tensor | None:
+        """eps(x_t, y_N) of the `rows` with s2 > 0, zeros elsewhere; None where there are none."""
+        act = s2 > 0
+        if not bool(act.any()):
+            return None
+        chosen, denoiser = rows[act], self.guide.denoiser
+        said = [caption for caption, used in zip(captions, act.tolist(), strict=True) if used and caption]
+        conditions = self.conditions.take(chosen)
+        output = predict_neighbours(denoiser, self.sample[chosen], self.step.t, conditions, said)
+        eps = self.prediction.to_eps(output, self.sample[chosen])
+        everywhere = eps.new_zeros(
+            len(rows), *eps.shape[1:], dtype=torch.promote_types(eps.dtype, torch.float32)
+        )
+        everywhere[act] = eps.to(everywhere.dtype)
+        for row in chosen.tolist():
+            self.flights[row].evaluations += 1
+            self.terms[row].append("deduplication")
+        return everywhere
 
     def strengths(self, rows: Tensor, measured: Measured, opened: Tensor) -> tuple[Tensor, Tensor]:
         """s1 and s2 of the open rows; a row already despecified by its later try keeps s1 = s2 = 0."""
@@ -344,7 +367,7 @@ class _Step:
                 flight.pending = True
                 self.terms[row].append("rewind")
                 if bool(own[at]):
-                    self.guide.despecify(flight, int(measured.row[at]))
+                    despecify(cfg, self.guide.index, self.guide.denoiser, flight, int(measured.row[at]))
 
     def note(self, rows: Tensor, measured: Measured, opened: Tensor) -> None:
         """Keep what was measured for the trace and for the next steps' choice of rows."""
@@ -360,7 +383,7 @@ class _Step:
         for row, (flight, terms) in enumerate(zip(self.flights, self.terms, strict=True)):
             similarity, nearest = self.measured.get(row, (None, None))
             place = (self.step.position, float(self.step.t), similarity, self.step.threshold, nearest)
-            flight.trace.append(TraceStep(*place, tuple(terms)))
+            flight.trace.append(TraceStep(*place, tuple(terms), self.signals.get(row)))
 
 
 def _take(measured: Measured, rows: Tensor) -> Measured:

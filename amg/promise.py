@@ -13,6 +13,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guidance import require_finite
+from amg.ordinary import despecify
 from amg.predict import Conditions
 from amg.sampler import Run, start_over
 from amg.verdict import MemorizedError, Neighbour, Verdict
@@ -84,7 +85,7 @@ def deliver(
         where, mine = torch.tensor(bad, device=sample.device), [flights[row] for row in bad]
         for row in bad:
             if verdicts[row].similarity > verdicts[row].threshold:
-                run.guide.despecify(flights[row], verdicts[row].neighbour.row)
+                despecify(config, index, run.guide.denoiser, flights[row], verdicts[row].neighbour.row)
         sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
             sample.dtype
         )

@@ -212,7 +212,7 @@ def test_every_parameterisation_is_guided_alike(
 
 
 def test_later_tries_take_the_ordinary_caption_with_the_rarest_shared_words() -> None:
-    from amg.guide import closest_captions
+    from amg.ordinary import closest_captions
 
     others = ["a photo of a cat", "a photo of a dog", "a photo of a red dog", "stairs"]
     assert closest_captions("Rex the red dog, a photo of 1999", others) == ["a photo of a red dog"]

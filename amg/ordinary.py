@@ -1,0 +1,47 @@
+"""Captions of ordinary training images near a memorised one: what its later tries are conditioned on."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from amg.config import AMGConfig
+from amg.flight import Flight
+from amg.predict import Denoiser
+
+FREQUENT_CAPTION = 20  # the released code calls a caption that occurs more often than this duplicated
+ORDINARY_SEARCHED = 256  # nearest rows looked through for captions that are not duplicated
+
+
+def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight, row: int) -> None:
+    """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
+
+    One of the nearest few, chosen by the sample's own generator; captions that occur often are passed over.
+    """
+    if config.rewind_caption != "ordinary" or denoiser.encode_captions is None:
+        return
+    if index.captions[row] is None or index.metric != "cosine":
+        return
+    counts, vector = index.caption_counts(), index.rows[row][None].float()
+    found = index.search(vector, k=min(ORDINARY_SEARCHED, index.count))
+    near = [other for other in found.row[0].tolist() if counts[other] <= FREQUENT_CAPTION]
+    captions = [caption for caption in (index.captions[other] for other in near) if caption is not None]
+    alike = closest_captions(index.captions[row], captions)
+    if alike:
+        flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
+
+
+def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
+    """Those of `others` that share the rarest words with `caption`: the highest sum of log(count /
+    occurrences)."""
+    words = [set(re.findall(r"\w+", other.lower())) for other in others]
+    occurrences = Counter(word for own in words for word in own)
+    wanted = set(re.findall(r"\w+", caption.lower()))
+    scores = [sum(math.log(len(others) / occurrences[word]) for word in own & wanted) for own in words]
+    best = max(scores, default=0.0)
+    return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.9 * best]
