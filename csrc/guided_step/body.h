@@ -4,6 +4,7 @@
 
 #include "guided_step.h"
 #include "simd/tail.h"
+#include "simd/unroll.h"
 
 namespace {
 
@@ -18,6 +19,7 @@ template <class T>
 struct BlockPointers {
   const T *sample, *eps_uncond, *eps_cond, *eps_neighbour, *noise;
   const void* similarity_grad;
+  std::int64_t grad_bytes;  // of one element
   T *prev_sample, *x0_hat;
 };
 
@@ -38,6 +40,37 @@ struct Accumulators {
 };
 
 constexpr std::int64_t kRun = 32;  // vectors summed in fp32 before double takes over: short sums lose less
+
+constexpr std::int64_t kAhead = 2048;  // bytes by which inputs are asked for early: each stream starts anew at every page
+constexpr std::int64_t kLine = 64;
+
+AMG_INLINE inline void prefetch(const void* source, std::int64_t bytes) {
+  __builtin_prefetch(static_cast<const char*>(source) + bytes);
+}
+
+// What only open samples read is not asked for beyond the block: the next sample may be closed.
+template <class T>
+void prefetch_open_start(const BlockPointers<T>& p, std::int64_t size) {
+  const std::int64_t bytes = size * sizeof(T) < kAhead ? size * sizeof(T) : kAhead;
+  for (std::int64_t at = 0; at < bytes; at += kLine) {
+    if (p.eps_neighbour != nullptr) prefetch(p.eps_neighbour, at);
+    if (p.similarity_grad != nullptr) prefetch(p.similarity_grad, at);
+  }
+}
+
+template <class V, class T, bool Open>
+AMG_INLINE inline void prefetch_inputs(const BlockPointers<T>& p, std::int64_t offset, std::int64_t size) {
+  if constexpr (V::width > 1) {
+    prefetch(p.sample + offset, kAhead);
+    prefetch(p.eps_uncond + offset, kAhead);
+    prefetch(p.eps_cond + offset, kAhead);
+    if constexpr (Open) {
+      if (size - offset <= kAhead / static_cast<std::int64_t>(sizeof(T))) return;
+      if (p.eps_neighbour != nullptr) prefetch(p.eps_neighbour + offset, kAhead);
+      if (p.similarity_grad != nullptr) prefetch(p.similarity_grad, offset * p.grad_bytes + kAhead);
+    }
+  }
+}
 
 template <class V, class T, bool Open, bool Step>
 inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t offset,
@@ -71,12 +104,15 @@ inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DTyp
 template <class V, class T, bool Open, bool Step>
 void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t size, double* partial) {
   partial[0] = partial[1] = partial[2] = partial[3] = 0;
+  if constexpr (Open) prefetch_open_start(p, size);
   for (std::int64_t start = 0; start < size; start += kRun * V::width) {
     const std::int64_t stop = size - start < kRun * V::width ? size : start + kRun * V::width;
     Accumulators<V> run;
     std::int64_t offset = start;
-    for (; offset + V::width <= stop; offset += V::width)
+    for (; offset + V::width <= stop; offset += V::width) {
+      prefetch_inputs<V, T, Open>(p, offset, size);
       step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, V::width, run);
+    }
     if (offset < stop) step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, stop - offset, run);
     partial[0] += V::sum(run.delta);
     partial[1] += V::sum(run.cross);
@@ -88,10 +124,10 @@ void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtyp
 template <class V, class T>
 void typed_block(const GuidedStepArgs& a, const SampleScales& s, std::int64_t offset, std::int64_t size, double* partial) {
   BlockPointers<T> p{at<T>(a.sample, offset), at<T>(a.eps_uncond, offset), at<T>(a.eps_cond, offset),
-                     at<T>(a.eps_neighbour, offset), at<T>(a.noise, offset), nullptr,
+                     at<T>(a.eps_neighbour, offset), at<T>(a.noise, offset), nullptr, sizeof(T),
                      const_cast<T*>(at<T>(a.prev_sample, offset)), const_cast<T*>(at<T>(a.x0_hat, offset))};
-  if (a.similarity_grad != nullptr && a.grad_dtype == DType::f32) p.similarity_grad = at<float>(a.similarity_grad, offset);
-  if (a.similarity_grad != nullptr && a.grad_dtype != DType::f32) p.similarity_grad = at<T>(a.similarity_grad, offset);
+  if (a.grad_dtype == DType::f32) p.grad_bytes = sizeof(float);
+  if (a.similarity_grad != nullptr) p.similarity_grad = at<char>(a.similarity_grad, offset * p.grad_bytes);
   if (a.prev_sample == nullptr) return run_block<V, T, false, false>(p, s, a.grad_dtype, size, partial);
   if (s.open) return run_block<V, T, true, true>(p, s, a.grad_dtype, size, partial);
   run_block<V, T, false, true>(p, s, a.grad_dtype, size, partial);
