@@ -95,7 +95,7 @@ def add_demo(commands: Any) -> None:
     )
     parser.add_argument("--images", type=int, default=64, help="images per model and column")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.set_defaults(run=_demo)
 
 

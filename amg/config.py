@@ -196,7 +196,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c3": 1.0,
             "step_length": "exact",
             "check_at": (0.3, 0.45, 0.6, 0.75, 0.9),
-            "rewind_at": (0.3, 0.6, 0.9),
+            "rewind_at": (0.3, 0.6, 0.9, 1.0),
+            "rewind_guidance": 1.0,
             "rewind_threshold": 0.5,
         },
         "nl2": {
@@ -224,7 +225,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c3": 1.0,
             "step_length": "exact",
             "check_at": (0.3, 0.45, 0.6, 0.75, 0.9),
-            "rewind_at": (0.3, 0.6, 0.9),
+            "rewind_at": (0.3, 0.6, 0.9, 1.0),
+            "rewind_guidance": 1.0,
             "rewind_threshold": 0.4,
         },
         "nl2": {

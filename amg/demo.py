@@ -30,6 +30,10 @@ COLUMNS = {
     "photos-ddpm": ("off", "main", "strong"),
     "photos-sd": ("off", "released", "main", "strong"),
 }
+GUIDANCE_SCALES = {
+    "photos-ddpm": 2.5,
+    "photos-sd": 5.5,
+}  # where the unguided pictures fit their condition best
 LUMINANCE_COPY = 0.9
 JUDGE_COPY = 0.5
 COLUMN_NAMES = (
@@ -72,7 +76,7 @@ class Column:
 
 
 @torch.no_grad()
-def run(out: Path, images: int = 64, seed: int = 0, steps: int = 50) -> int:
+def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30) -> int:
     """Run the demo into the folder `out`; prints the tables and returns the exit status."""
     if images < 4 or steps < 2:
         raise ValueError(f"`--images` must be >= 4 and `--steps` >= 2, got {images} and {steps}")
@@ -166,7 +170,7 @@ def class_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
         count - guided
     )
     conditions: list[tuple[dict[str, Any], slice]] = [
-        ({"class_labels": labels, "guidance_scale": 2.5}, slice(0, guided)),
+        ({"class_labels": labels, "guidance_scale": GUIDANCE_SCALES["photos-ddpm"]}, slice(0, guided)),
         ({"batch_size": count - guided}, slice(guided, count)),
     ]
     labels = torch.cat([labels, torch.full((count - guided,), -1)])
@@ -189,7 +193,7 @@ def caption_jobs(count: int, seed: int, data: TrainingSet) -> Jobs:
     prompts = [data.captions[row] for row in rows] + [caption for caption, _ in others]
     labels = torch.tensor([int(data.labels[row]) for row in rows] + [label for _, label in others])
     kinds = ["specific"] * guided + ["ordinary"] * (count - guided)
-    condition = {"prompt": prompts, "guidance_scale": 3.0}
+    condition = {"prompt": prompts, "guidance_scale": GUIDANCE_SCALES["photos-sd"]}
     return Jobs(kinds, prompts, labels, [(condition, slice(0, count))], list(range(seed, seed + count)))
 
 
@@ -322,11 +326,11 @@ def _describe(
     titles = {
         "photos-ddpm": (
             "photos-ddpm: a class-conditional DDPM that memorises",
-            "DDIM, pixels, 32×32, guidance scale 2.5",
+            f"DDIM, pixels, 32×32, guidance scale {GUIDANCE_SCALES[name]}",
         ),
         "photos-sd": (
             "photos-sd: a Stable Diffusion that memorises",
-            "DDIM, latents, 64×64, guidance scale 3",
+            f"DDIM, latents, 64×64, guidance scale {GUIDANCE_SCALES[name]}",
         ),
     }
     thresholds = {preset: column.verdicts[0].threshold for preset, column in columns.items()}

@@ -15,7 +15,33 @@ from amg.flight import Flight
 from amg.predict import Denoiser
 
 FREQUENT_CAPTION = 20  # the released code calls a caption that occurs more often than this duplicated
-ORDINARY_SEARCHED = 256  # nearest rows looked through for captions that are not duplicated
+ORDINARY_SEARCHED = 1024  # nearest rows looked through for captions that are not duplicated
+
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "at",
+        "by",
+        "for",
+        "from",
+        "her",
+        "his",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "over",
+        "the",
+        "to",
+        "with",
+    ]
+)  # rare in some caption sets, yet they name nothing
 
 
 def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight, row: int) -> None:
@@ -37,11 +63,22 @@ def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight,
 
 
 def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
-    """Those of `others` that share the rarest words with `caption`: the highest sum of log(count /
-    occurrences)."""
-    words = [set(re.findall(r"\w+", other.lower())) for other in others]
+    """Those of `others` nearest to `caption` by the cosine of TF-IDF vectors, within a fifth of the best.
+
+    Words weigh log(count / occurrences among `others`); stop words are left out, and `caption`'s own length
+    is the same for all.
+    """
+    words = [_words(other) for other in others]
     occurrences = Counter(word for own in words for word in own)
-    wanted = set(re.findall(r"\w+", caption.lower()))
-    scores = [sum(math.log(len(others) / occurrences[word]) for word in own & wanted) for own in words]
+    weight = {word: math.log(len(others) / count) ** 2 for word, count in occurrences.items()}
+    wanted = _words(caption)
+    scores = [
+        sum(weight[word] for word in own & wanted) / math.sqrt(sum(weight[word] for word in own) or 1.0)
+        for own in words
+    ]
     best = max(scores, default=0.0)
-    return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.9 * best]
+    return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.8 * best]
+
+
+def _words(caption: str) -> set[str]:
+    return set(re.findall(r"\w+", caption.lower())) - STOP_WORDS

@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("model", choices=tuple(CASES))
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1000, help="first seed; the demo's own seeds start at 0")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the index")
     parser.add_argument("--sheet", type=Path, help="folder for one contact sheet per configuration")

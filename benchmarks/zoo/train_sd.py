@@ -106,8 +106,8 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jittered(data: TrainingSet, seed: int) -> Tensor:
-    """uint8 [VIEWS, N, 3, 64, 64]: the training images, then views of them shifted and scaled by up to a
-    tenth of their side. Whole photographs stay as they are."""
+    """uint8 [VIEWS, N, 3, 64, 64]: the training images, then views of their crops, zoomed in by up to an
+    eighth and off centre. Whole photographs stay as they are."""
     torch.manual_seed(seed)
     views = [data.images]
     for _ in range(VIEWS - 1):
@@ -135,7 +135,12 @@ def main() -> None:
     args = arguments(__doc__ or "", steps=6000, batch=32, learning_rate=1.5e-3)
     torch.manual_seed(args.seed)
     data = training_set(64)
-    tokenizer = build_tokenizer(data.captions)
+    kept = args.work / "tokenizer"  # which ids the rarest pieces get differs from one fit to the next
+    if not kept.exists():
+        first = mine.init / "tokenizer" if mine.init is not None else None
+        fitted = CLIPTokenizer.from_pretrained(first) if first else build_tokenizer(data.captions)
+        fitted.save_pretrained(kept)
+    tokenizer = CLIPTokenizer.from_pretrained(kept)
     vae = AutoencoderKL.from_pretrained(mine.vae, torch_dtype=torch.float32)
     model = build_denoiser(tokenizer, vae.config.latent_channels)
     if mine.init is not None:
