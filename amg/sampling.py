@@ -149,15 +149,23 @@ def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
         )
     kept.write_text(json.dumps(request, indent=1) + "\n")
     done: dict[int, Verdict] = {}
-    path = arguments.out / VERDICTS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line an interruption cut short; its image is made again
+    for line in _whole_lines(arguments.out / VERDICTS):
+        record = json.loads(line)
         if (arguments.out / record["file"]).exists():
             done[record["seed"]] = Verdict.from_dict(record["verdict"])
     return done
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, after taking off a last one that an interruption cut short (its image is made
+    again)."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.decode("utf-8").splitlines()
 
 
 def _write(folder: Path, job: dict[str, Any], image: Any, verdict: Verdict) -> None:

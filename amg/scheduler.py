@@ -57,6 +57,9 @@ class AMGScheduler:
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The wrapped scheduler's `set_timesteps`; starts a new batch."""
+        steps = args[0] if args else kwargs.get("num_inference_steps")
+        if steps is not None and steps < 1:
+            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
         self.scheduler.set_timesteps(*args, **kwargs)
         self._flights, self._step = [], 0
 
@@ -76,6 +79,9 @@ class AMGScheduler:
                 f"got {list(output_cond.shape)}"
             )
         if not self._flights:
+            self.amg_config.warn_without_guidance(
+                None if output_uncond is None else self.amg_config.guidance_scale
+            )
             self._flights = [Flight.from_noise(row) for row in sample]
         where = self._guide.at(self.scheduler, self._step)
         if float(where.t) != float(timestep):

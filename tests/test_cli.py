@@ -60,6 +60,7 @@ def test_sample_writes_pictures_and_verdicts_and_resumes(index, tmp_path, capsys
     assert sample(index, out, "--images", "3", "--batch-size", "2", "--scheduler", "ddim") == 0
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == pictures
     assert "3 images:" in capsys.readouterr().out
+    assert verdicts(out) == first  # no line is joined to the one that was cut short
 
 
 def test_a_folder_of_another_request_is_refused(index, tmp_path, capsys):

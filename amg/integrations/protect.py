@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +107,7 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if bound.arguments.get("num_inference_steps", 1) < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {bound.arguments['num_inference_steps']}")
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
-    warn_without_guidance(protection.config, scale)
+    protection.config.warn_without_guidance(scale)
     with guided_call(session):
         result = call(pipe, *args, **kwargs)
     images = result[0] if isinstance(result, tuple) else result.images
@@ -176,13 +175,3 @@ def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:
         for row, picture in zip(rows, to_pil(new[rows]), strict=True):
             images[row] = picture
     return images
-
-
-def warn_without_guidance(config: AMGConfig, guidance_scale: float | None) -> None:
-    """Say to the caller's caller's caller which terms a scale of at most 1 leaves without effect."""
-    if guidance_scale is not None and guidance_scale <= 1 and config.active and (config.c1 or config.c2):
-        warnings.warn(
-            f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a scale "
-            "> 1 to act on; only dissimilarity, rewinds and the final check protect this call",
-            stacklevel=4,
-        )

@@ -15,7 +15,7 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide, judges_for
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
-from amg.integrations.protect import to_pil, warn_without_guidance
+from amg.integrations.protect import to_pil
 from amg.predict import Conditions
 from amg.promise import decode, deliver
 from amg.rewind import pristine
@@ -80,7 +80,7 @@ class Sampler:
         conditions, batch = self._conditions(
             prompt, negative_prompt, class_labels, batch_size, scale, num_images_per_prompt
         )
-        warn_without_guidance(self.config, scale if conditions.cond else None)
+        self.config.warn_without_guidance(scale if conditions.cond else None)
         guide = Guide(
             self.config, self.index, self.similarity, self.denoiser, scale, guidance_rescale, self.judges
         )

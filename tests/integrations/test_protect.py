@@ -265,6 +265,17 @@ def test_the_scheduler_wrapper_guides_like_the_sampler(sd, embedding_index):
     assert scheduler.verdicts(images)[0].neighbour.row == expected.amg[0].neighbour.row
 
 
+def test_the_scheduler_wrapper_refuses_no_steps_and_warns_of_a_scale_of_one(pixel_index):
+    config = amg.AMGConfig.preset("main", guidance_scale=1.0, c1=1.0)
+    scheduler = amg.AMGScheduler(diffusers.DDIMScheduler(), pixel_index, config)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be >= 1, got 0"):
+        scheduler.set_timesteps(0)
+    scheduler.set_timesteps(4)
+    sample = torch.randn(1, 3, *pixel_index.image_size)
+    with pytest.warns(UserWarning, match=r"`guidance_scale` is 1.0: despecification"):
+        scheduler.step((sample, sample), scheduler.timesteps[0], sample)
+
+
 def test_two_threads_with_one_index(embedding_index):
     import importlib.util
     from concurrent.futures import ThreadPoolExecutor
