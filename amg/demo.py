@@ -112,9 +112,16 @@ def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: Pho
     data = training_set(32 if name == "photos-ddpm" else 64)
     index, pipe = open_index(name, out / f"{name}.amg"), open_pipeline(name)
     jobs = (class_jobs if name == "photos-ddpm" else caption_jobs)(count, seed, data)
-    judges = further_judges(name, out)
     columns = {
-        preset: draw(pipe, index, config_for(preset), jobs, steps, f"{name} {preset}", judges)
+        preset: draw(
+            pipe,
+            index,
+            config_for(preset),
+            jobs,
+            steps,
+            f"{name} {preset}",
+            further_judges(name, preset, out),
+        )
         for preset in COLUMNS[name]
     }
     references = data.images.float() / 255
@@ -154,9 +161,9 @@ def open_index(name: str, path: Path, metric: str | None = None) -> Any:
     return amg.Index.open(path, load_photos() if (metric or name) in ("cosine", "photos-sd") else None)
 
 
-def further_judges(name: str, out: Path) -> tuple[Any, ...]:
-    """Further indexes the guided columns' finished images are held to: for pixels, a copy-detection one."""
-    if name == "photos-sd":
+def further_judges(name: str, preset: str, out: Path) -> tuple[Any, ...]:
+    """Further indexes that our columns of the pixel model are held to: a copy-detection one."""
+    if name == "photos-sd" or preset not in ("main", "strong"):
         return ()
     return (open_index(name, out / f"{name}-embeddings.amg", "cosine"),)
 
@@ -203,7 +210,6 @@ def draw(
     """Draw all jobs with one config; shows progress and prints one line."""
     from tqdm import tqdm
 
-    also = also if config.on_memorized == "resample" else ()
     sampler = Sampler(pipe, index, config, also)
     images, verdicts, began = [], [], time.monotonic()
     with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:

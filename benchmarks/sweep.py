@@ -21,7 +21,16 @@ import torch
 from PIL import Image
 
 from amg.config import AMGConfig
-from amg.demo import COLUMN_NAMES, caption_jobs, class_jobs, draw, measure, open_index, open_pipeline
+from amg.demo import (
+    COLUMN_NAMES,
+    caption_jobs,
+    class_jobs,
+    draw,
+    further_judges,
+    measure,
+    open_index,
+    open_pipeline,
+)
 from amg.evaluate.judges import luminance_correlation
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set
@@ -35,19 +44,22 @@ CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("main", {**NO_TERMS}),
         ("main", {}),
         ("strong", {}),
-        ("main", {"max_rewinds": 2}),
-        *[("main", {"step_length": "constant", "c3": c3, "rewind_at": ()}) for c3 in (3.0, 30.0)],
+        ("main", {"terms_from": 0.0}),
+        ("main", {"rewind_guidance": 2.5}),
+        ("main", {"check_at": ()}),
         ("main", {"rewind_at": (0.56,)}),
+        *[("main", {"step_length": "constant", "c3": c3, "rewind_at": ()}) for c3 in (3.0, 30.0)],
     ],
     "photos-sd": [
         ("off", {}),
         ("released", {}),
         ("main", {"rewind_at": ()}),
         ("main", {**NO_TERMS}),
-        ("main", {"rewind_caption": "prompt"}),
-        ("main", {"rewind_caption": "prompt", "rewind_guidance": 0.0}),
         ("main", {}),
         ("strong", {}),
+        ("main", {"check_at": ()}),
+        ("main", {"rewind_caption": "prompt"}),
+        ("main", {"rewind_caption": "prompt", "rewind_guidance": 0.0}),
         ("main", {"c3": 0.0}),
         ("main", {"c1": 0.0, "c2": 0.0}),
         ("main", {"c1": 0.0, "c2": 0.0, "rewind_at": ()}),
@@ -81,7 +93,8 @@ def main() -> None:
         if (title, str(arguments.images)) in _done(path):
             continue
         config = AMGConfig.preset(preset, **{**overrides, "on_memorized": "flag"})
-        column = draw(pipe, index, config, jobs, arguments.steps, title)
+        judges = further_judges(name, preset, arguments.work)
+        column = draw(pipe, index, config, jobs, arguments.steps, title, judges)
         luminance, copies = (
             luminance_correlation(column.images, references)[0],
             judge.copy_probability(column.images),
