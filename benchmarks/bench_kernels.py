@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import guided_step, nl2, top1_cosine
-from protocol import OURS, RESULTS, Case, Turn, conclude, run_cases, wall_clock
+from protocol import OURS, RESULTS, Case, Turn, conclude, processor, run_cases, wall_clock
 
 SLOWING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # settings that hold back the rivals' BLAS
 ROUNDS, QUICK_ROUNDS = 15, 2
@@ -51,8 +50,8 @@ def main() -> int:
         parser.error(f"no case has {options.only!r} in its name, there are {' '.join(CASES)}")
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     builders = {name: partial(build, name, options.threads) for name in chosen}
-    verdicts, failures = run_cases(builders, rounds, device(), None if options.quick else options.csv)
-    return conclude(device(), rounds, verdicts, failures)
+    verdicts, failures = run_cases(builders, rounds, processor(), None if options.quick else options.csv)
+    return conclude(processor(), rounds, verdicts, failures)
 
 
 def build(name: str, threads: int | None) -> Case:
@@ -66,16 +65,6 @@ def build(name: str, threads: int | None) -> Case:
     own_threads, builder = CASES[name]
     torch.set_num_threads(threads or own_threads)
     return builder(threads or own_threads)
-
-
-def device() -> str:
-    """Return the CPU's model and how many cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    families = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
-    model = families.get("model name", platform.processor() or platform.machine())
-    if "cpu family" in families:
-        model += f" (family {families['cpu family']} model {families['model']})"
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 @pytest.mark.parametrize("name", CASES)

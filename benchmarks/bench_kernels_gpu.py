@@ -7,7 +7,6 @@ python benchmarks/bench_kernels_gpu.py --device cpu --quick   # tiny problems: t
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from cases import gpu
-from protocol import RESULTS, Case, conclude, run_cases, wall_clock
+from protocol import RESULTS, Case, conclude, run_cases, slug, wall_clock
 
 ROUNDS, QUICK_ROUNDS = 10, 2
 
@@ -63,11 +62,6 @@ def event_clock(call: Callable[[], object], calls: int) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3 / calls
-
-
-def slug(name: str) -> str:
-    """Return a device's name as part of a file name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
+import platform
+import re
 import statistics
 import subprocess
 import time
@@ -192,12 +195,12 @@ def csv_rows(case: Case, figures: dict[str, Figures], device: str) -> list[dict[
     return lines
 
 
-def append(path: Path, lines: Iterable[dict[str, object]]) -> None:
+def append(path: Path, lines: Iterable[dict[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Append lines to a CSV, with a header where the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(lines)
@@ -208,6 +211,21 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """Return the CPU's model and how many cores this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    families = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
+    model = families.get("model name", platform.processor() or platform.machine())
+    if "cpu family" in families:
+        model += f" (family {families['cpu family']} model {families['model']})"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
