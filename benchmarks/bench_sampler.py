@@ -3,7 +3,7 @@
     python benchmarks/bench_sampler.py                     # CPU; figures go to benchmarks/results/sampler.csv
     python benchmarks/bench_sampler.py --quick --model photos-sd   # one round, nothing recorded
     python benchmarks/bench_sampler.py --share 256         # also the memorised share over many images
-    python benchmarks/bench_sampler.py --device cuda       # SD 1.5's and SDXL's shapes, random weights, float16
+    python benchmarks/bench_sampler.py --device cuda       # SD 1.5's and SDXL's shapes, random weights, fp16
 
 All contestants draw the same prompts from the same seeds in one process, taking turns round after round;
 times are medians. What a call does is counted exactly, and must be the same in every round.

@@ -25,9 +25,9 @@ class CountedIndex(Index):
 
     counts: Counter[str]
 
-    def nearest(self, vectors: Tensor) -> Any:
+    def nearest(self, vectors: Tensor, *rest: Any) -> Any:
         self.counts["searches"] += len(vectors)
-        return super().nearest(vectors)
+        return super().nearest(vectors, *rest)
 
     def search(self, queries: Any, k: int = 1) -> Any:
         self.counts["searches"] += len(queries)
