@@ -1,8 +1,8 @@
-"""Draws the kernels' figures and fills docs/performance.md, both from benchmarks/results/kernels*.csv alone.
+"""Draws the charts and fills docs/performance.md from benchmarks/results/{kernels,sampler}*.csv alone.
 
-    python benchmarks/charts.py          # docs/kernels-*.png, and the tables between the page's markers
+    python benchmarks/charts.py   # docs/kernels-*.png, docs/sampler-*.png, tables between the page's markers
 
-A figure is the last one recorded of its case, provider and metric.
+A figure is the last one recorded of its case, provider and metric, or of its case and contestant.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from protocol import OURS, RESULTS, ROOT
+from sampling import waterfall
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+KEY = ("kernel", "case", "threads", "provider", "metric")
+NOTHING = "No figures are recorded yet."
 INK, OURS_COLOUR, RIVAL_COLOUR = "#222222", "#d1495b", "#9db4c0"
 Line = dict[str, str]
 Groups = dict[tuple[str, str, str], dict[str, Line]]  # (kernel, case, threads) -> provider -> line
@@ -38,15 +41,23 @@ def main() -> None:
         draw(lines, chart)
         tables.append(table(lines, chart))
         print(f"{chart}: {len(lines)} figures")
-    fill(options.page, "\n\n".join(tables) or "No figures are recorded yet.")
+    fill(options.page, "\n\n".join(tables) or NOTHING, BEGIN, END)
+    tables = []
+    for path in sorted(options.results.glob("sampler*.csv")):
+        lines = latest(path, waterfall.KEY)
+        chart = options.page.parent / f"sampler-{path.stem.removeprefix('sampler').strip('-') or 'cpu'}.png"
+        waterfall.draw(lines, chart)
+        tables.append(waterfall.table(lines, chart))
+        print(f"{chart}: {len(lines)} figures")
+    fill(options.page, "\n\n".join(tables) or NOTHING, waterfall.BEGIN, waterfall.END)
 
 
-def latest(path: Path) -> list[Line]:
-    """Return the last line of every case, provider and metric, in the file's order of cases."""
+def latest(path: Path, key: tuple[str, ...] = KEY) -> list[Line]:
+    """Return the last line with the same columns `key`, in the file's order of cases."""
     found: dict[tuple[str, ...], Line] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            found[tuple(line[name] for name in ("kernel", "case", "threads", "provider", "metric"))] = line
+            found[tuple(line[name] for name in key)] = line
     return list(found.values())
 
 
@@ -154,11 +165,11 @@ def table(lines: list[Line], chart: Path) -> str:
     return "\n".join(text)
 
 
-def fill(page: Path, figures: str) -> None:
-    """Replace what stands between the page's markers."""
-    before, rest = page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{figures}\n{END}{after}")
+def fill(page: Path, figures: str, begin: str, end: str) -> None:
+    """Replace what stands between two of the page's markers."""
+    before, rest = page.read_text().split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{figures}\n{end}{after}")
 
 
 if __name__ == "__main__":
