@@ -14,6 +14,7 @@ from amg.config import PRESETS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
+    from amg.calibrate import add_parser as add_calibrate
     from amg.embed.cli import add_parser as add_embedder
     from amg.index.cli import add_parser as add_index
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"amg {amg.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
+    add_calibrate(commands)
     add_index(commands)
     add_embedder(commands)
     add_demo(commands)
@@ -79,6 +81,7 @@ def add_sample(commands: Any) -> None:
     parser.add_argument(
         "--on-memorized", choices=("resample", "block", "flag", "raise"), help="what to do with a copy"
     )
+    parser.add_argument("--calibration", type=Path, help="file of `amg calibrate` for just such a run")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNGs and verdicts.jsonl; resumes")
     parser.set_defaults(run=_sample)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 _CHOICES = {
@@ -64,6 +65,10 @@ class AMGConfig:
     check_at: tuple[float, ...] | None = None
     """Fractions of the trajectory where every sample is measured; in between only those whose gate was open
     at their last check. Empty: at every step (the paper's form). Finished images are checked regardless."""
+    calibration: str | Path | None = None
+    """A file of `amg calibrate`: checks pass over samples whose free signals say ordinary, at its miss rate.
+    Refused for another model, scheduler, number of steps, guidance scale, index or promise. None: at a check
+    every sample is measured."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
     rewind_at: tuple[float, ...] | None = None

@@ -29,6 +29,7 @@ class Flight:
     deduplicated_until: int = 0
     suspected: bool = False  # its gate was open when it was last measured
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
+    previous: Tensor | None = None  # its denoiser input at the last step, where free signals are kept
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)
 

@@ -1,11 +1,111 @@
-"""Which samples are measured at a step: all at the checks, in between only those already suspected."""
+"""Which samples are measured at a step: all at the checks, in between only those already suspected.
+
+A calibration (`amg calibrate`) lets a check skip the samples whose free signals say ordinary.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.signals import SIGNALS, free_signals, raw_signals
+
+FORMAT, VERSION = "amg calibration", 1
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a calibration holds for: the last part of the model's name or path, sha256 of its denoiser's
+    config, scheduler class, number of timesteps, guidance scale, sha256 of the index's manifest, and the
+    promise."""
+
+    model: str
+    denoiser_sha256: str
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    index_sha256: str
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """At one step a sample with sign·signal < threshold is called ordinary."""
+
+    signal: str
+    sign: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Rules by step, with μ_t and τ_t of ‖x_{t−1} − x_t‖ over ordinary generations, float64 [T − 1].
+
+    Without rules it skips nothing, but has the free signals of every step kept in the traces.
+    """
+
+    key: Key | None = None
+    source: str = ""
+    rules: dict[int, Rule] = field(default_factory=dict)
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
+    deviation: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @staticmethod
+    def load(path: str | Path) -> Gate:
+        """The gate of a calibration file; ValueError where it is not one of this version."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            if (record["format"], record["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"{record['format']!r} version {record['version']!r}")
+            region = [torch.tensor(record["region"][name]).double() for name in ("mean", "deviation")]
+            return Gate(Key(**record["key"]), str(path), _rules(record["gate"]), *region)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`calibration` must be a file of `amg calibrate`, {FORMAT} version {VERSION}, "
+                f"got {path} ({error!r})"
+            ) from error
+
+    def require(self, key: Key) -> None:
+        """ValueError naming what differs, unless this calibration was made for `key`."""
+        if self.key is None:
+            return
+        made, asked = asdict(self.key), asdict(key)
+        differing = [item.name for item in fields(Key) if made[item.name] != asked[item.name]]
+        if differing:
+            was = ", ".join(f"{name}={made[name]!r}" for name in differing)
+            now = ", ".join(f"{name}={asked[name]!r}" for name in differing)
+            raise ValueError(f"`calibration` {self.source} must be for this run's {now}, got one for {was}")
+
+    def ordinary(
+        self, rows: Sequence[int], position: int, flights: Sequence[Flight], signals: dict[int, Any]
+    ) -> set[int]:
+        """Those of `rows` whose free signal at step `position` says ordinary.
+
+        A sample that went back, or runs again, is none that was calibrated: it is never among them.
+        """
+        rule = self.rules.get(position)
+        rows = [row for row in rows if not (flights[row].rewinds or flights[row].retries)]
+        if rule is None or not rows:
+            return set()
+        raw = raw_signals([flights[row].trace for row in rows], [signals[row] for row in rows])
+        found = rule.sign * free_signals(raw, self.mean, self.deviation)[rule.signal][:, position]
+        return {row for row, value in zip(rows, found.tolist(), strict=True) if value < rule.threshold}
+
+
+def _rules(records: Sequence[dict[str, Any]]) -> dict[int, Rule]:
+    rules = {int(one["step"]): Rule(one["signal"], one["sign"], one["threshold"]) for one in records}
+    unknown = [rule.signal for rule in rules.values() if rule.signal not in SIGNALS]
+    if unknown:
+        raise ValueError(f"unknown signal {unknown[0]!r}")
+    return rules
 
 
 def steps_of(fractions: Sequence[float], total: int) -> set[int]:
@@ -13,13 +113,25 @@ def steps_of(fractions: Sequence[float], total: int) -> set[int]:
     return {round(at * (total - 1)) for at in fractions}
 
 
-def rows_to_check(config: AMGConfig, position: int, total: int, flights: Sequence[Flight]) -> list[int]:
+def rows_to_check(
+    config: AMGConfig,
+    position: int,
+    total: int,
+    flights: Sequence[Flight],
+    gate: Gate | None = None,
+    signals: dict[int, Any] | None = None,
+) -> list[int]:
     """The rows whose similarity is measured at step `position` of `total`.
 
     A sample whose gate was open at its last check is suspected and measured again at every step until it
-    closes. Skipping only saves work: finished images are always checked.
+    closes; with a calibration a check passes over the others whose `signals` (three per row, of this step)
+    say ordinary. Skipping only saves work: finished images are always checked.
     """
     checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), total)
-    if not config.check_at or position in checks:
-        return list(range(len(flights)))
-    return [row for row, flight in enumerate(flights) if flight.suspected]
+    due = not config.check_at or position in checks
+    rows = [row for row, flight in enumerate(flights) if due or flight.suspected]
+    if gate is None or not due:
+        return rows
+    unsuspected = [row for row in rows if not flights[row].suspected]
+    ordinary = gate.ordinary(unsuspected, position, flights, signals or {})
+    return [row for row in rows if row not in ordinary]

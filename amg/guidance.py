@@ -109,3 +109,11 @@ def require_finite(name: str, tensor: Tensor) -> None:
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1] in the dtype of `like`, for broadcasting."""
     return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def rescale(output: Tensor, output_cond: Tensor, amount: float) -> Tensor:
+    """Lin et al. 2023 (arXiv 2305.08891), section 3.4: blend towards the conditional output's standard
+    deviation."""
+    axes = tuple(range(1, output.ndim))
+    matched = output * (output_cond.std(axes, keepdim=True) / output.std(axes, keepdim=True))
+    return amount * matched + (1 - amount) * output

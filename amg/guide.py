@@ -14,10 +14,11 @@ import amg.kernels as kernels
 from amg import guidance
 from amg.config import AMGConfig
 from amg.flight import Flight
-from amg.gate import rows_to_check, steps_of
+from amg.gate import Gate, rows_to_check, steps_of
 from amg.ordinary import FREQUENT_CAPTION, despecify
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, threshold_at
+from amg.signals import note_moves
 from amg.similarity import Measured, Similarity, similarity_for
 from amg.verdict import TraceStep
 
@@ -62,6 +63,7 @@ class Guide:
     guidance_scale: float
     guidance_rescale: float = 0.0
     judges: tuple[Judge, ...] = ()
+    gate: Gate | None = None
 
     def at(self, scheduler: Any, index: int) -> Step:
         """The step's place and numbers, out of the scheduler's current timesteps."""
@@ -110,7 +112,7 @@ class _Step:
         self.prediction = Prediction(guide.denoiser.prediction_type, step.alpha_bar)
         self.output_uncond, self.output_cond = output_uncond, output_cond
         self.terms: list[list[str]] = [[] for _ in flights]
-        self.signals: dict[int, tuple[float, ...]] = {}  # the free signals of the rows checked
+        self.signals: dict[int, tuple[float, ...]] = {}  # the free signals of the rows checked, or of all
         self.measured: dict[int, tuple[float, int]] = {}  # similarity and nearest row of the rows checked
 
     def run(self) -> Guided:
@@ -120,7 +122,11 @@ class _Step:
         guidance.require_finite("output", output)  # images drop NaN silently when they become bytes
         if not self.config.active:
             return Guided(output, changed)
-        checked = rows_to_check(self.config, self.step.position, self.step.total, self.flights)
+        gate, step = self.guide.gate, self.step
+        if gate is not None:
+            note_moves(self.flights, self.sample, step.position)
+            self.predict_x0(torch.arange(len(self.flights), device=output.device))
+        checked = rows_to_check(self.config, step.position, step.total, self.flights, gate, self.signals)
         if checked:
             output = self.guide_rows(torch.tensor(checked, device=output.device), output, changed)
         self.record()
@@ -154,7 +160,7 @@ class _Step:
             return self.output_cond, changed
         output = guidance.classifier_free(self.output_uncond, self.output_cond, self.guide.guidance_scale)
         if self.guide.guidance_rescale > 0:
-            output = _rescale(output, self.output_cond, self.guide.guidance_rescale)
+            output = guidance.rescale(output, self.output_cond, self.guide.guidance_rescale)
         for row, flight in enumerate(self.flights):
             if self.despecified(flight):
                 halves = (self.output_uncond[row], self.output_cond[row])
@@ -169,10 +175,9 @@ class _Step:
         return self.output_uncond is not None and self.guide.guidance_rescale == 0
 
     def halves(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t, eps_uncond and eps_cond of `rows`, float32 or wider."""
-        assert self.output_uncond is not None
-        sample = self.sample[rows]
-        parts = (self.output_uncond[rows], self.output_cond[rows])
+        """x_t, eps_uncond (eps_cond where there is none) and eps_cond of `rows`, float32 or wider."""
+        sample, uncond = self.sample[rows], self.output_uncond
+        parts = ((self.output_cond if uncond is None else uncond)[rows], self.output_cond[rows])
         wide = torch.promote_types(sample.dtype, torch.float32)
         eps_uncond, eps_cond = (self.prediction.to_eps(part, sample).to(wide) for part in parts)
         return sample.to(wide), eps_uncond, eps_cond
@@ -191,9 +196,13 @@ class _Step:
         return table
 
     def x0_hat(self, rows: Tensor, eps: Tensor) -> Tensor:
-        """x0_hat of the guided noise prediction `eps` of `rows`; the kernel also gives the free signals."""
+        """x0_hat of the guided noise prediction `eps` of `rows`."""
         if not self.plainly_guided:
             return self.prediction.x0_hat(eps.float(), self.sample[rows].float())
+        return self.predict_x0(rows)
+
+    def predict_x0(self, rows: Tensor) -> Tensor:
+        """x0_hat of plain classifier-free guidance of `rows`; keeps their free signals."""
         found = kernels.predict_x0(*self.halves(rows), coefficients=self.coefficients(rows))
         for row, signals in zip(rows.tolist(), found.signals.tolist(), strict=True):
             self.signals[row] = tuple(signals)
@@ -389,11 +398,3 @@ class _Step:
 def _take(measured: Measured, rows: Tensor) -> Measured:
     extras = {name: value[rows] for name, value in measured.extras.items()}
     return Measured(measured.similarity[rows], measured.row[rows], extras)
-
-
-def _rescale(output: Tensor, output_cond: Tensor, amount: float) -> Tensor:
-    """Lin et al. 2023 (arXiv 2305.08891), section 3.4: blend towards the conditional output's standard
-    deviation."""
-    axes = tuple(range(1, output.ndim))
-    matched = output * (output_cond.std(axes, keepdim=True) / output.std(axes, keepdim=True))
-    return amount * matched + (1 - amount) * output

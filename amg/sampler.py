@@ -88,9 +88,9 @@ def arguments_for(scheduler: Any, extra: dict[str, Any], generator: Any) -> dict
 def start_over(
     run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig
 ) -> Tensor:
-    """Whole re-runs with fresh noise under `strong`, one per row of `like`; despecified up to the first
-    checkpoint."""
-    guide = replace(run.guide, config=strong)
+    """Whole re-runs with fresh noise under `strong`, ungated, one per row of `like`; despecified up to the
+    first checkpoint."""
+    guide = replace(run.guide, config=strong, gate=None)
     again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
     checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
     for flight in flights:

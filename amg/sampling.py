@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
     also = [open_index(path, None, arguments.device) for path in arguments.also]
-    scale = arguments.guidance_scale
-    if scale is None:
-        scale = 7.5 if getattr(pipe, "vae", None) is not None else 2.0
-    overrides = {"on_memorized": arguments.on_memorized} if arguments.on_memorized else {}
+    scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
+    overrides: dict[str, Any] = {"calibration": arguments.calibration}
+    if arguments.on_memorized:
+        overrides["on_memorized"] = arguments.on_memorized
     sampler = Sampler(
         pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also
     )
@@ -82,6 +82,11 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
     return pipe
 
 
+def default_scale(pipe: Any) -> float:
+    """The guidance scale where none is asked for: 7.5, and 2 for pixel models."""
+    return 7.5 if getattr(pipe, "vae", None) is not None else 2.0
+
+
 def open_index(path: Path, embedder: str | None, device: str) -> Any:
     """An index with the embedder named on the command line attached."""
     from amg import embed
@@ -100,7 +105,7 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise ValueError(f"`--steps` must be >= 1, got {arguments.steps}")
     prompts: list[str | None] = [arguments.prompt]
     if arguments.prompts is not None:
-        prompts = [*_read_prompts(arguments.prompts)]
+        prompts = [*read_prompts(arguments.prompts)]
     seed = arguments.seed
     for prompt in prompts:
         for _ in range(arguments.images):
@@ -108,10 +113,11 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seed += 1
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
+    """The prompts of a file: one a line, or JSONL with `caption`; ValueError naming `option` if none."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"`--prompts` must hold at least one prompt, got an empty file {path}")
+        raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")
     return [json.loads(line)["caption"] if line.lstrip().startswith("{") else line.strip() for line in lines]
 
 
@@ -139,6 +145,7 @@ def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
         "images",
         "seed",
         "on_memorized",
+        "calibration",
     )
     request = {**{name: str(getattr(arguments, name)) for name in names}, "guidance_scale": scale}
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,11 @@ class AMGScheduler:
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
         config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+        if config.calibration is not None:
+            raise ValueError(
+                "`calibration` must be None: a scheduler does not know the model it was made for; "
+                f"use `amg.Sampler` or `amg.protect`, got {config.calibration}"
+            )
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output
@@ -47,7 +52,11 @@ class AMGScheduler:
             self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode
         )
         self._guide = Guide(
-            self.amg_config, index, similarity_for(index, denoiser), denoiser, self.amg_config.guidance_scale
+            self.amg_config,
+            index,
+            similarity_for(index, denoiser),
+            denoiser,
+            self.amg_config.guidance_scale,
         )
         self._flights: list[Flight] = []
         self._step = 0

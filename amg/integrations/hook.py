@@ -20,8 +20,10 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.gate import Gate
 from amg.guide import Guide, judges_for
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
+from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine
 from amg.sampler import Run, send_back
@@ -33,8 +35,10 @@ NAME = "anti-memorization guidance"
 class Session:
     """One call of a protected pipeline: what the hook and the step wrapper share."""
 
-    def __init__(self, pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any] = ()):
-        self.pipe, self.index, self.config, self.also = pipe, index, config, also
+    def __init__(
+        self, pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any] = (), gate: Gate | None = None
+    ):
+        self.pipe, self.index, self.config, self.also, self.gate = pipe, index, config, also, gate
         self.run: Run | None = None
         self.flights: list[Flight] = []
         self.conditions: Conditions | None = None
@@ -58,7 +62,10 @@ class Session:
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
         similarity, judges = similarity_for(self.index, denoiser), judges_for(self.also, denoiser)
-        guide = Guide(self.config, self.index, similarity, denoiser, self.scale, rescale, judges)
+        if self.gate is not None:
+            scheduler = self.pipe.scheduler
+            self.gate.require(key_for(self.pipe, self.index, scheduler, self.scale, self.config))
+        guide = Guide(self.config, self.index, similarity, denoiser, self.scale, rescale, judges, self.gate)
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 

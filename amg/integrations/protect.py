@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.gate import Gate
 from amg.integrations.denoiser import is_latent
 from amg.integrations.hook import Session, guided_call
+from amg.integrations.identity import gate_of
 from amg.promise import decode, deliver
 from amg.verdict import Verdict
 
@@ -30,6 +32,7 @@ class Protection:
     index: Any
     config: AMGConfig
     also: tuple[Any, ...]
+    gate: Gate | None
 
 
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
@@ -49,8 +52,9 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     if hasattr(pipe, "_amg_protection"):
         unprotect(pipe)
     kind: Any = type(pipe)
+    protection = Protection(index, config, tuple(also), gate_of(config))
     pipe.__class__ = _protected(kind)
-    pipe._amg_protection = Protection(index, config, tuple(also))
+    pipe._amg_protection = protection
     return pipe
 
 
@@ -96,7 +100,7 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
-    session = Session(pipe, protection.index, protection.config, protection.also)
+    session = Session(pipe, protection.index, protection.config, protection.also, protection.gate)
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
             kwargs.pop("class_labels", None),

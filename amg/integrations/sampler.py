@@ -15,6 +15,7 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide, judges_for
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
+from amg.integrations.identity import gate_of, key_for
 from amg.integrations.protect import to_pil
 from amg.predict import Conditions
 from amg.promise import decode, deliver
@@ -46,6 +47,7 @@ class Sampler:
         self.denoiser = denoiser_for(pipe)
         self.similarity = similarity_for(index, self.denoiser)
         self.judges = judges_for(self.also, self.denoiser)
+        self.gate = gate_of(self.config)
 
     @torch.no_grad()
     def __call__(
@@ -82,10 +84,19 @@ class Sampler:
         )
         self.config.warn_without_guidance(scale if conditions.cond else None)
         guide = Guide(
-            self.config, self.index, self.similarity, self.denoiser, scale, guidance_rescale, self.judges
+            self.config,
+            self.index,
+            self.similarity,
+            self.denoiser,
+            scale,
+            guidance_rescale,
+            self.judges,
+            self.gate,
         )
         scheduler = pristine(self.pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=self.pipe._execution_device)
+        if self.gate is not None:
+            self.gate.require(key_for(self.pipe, self.index, scheduler, scale, self.config))
         run = Run(guide, pristine(scheduler), {"eta": eta})
         sample = self._noise(batch, generator, latents) * scheduler.init_noise_sigma
         flights = [
