@@ -44,15 +44,16 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.prompts} {self.batch}"
+        return f"{self.model} {self.prompts} {self.batch:02d}"
 
 
 # As many as make a run of less than eight minutes on two cores.
-IMAGES = {1: 2, 4: 4, 16: 16}
 CASES = {
     "cpu": (
-        *(Case("photos-sd", kind, batch, IMAGES[batch], 3) for kind in KINDS for batch in IMAGES),
-        *(Case("sd-proportions", kind, 4, 4, 3) for kind in ("ordinary", "memorised")),
+        *(Case("photos-sd", kind, 1, 2, 3) for kind in KINDS[:2]),
+        *(Case("photos-sd", kind, 4, 4, 3) for kind in KINDS),
+        *(Case("photos-sd", kind, 16, 16, 2) for kind in KINDS[:2]),
+        *(Case("sd-proportions", kind, 2, 2, 3) for kind in KINDS[:2]),
     ),
     "cuda": tuple(
         Case(model, kind, batch, 4, 3)
@@ -61,6 +62,12 @@ CASES = {
         for batch in (1, 4)
     ),
 }
+
+
+MORE = (
+    *(Case("photos-sd", "mixed", batch, max(batch, 2), 3) for batch in (1, 16)),
+    *(Case("sd-proportions", kind, batch, batch, 3) for kind in KINDS for batch in (1, 4, 16)),
+)
 
 
 @dataclass
@@ -168,7 +175,7 @@ def changed(images: Tensor, plain: Tensor) -> float:
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
-    cases = list(CASES[options.device])
+    cases = [*CASES[options.device], *(MORE if options.all else ())]
     if options.share:
         three = (PLAIN, LITERAL, OURS)
         cases.append(Case("photos-sd", "memorised", 16, options.share, 1, three))
@@ -215,7 +222,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", metavar="PART", help="cases with this in MODEL PROMPTS BATCH")
+    parser.add_argument(
+        "--only", default="", metavar="PART", help="cases with this in 'MODEL PROMPTS BATCH', '04'"
+    )
     parser.add_argument("--model", action="append", choices=tuple(MODELS), help="these models alone")
     parser.add_argument("--quick", action="store_true", help="one round, nothing recorded")
     parser.add_argument("--rounds", type=int, help="turns of each contestant, instead of each case's own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,9 @@ class Contestant:
     draw: Draw = field(repr=False)
 
 
+# Savings that are options of the config, switched off; those this version of amg does not have are left out.
+OFF = {"lazy_search": False}
+WITHOUT = {option.name: OFF[option.name] for option in fields(AMGConfig) if option.name in OFF}
 # The paper's method: measured at every step by decoder, embedder and exact search, a term of constant length,
 # and nothing after it: no rewinds, nothing run again.
 LITERALLY = {
@@ -76,8 +79,9 @@ LITERALLY = {
     "rewind_at": (),
     "step_length": "constant",
     "on_memorized": "flag",
+    **WITHOUT,
 }
-PLAIN, LITERAL, OURS = "plain", "literal", "check schedule"
+PLAIN, LITERAL, OURS = "plain", "literal", "ours"
 # A further saving is one more line: an option of the config, a searcher, or another `draw`.
 CONTESTANTS = (
     Contestant(PLAIN, "diffusers with classifier-free guidance, nothing measured", plain),
@@ -92,8 +96,15 @@ CONTESTANTS = (
         "the length of the third term is computed",
         guided("main", **{**LITERALLY, "step_length": None}),
     ),
-    Contestant("promise", "rewinds, and what is still memorised is run again", guided("main", check_at=())),
-    Contestant(OURS, "measured at a few steps, suspected samples at every step", guided("main")),
+    Contestant(
+        "promise", "rewinds, and what is still memorised is run again", guided("main", check_at=(), **WITHOUT)
+    ),
+    Contestant(
+        "check schedule",
+        "measured at a few steps, suspected samples at every step",
+        guided("main", **WITHOUT),
+    ),
+    Contestant(OURS, "the preset as it is, every saving on", guided("main")),
     Contestant("final check only", "no guidance, finished images checked and marked", guided("off")),
 )
 

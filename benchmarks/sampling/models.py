@@ -1,7 +1,8 @@
 """What is sampled from: a bundled model that memorises, and random weights in the shapes of Stable Diffusion.
 
 A model with random weights memorises nothing, so its "memorised" prompts are planted: the index holds what
-the plain pipeline draws for these prompts and seeds, among random unit vectors. The gate opens on them, and a sample that goes back to fresh noise leaves them.
+the plain pipeline draws for these prompts and seeds, among random unit vectors. The gate opens on them,
+and a sample that goes back to fresh noise leaves them.
 """
 
 from __future__ import annotations
