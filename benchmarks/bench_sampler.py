@@ -175,7 +175,7 @@ def changed(images: Tensor, plain: Tensor) -> float:
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
-    cases = [*CASES[options.device], *(MORE if options.all else ())]
+    cases = [*CASES[options.device], *(MORE if options.all and options.device == "cpu" else ())]
     if options.share:
         three = (PLAIN, LITERAL, OURS)
         cases.append(Case("photos-sd", "memorised", 16, options.share, 1, three))
@@ -230,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="turns of each contestant, instead of each case's own")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"denoising steps (default {STEPS})")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
+    parser.add_argument("--all", action="store_true", help="more prompt sets and batches; half an hour")
     parser.add_argument(
         "--share", type=int, metavar="IMAGES", help="also draw so many memorised prompts once"
     )
