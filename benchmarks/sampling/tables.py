@@ -64,7 +64,7 @@ BARS = (
     Bar("copies a judge sees, ours less literal", "memorised", 0, judged_against_literal, images=256),
     Bar("ordinary images changed %", "ordinary", 1, of_ours("changed_pct")),
 )
-# Bars of the issue whose saving does not exist yet, so nothing could be measured.
+# Bars of the issue that this harness does not measure yet.
 MISSING = ("full searches skipped by the lazy bound >= 60 %", "continuous batching >= 1.3x one by one")
 
 
@@ -105,7 +105,7 @@ def judged(lines: Sequence[Line]) -> str:
             rows.append((bar.label, case, f"{figure:.3g}", limit, "yes" if met else "NO"))
         if not found:
             rows.append((bar.label, "not run", "", limit, "-"))
-    rows += [(label, "not built yet", "", "", "-") for label in MISSING]
+    rows += [(label, "not measured yet", "", "", "-") for label in MISSING]
     return aligned(rows)
 
 
