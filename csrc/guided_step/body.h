@@ -2,6 +2,8 @@
 // is in an anonymous namespace so that no level's code is linked into another's.
 #pragma once
 
+#include <type_traits>
+
 #include "guided_step.h"
 #include "simd/tail.h"
 #include "simd/unroll.h"
@@ -72,7 +74,13 @@ AMG_INLINE inline void prefetch_inputs(const BlockPointers<T>& p, std::int64_t o
   }
 }
 
-template <class V, class T, bool Open, bool Step>
+template <class V, bool Stream, class T>
+AMG_INLINE inline void write_some(T* target, std::int64_t count, typename V::Reg value) {
+  if constexpr (Stream) return V::stream(target, value);
+  store_some<V>(target, count, value);
+}
+
+template <class V, class T, bool Open, bool Step, bool Stream>
 inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t offset,
                           std::int64_t count, Accumulators<V>& sums) {
   const auto x_t = load_some<V>(p.sample + offset, count);
@@ -91,17 +99,17 @@ inline void step_elements(const BlockPointers<T>& p, const SampleScales& s, DTyp
   sums.cross = V::fma(eps_u, delta, sums.cross);
   sums.uncond = V::fma(eps_u, eps_u, sums.uncond);
   const auto clean = V::fma(V::set(-s.root), eps_guided, x_t);
-  store_some<V>(p.x0_hat + offset, count, V::mul(clean, V::set(s.inv_root_alpha)));
+  write_some<V, Stream>(p.x0_hat + offset, count, V::mul(clean, V::set(s.inv_root_alpha)));
   if constexpr (Step) {
     auto prev = V::fma(V::set(s.k_eps), eps_guided, V::mul(V::set(s.k_sample), x_t));
     if (p.noise != nullptr) prev = V::fma(V::set(s.k_noise), load_some<V>(p.noise + offset, count), prev);
-    store_some<V>(p.prev_sample + offset, count, prev);
+    write_some<V, Stream>(p.prev_sample + offset, count, prev);
     const auto moved = V::sub(prev, x_t);
     sums.step = V::fma(moved, moved, sums.step);
   }
 }
 
-template <class V, class T, bool Open, bool Step>
+template <class V, class T, bool Open, bool Step, bool Stream>
 void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtype, std::int64_t size, double* partial) {
   partial[0] = partial[1] = partial[2] = partial[3] = 0;
   if constexpr (Open) prefetch_open_start(p, size);
@@ -111,14 +119,22 @@ void run_block(const BlockPointers<T>& p, const SampleScales& s, DType grad_dtyp
     std::int64_t offset = start;
     for (; offset + V::width <= stop; offset += V::width) {
       prefetch_inputs<V, T, Open>(p, offset, size);
-      step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, V::width, run);
+      step_elements<V, T, Open, Step, Stream>(p, s, grad_dtype, offset, V::width, run);
     }
-    if (offset < stop) step_elements<V, T, Open, Step>(p, s, grad_dtype, offset, stop - offset, run);
+    if (offset < stop) step_elements<V, T, Open, Step, Stream>(p, s, grad_dtype, offset, stop - offset, run);
     partial[0] += V::sum(run.delta);
     partial[1] += V::sum(run.cross);
     partial[2] += V::sum(run.uncond);
     partial[3] += V::sum(run.step);
   }
+  if constexpr (Stream) V::fence();
+}
+
+template <class V, class T, bool Stream>
+void run_kind(const GuidedStepArgs& a, const BlockPointers<T>& p, const SampleScales& s, std::int64_t size, double* partial) {
+  if (a.prev_sample == nullptr) return run_block<V, T, false, false, Stream>(p, s, a.grad_dtype, size, partial);
+  if (s.open) return run_block<V, T, true, true, Stream>(p, s, a.grad_dtype, size, partial);
+  run_block<V, T, false, true, Stream>(p, s, a.grad_dtype, size, partial);
 }
 
 template <class V, class T>
@@ -128,9 +144,9 @@ void typed_block(const GuidedStepArgs& a, const SampleScales& s, std::int64_t of
                      const_cast<T*>(at<T>(a.prev_sample, offset)), const_cast<T*>(at<T>(a.x0_hat, offset))};
   if (a.grad_dtype == DType::f32) p.grad_bytes = sizeof(float);
   if (a.similarity_grad != nullptr) p.similarity_grad = at<char>(a.similarity_grad, offset * p.grad_bytes);
-  if (a.prev_sample == nullptr) return run_block<V, T, false, false>(p, s, a.grad_dtype, size, partial);
-  if (s.open) return run_block<V, T, true, true>(p, s, a.grad_dtype, size, partial);
-  run_block<V, T, false, true>(p, s, a.grad_dtype, size, partial);
+  if constexpr (std::is_same_v<T, float>)
+    if (a.stream) return run_kind<V, T, true>(a, p, s, size, partial);
+  run_kind<V, T, false>(a, p, s, size, partial);
 }
 
 template <class V>

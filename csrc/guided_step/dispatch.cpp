@@ -21,6 +21,15 @@ GuidedStepBlock block_function() {
   return scalar::guided_step_block;
 }
 
+// Writing past the caches spares reading each line in order to overwrite it, but the next reader finds nothing there.
+bool worth_streaming(const GuidedStepArgs& args) {
+  constexpr std::int64_t kFrom = 2 << 20, kVector = 64;  // bytes of an output, about a core's own cache; of a vector
+  const std::int64_t sample_bytes = args.size * static_cast<std::int64_t>(sizeof(float));
+  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kVector == 0; };
+  return args.dtype == DType::f32 && args.batch * sample_bytes >= kFrom && sample_bytes % kVector == 0 &&
+         aligned(args.x0_hat) && aligned(args.prev_sample);
+}
+
 SampleScales sample_scales(const GuidedStepArgs& args, std::int64_t sample_index) {
   const float* row = args.coefficients + sample_index * args.coefficient_stride;
   const float threshold = row[5], s0 = row[6], c1 = row[7], c2 = row[8], c3 = row[9];
@@ -37,7 +46,9 @@ SampleScales sample_scales(const GuidedStepArgs& args, std::int64_t sample_index
 
 }  // namespace
 
-void guided_step(const GuidedStepArgs& args) {
+void guided_step(const GuidedStepArgs& given) {
+  GuidedStepArgs args = given;
+  args.stream = worth_streaming(args);
   const GuidedStepBlock run = block_function();
   const std::int64_t blocks = (args.size + kSignalBlock - 1) / kSignalBlock, tasks = args.batch * blocks;
   std::vector<double> partial(tasks * kSignals);

@@ -26,6 +26,7 @@ struct GuidedStepArgs {
   DType dtype;
   DType grad_dtype;
   int num_threads;
+  bool stream = false;  // float outputs too large for the caches, aligned, of whole vectors: written past them
 };
 
 // What one sample's gate and similarity make of its coefficient row.

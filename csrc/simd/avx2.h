@@ -24,6 +24,8 @@ struct Avx2Vec {
     return _mm256_div_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(255.0f));
   }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) { _mm256_stream_ps(p, v); }  // past the caches; p a multiple of 32 bytes
+  static void fence() { _mm_sfence(); }                            // after streams, before others may read
   static void store(amg::Half* p, Reg v) {
     const __m128i halves = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);

@@ -24,6 +24,8 @@ struct Avx512Vec {
     return _mm512_div_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(255.0f));
   }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) { _mm512_stream_ps(p, v); }  // past the caches; p a multiple of 64 bytes
+  static void fence() { _mm_sfence(); }                            // after streams, before others may read
   static void store(amg::Half* p, Reg v) {
     const __m256i halves = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);

@@ -63,6 +63,8 @@ struct ScalarVec {
   static Reg load(const amg::BFloat* p) { return bits_to_float(static_cast<std::uint32_t>(p->bits) << 16); }
   static Reg load(const amg::Byte* p) { return p->value / 255.0f; }
   static void store(float* p, Reg v) { *p = v; }
+  static void stream(float* p, Reg v) { *p = v; }
+  static void fence() {}
   static void store(amg::Half* p, Reg v) { p->bits = float_to_half(v); }
   static void store(amg::BFloat* p, Reg v) { p->bits = float_to_bfloat(v); }
   static Reg add(Reg a, Reg b) { return a + b; }

@@ -24,6 +24,25 @@ def test_error_is_at_most_twice_eager(impl, dtype, shape):
     assert_within_twice_eager(run(inputs, impl), inputs)
 
 
+@needs_extension
+@pytest.mark.parametrize("shape", [(6, 7, 112, 112), (5, 3, 187, 187)])
+def test_large_outputs_equal_small_ones_to_the_bit_in_cpp(shape):
+    """From 2 MiB an output of whole vectors is written past the caches; (187, 187) has a tail and is not."""
+    inputs = make_inputs(torch.float32, shape)
+    assert inputs.sample.nbytes >= 2**21
+    for whole, parts in zip(run(inputs, "cpp"), zip(*sample_by_sample(inputs), strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def sample_by_sample(inputs: StepInputs) -> list[kernels.GuidedStep]:
+    """The C++ step of each sample alone, under 2 MiB."""
+    alone = []
+    for i in range(len(inputs.sample)):
+        each = {name: value[i : i + 1] for name, value in vars(inputs).items() if name != "coefficients"}
+        alone.append(run(replace(inputs, **each), "cpp"))
+    return alone
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_reference_in_float64_equals_the_oracle(impl):
     inputs = make_inputs(torch.float32).to(torch.float64, torch.float64)
