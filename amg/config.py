@@ -23,7 +23,7 @@ _CHOICES = {
 class AMGConfig:
     """Options of anti-memorization guidance; frozen. Build one with `AMGConfig.preset(name, **overrides)`.
 
-    Similarities and thresholds are sigma of ALGORITHM.md: larger is closer, cosine in [-1, 1], or -nL2. A
+    Similarities and thresholds are sigma of the paper: larger is closer, cosine in [-1, 1], or -nL2. A
     field left None is filled in from the preset once the index's metric is known (`for_metric`).
     """
 
@@ -71,6 +71,9 @@ class AMGConfig:
     every sample is measured."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
+    lazy_search: bool = True
+    """Cosine on CPU: each sample keeps the 256 nearest rows of its last full search, and the whole index is
+    read only where these do not prove which row is nearest now; the same answers. False: always."""
     rewind_at: tuple[float, ...] | None = None
     """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
     rewind_to: float = 0.06

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from amg.index.lazy import Kept
 from amg.verdict import TraceStep
 
 
@@ -30,6 +31,7 @@ class Flight:
     suspected: bool = False  # its gate was open when it was last measured
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     previous: Tensor | None = None  # its denoiser input at the last step, where free signals are kept
+    kept: Kept = field(default_factory=Kept)  # of its last full search, for lazy ones
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)
 

@@ -137,7 +137,7 @@ class _Step:
         sample = self.sample[rows]
         eps = self.prediction.to_eps(output[rows], sample)
         x0_hat = self.x0_hat(rows, eps)
-        measured = self.guide.similarity.measure(x0_hat)
+        measured = self.guide.similarity.measure(x0_hat, [self.flights[row] for row in rows.tolist()])
         opened = self.opened(measured)
         acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
         if bool(acting.any()):
@@ -241,7 +241,7 @@ class _Step:
             eps = self.despecify_and_deduplicate(rows, eps, measured, opened)
             if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
-                measured = self.guide.similarity.measure(x0_hat)
+                measured = self.guide.similarity.measure(x0_hat, [self.flights[row] for row in rows.tolist()])
                 opened = self.opened(measured)
         if not self.config.c3 or not bool(opened.any()):
             return eps

@@ -54,7 +54,7 @@ class AMGScheduler:
         self._guide = Guide(
             self.amg_config,
             index,
-            similarity_for(index, denoiser),
+            similarity_for(index, denoiser, lazy=self.amg_config.lazy_search),
             denoiser,
             self.amg_config.guidance_scale,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,6 +35,13 @@ class ExactCosine:
 
     def __init__(self, rows: torch.Tensor, codes: Codes | None = None):
         self.rows, self.codes = rows, codes
+
+    @functools.cached_property
+    def largest_norm(self) -> float:
+        """The largest of the rows' norms, in float64: one pass over them, once. NaN if one is."""
+        blocks = self.rows.split(max(1, BLOCK_VALUES // self.rows.shape[1]))
+        norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).max() for block in blocks]
+        return float(torch.stack(norms).max())
 
     def nearest(self, queries: torch.Tensor) -> Nearest:
         found = amg.kernels.top1_cosine(queries, self.rows, codes=self.codes)

@@ -15,6 +15,7 @@ import torch
 
 from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
 from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
+from amg.index.lazy import Kept, nearest_lazily
 from amg.index.store import (
     CODE_ERRORS,
     CODE_SCALES,
@@ -240,14 +241,18 @@ class Index:
             )
         return unit_vectors(images, self.embedder)
 
-    def nearest(self, vectors: torch.Tensor) -> Nearest:
+    def nearest(self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None) -> Nearest:
         """Closest row of each vector [B, dimension] from embed() → (similarity [B], row [B], extras).
 
         The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance,
         denominator …), None for cosine. Raises ValueError for a wrong shape, dtype or device and
-        for non-finite vectors.
+        for non-finite vectors. kept: one amg.index.lazy.Kept per vector, so that exact cosine search on CPU
+        reads the whole index only where the rows kept from before do not prove the answer; the same result.
         """
-        return self.searcher.nearest(self._check(vectors))
+        vectors = self._check(vectors)
+        if kept is not None and isinstance(self.searcher, ExactCosine) and self.device.type == "cpu":
+            return nearest_lazily(self.searcher, vectors, kept)
+        return self.searcher.nearest(vectors)
 
     def search(self, queries: Any, k: int = 1) -> Hits:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.

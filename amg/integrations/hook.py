@@ -61,7 +61,8 @@ class Session:
         self.flights = [Flight.from_noise(row) for row in model_input[:batch]]
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
-        similarity, judges = similarity_for(self.index, denoiser), judges_for(self.also, denoiser)
+        similarity = similarity_for(self.index, denoiser, lazy=self.config.lazy_search)
+        judges = judges_for(self.also, denoiser)
         if self.gate is not None:
             scheduler = self.pipe.scheduler
             self.gate.require(key_for(self.pipe, self.index, scheduler, self.scale, self.config))

@@ -45,7 +45,7 @@ class Sampler:
         self.pipe, self.index, self.also = pipe, index, tuple(also)
         self.config = (config or AMGConfig.preset("main")).for_metric(index.metric)
         self.denoiser = denoiser_for(pipe)
-        self.similarity = similarity_for(index, self.denoiser)
+        self.similarity = similarity_for(index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
         self.gate = gate_of(self.config)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+from amg.flight import Flight
 
 
 class Measured(NamedTuple):
@@ -20,8 +23,9 @@ class Similarity(Protocol):
     """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or
     latents)."""
 
-    def measure(self, x0_hat: Tensor) -> Measured:
-        """Similarity and nearest row of every sample; raises FloatingPointError on NaN or infinity."""
+    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+        """Similarity and nearest row of every sample; raises FloatingPointError on NaN or infinity.
+        `flights`, one per sample, may hold what saves work; they never change the result."""
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
         """d sigma / d x0_hat."""
@@ -30,13 +34,13 @@ class Similarity(Protocol):
         """The change of x0_hat along the gradient's direction that brings sigma down to `threshold`."""
 
 
-def similarity_for(index: Any, denoiser: Any) -> Similarity:
-    """The similarity of an index's metric for a denoiser's x0_hat."""
+def similarity_for(index: Any, denoiser: Any, *, lazy: bool = False) -> Similarity:
+    """The similarity of an index's metric for a denoiser's x0_hat; `lazy` as in `AMGConfig.lazy_search`."""
     from amg.similarity.cosine import CosineSimilarity
     from amg.similarity.nl2 import NL2Similarity
 
     if index.metric == "cosine" and index.embedder is None:
         raise ValueError("`index` must have its embedder attached to guide: Index.open(path, embedder)")
     if index.metric == "cosine":
-        return CosineSimilarity(index, denoiser.decode)
+        return CosineSimilarity(index, denoiser.decode, lazy=lazy)
     return NL2Similarity(index, denoiser.decode, pixels=denoiser.pixels)

@@ -1,14 +1,15 @@
-"""Cosine similarity of x0_hat's embedding to the nearest training image's (ALGORITHM: sigma =
+"""Cosine similarity of x0_hat's embedding to the nearest training image's (the paper's sigma =
 E(x0_hat)·E(n0))."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amg.flight import Flight
 from amg.guidance import newton_shift, require_finite
 from amg.similarity import Measured
 
@@ -23,18 +24,19 @@ def embedding_gradient(embedding: Tensor, neighbour: Tensor) -> Tensor:
 
 class CosineSimilarity:
     """Decode, embed, search; the gradient runs back through embedder and decoder from the closed form
-    above."""
+    above. `lazy`: a flight's searches read the whole index only where its kept rows prove nothing."""
 
-    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor]):
-        self.index, self.decode = index, decode
+    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor], *, lazy: bool = False):
+        self.index, self.decode, self.lazy = index, decode, lazy
 
     @torch.no_grad()
-    def measure(self, x0_hat: Tensor) -> Measured:
+    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
         require_finite("x0_hat", x0_hat)
         embedding = self.index.embedder(self.decode(x0_hat).clamp(0, 1))
         require_finite("embedding", embedding)
         unit = torch.nn.functional.normalize(embedding.float())
-        similarity, row, _ = self.index.nearest(unit)
+        kept = [flight.kept for flight in flights] if self.lazy and flights is not None else None
+        similarity, row, _ = self.index.nearest(unit, kept)
         return Measured(similarity, row, {})
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:

@@ -5,12 +5,13 @@ nL2 = l2(x0_hat, n0) / D, D = alpha·mean of l2 over the k nearest rows, l2(a, b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amg.flight import Flight
 from amg.guidance import newton_shift, per_sample, require_finite
 from amg.similarity import Measured
 
@@ -41,7 +42,7 @@ class NL2Similarity:
         self.index, self.decode, self.pixels = index, decode, pixels
 
     @torch.no_grad()
-    def measure(self, x0_hat: Tensor) -> Measured:
+    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
         require_finite("x0_hat", x0_hat)
         images = self.index.embed(self.decode(x0_hat).clamp(0, 1).float())
         similarity, row, extras = self.index.nearest(images)
