@@ -1,4 +1,4 @@
-"""Free signals: what plain classifier-free guidance already knows of a sample (ALGORITHM.md)."""
+"""Free signals: what plain classifier-free guidance already knows of a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options are checked where they are made; presets say what ALGORITHM promises."""
+"""Options are checked where they are made; presets promise what they say."""
 
 import dataclasses
 import math
