@@ -43,7 +43,7 @@ def guided_step(
     coefficients: Tensor,
     impl: str | None = None,
 ) -> GuidedStep:
-    """Classifier-free guidance, the three AMG terms and the scheduler update in one pass (Chen, Liu, Xu 2024).
+    """Classifier-free guidance, the three AMG terms and the scheduler update in one pass (arXiv 2404.00922).
 
     Shapes: sample, eps_* and noise [B, C, H, W] of one dtype (fp32, fp16, bf16; fp64 in the reference);
     similarity_grad ∇_{x_t}σ alike or fp32; similarity σ [B] fp32; coefficients fp32 [10] or [B, 10] in the
