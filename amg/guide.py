@@ -19,7 +19,7 @@ from amg.ordinary import FREQUENT_CAPTION, despecify
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, threshold_at
 from amg.signals import note_moves
-from amg.similarity import Measured, Similarity, similarity_for
+from amg.similarity import Judge, Measured, Similarity
 from amg.verdict import TraceStep
 
 HELD_STEPS = 10  # the released code goes on de-duplicating a frequent caption for this many steps
@@ -34,13 +34,6 @@ class Step(NamedTuple):
     t: Any
     alpha_bar: float
     threshold: float
-
-
-class Judge(NamedTuple):
-    """A further index the finished images are held to: its metric, and its similarity of x0_hat."""
-
-    metric: str
-    similarity: Similarity
 
 
 class Guided(NamedTuple):
@@ -89,11 +82,6 @@ class Guide:
         return _Step(self, step, sample, output_uncond, output_cond, conditions, flights).run()
 
 
-def judges_for(also: Sequence[Any], denoiser: Denoiser) -> tuple[Judge, ...]:
-    """The further indexes `also` as judges of a denoiser's x0_hat."""
-    return tuple(Judge(index.metric, similarity_for(index, denoiser)) for index in also)
-
-
 class _Step:
     """The tensors of one step, so that its stages need not pass them along."""
 
@@ -113,6 +101,7 @@ class _Step:
         self.output_uncond, self.output_cond = output_uncond, output_cond
         self.terms: list[list[str]] = [[] for _ in flights]
         self.signals: dict[int, tuple[float, ...]] = {}  # the free signals of the rows checked, or of all
+        self.predicted: Tensor | None = None  # x0_hat of every row, where a gate wants every row's signals
         self.measured: dict[int, tuple[float, int]] = {}  # similarity and nearest row of the rows checked
 
     def run(self) -> Guided:
@@ -125,7 +114,7 @@ class _Step:
         gate, step = self.guide.gate, self.step
         if gate is not None:
             note_moves(self.flights, self.sample, step.position)
-            self.predict_x0(torch.arange(len(self.flights), device=output.device))
+            self.predicted = self.predict_x0(torch.arange(len(self.flights), device=output.device))
         checked = rows_to_check(self.config, step.position, step.total, self.flights, gate, self.signals)
         if checked:
             output = self.guide_rows(torch.tensor(checked, device=output.device), output, changed)
@@ -199,7 +188,7 @@ class _Step:
         """x0_hat of the guided noise prediction `eps` of `rows`."""
         if not self.plainly_guided:
             return self.prediction.x0_hat(eps.float(), self.sample[rows].float())
-        return self.predict_x0(rows)
+        return self.predict_x0(rows) if self.predicted is None else self.predicted[rows]
 
     def predict_x0(self, rows: Tensor) -> Tensor:
         """x0_hat of plain classifier-free guidance of `rows`; keeps their free signals."""
@@ -284,7 +273,11 @@ class _Step:
         if not bool(act.any()):
             return None
         chosen, denoiser = rows[act], self.guide.denoiser
-        said = [caption for caption, used in zip(captions, act.tolist(), strict=True) if used and caption]
+        said = [
+            caption
+            for caption, used in zip(captions, act.tolist(), strict=True)
+            if used and caption is not None
+        ]
         conditions = self.conditions.take(chosen)
         output = predict_neighbours(denoiser, self.sample[chosen], self.step.t, conditions, said)
         eps = self.prediction.to_eps(output, self.sample[chosen])

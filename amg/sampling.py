@@ -115,6 +115,8 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     """The prompts of a file: one a line, or JSONL with `caption`; ValueError naming `option` if none."""
+    if not path.is_file():
+        raise ValueError(f"`{option}` must be a file of prompts, got {path}, which is none")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")

@@ -74,6 +74,7 @@ def test_a_folder_of_another_request_is_refused(index, tmp_path, capsys):
     [
         (["sample", "nowhere", "--index", "x", "--out", "y"], "MODEL"),
         (["sample", "photos-ddpm", "--index", "missing.amg", "--out", "y"], "missing.amg"),
+        (["sample", "photos-ddpm", "--index", "x", "--out", "y", "--prompts", "gone.txt"], "--prompts"),
         (["sample", "photos-ddpm", "--index", "x", "--scheduler", "magic", "--out", "y"], "scheduler"),
         (["sample", "photos-ddpm", "--index", "x", "--images", "0", "--out", "y"], "--images"),
         (["sample", "photos-ddpm", "--index", "x", "--steps", "0", "--out", "y"], "`--steps` must be >= 1"),

@@ -178,6 +178,38 @@ def test_guidance_rescale_is_that_of_diffusers(indexes: dict) -> None:
     torch.testing.assert_close(found.output, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_terms_are_added_to_the_rescaled_output(indexes: dict) -> None:
+    """c1 so large that s1 = s0 - 1 takes all the room: G_spe = -(s0 - 1)·(eps_c - eps_u) on every row."""
+    case = make_case(-10.0)
+    eps_uncond, eps_cond = case.outputs()
+    plain = eps_uncond + S0 * (eps_cond - eps_uncond)
+    expected = rescale_noise_cfg(plain, eps_cond, 0.7) - (S0 - 1) * (eps_cond - eps_uncond)
+    found = case.run(preset(c1=1e6, c3=0.0), indexes["cosine"], guidance_rescale=0.7)
+    assert [flight.trace[-1].terms for flight in case.flights] == [("despecification",)] * 5
+    torch.testing.assert_close(found.output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_caption_is_a_caption(indexes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second row is captioned "": it is encoded like any other, each row with its own."""
+    index = indexes["cosine"]
+    kept = {row: index.captions[row] for row in range(index.count)}
+    numbered = {"" if row % 2 else caption: row for row, caption in kept.items()}
+    said: list[str] = []
+
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        said.extend(captions)
+        return toy.picture_condition([numbered[caption] for caption in captions], [0.1] * len(captions))
+
+    monkeypatch.setattr(toy, "encode_captions", encode)
+    captions = ["" if row % 2 else caption for row, caption in kept.items()]
+    monkeypatch.setattr(type(index), "captions", property(lambda self: captions))
+    case = make_case(-10.0)
+    case.run(preset(c1=0.0), index)
+    neighbours = [flight.trace[-1].neighbour for flight in case.flights]
+    assert said == [captions[row] for row in neighbours] and "" in said
+    assert all("deduplication" in flight.trace[-1].terms for flight in case.flights)
+
+
 def test_a_scale_of_one_leaves_only_dissimilarity(indexes: dict) -> None:
     case = make_case(-10.0)
     case.run(preset(), indexes["cosine"], s0=1.0)

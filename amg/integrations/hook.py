@@ -21,13 +21,13 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate
-from amg.guide import Guide, judges_for
+from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine
 from amg.sampler import Run, send_back
-from amg.similarity import similarity_for
+from amg.similarity import judges_for, similarity_for
 
 NAME = "anti-memorization guidance"
 

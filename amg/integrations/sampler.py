@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
-from amg.guide import Guide, judges_for
+from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
 from amg.integrations.identity import gate_of, key_for
 from amg.integrations.protect import to_pil
@@ -21,7 +21,7 @@ from amg.predict import Conditions
 from amg.promise import decode, deliver
 from amg.rewind import pristine
 from amg.sampler import Run, denoise
-from amg.similarity import similarity_for
+from amg.similarity import judges_for, similarity_for
 from amg.verdict import Verdict
 
 

@@ -34,6 +34,13 @@ class Similarity(Protocol):
         """The change of x0_hat along the gradient's direction that brings sigma down to `threshold`."""
 
 
+class Judge(NamedTuple):
+    """A further index the finished images are held to: its metric, and its similarity of x0_hat."""
+
+    metric: str
+    similarity: Similarity
+
+
 def similarity_for(index: Any, denoiser: Any, *, lazy: bool = False) -> Similarity:
     """The similarity of an index's metric for a denoiser's x0_hat; `lazy` as in `AMGConfig.lazy_search`."""
     from amg.similarity.cosine import CosineSimilarity
@@ -44,3 +51,8 @@ def similarity_for(index: Any, denoiser: Any, *, lazy: bool = False) -> Similari
     if index.metric == "cosine":
         return CosineSimilarity(index, denoiser.decode, lazy=lazy)
     return NL2Similarity(index, denoiser.decode, pixels=denoiser.pixels)
+
+
+def judges_for(also: Sequence[Any], denoiser: Any) -> tuple[Judge, ...]:
+    """The further indexes `also` as judges of a denoiser's x0_hat."""
+    return tuple(Judge(index.metric, similarity_for(index, denoiser)) for index in also)
