@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from amg.index import Hits, Index
     from amg.integrations.protect import protect as protect
     from amg.integrations.protect import unprotect as unprotect
-    from amg.integrations.sampler import Sampler, SamplerOutput
+    from amg.integrations.sampler import Request, Sampler, SamplerOutput
     from amg.scheduler import AMGScheduler
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "Index",
     "MemorizedError",
     "Neighbour",
+    "Request",
     "Sampler",
     "SamplerOutput",
     "TraceStep",
@@ -37,6 +38,7 @@ _LAZY = {
     "AMGScheduler": "amg.scheduler",
     "Hits": "amg.index",
     "Index": "amg.index",
+    "Request": "amg.integrations.sampler",
     "Sampler": "amg.integrations.sampler",
     "SamplerOutput": "amg.integrations.sampler",
     "protect": "amg.integrations.protect",

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import math
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from amg.batching import Batcher
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
 from amg.integrations.identity import gate_of, key_for
 from amg.integrations.protect import to_pil
-from amg.predict import Conditions
+from amg.predict import Conditions, Denoiser
 from amg.promise import decode, deliver
 from amg.rewind import pristine
 from amg.sampler import Run, denoise
@@ -33,18 +40,65 @@ class SamplerOutput:
     amg: list[Verdict]
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What `Sampler.submit` takes: the arguments of a call, see there, and in place of its generator
+
+    seed: of the request's own generator, or a list with one per image; None: one that nobody chose.
+    deadline: seconds from `submit` after which it is not wanted any more; None: never.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    class_labels: Sequence[int] | Tensor | None = None
+    batch_size: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    eta: float = 0.0
+    num_images_per_prompt: int = 1
+    latents: Tensor | None = None
+    output_type: str = "pil"
+    seed: int | Sequence[int] | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was found to be in order, ready to run."""
+
+    run: Run
+    sample: Tensor
+    conditions: Conditions
+    flights: list[Flight]
+    generator: Any
+    output_type: str
+
+
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
     pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed). index, config, also: as
     in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may serve many
-    samplers.
+    samplers. max_batch, max_pending: of `submit`, how many images run at the same time and how many requests
+    may wait.
     """
 
-    def __init__(self, pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()):
-        self.pipe, self.index, self.also = pipe, index, tuple(also)
+    def __init__(
+        self,
+        pipe: Any,
+        index: Any,
+        config: AMGConfig | None = None,
+        also: Sequence[Any] = (),
+        *,
+        max_batch: int = 16,
+        max_pending: int = 64,
+    ):
+        self._batcher, self._texts = Batcher(max_batch, max_pending), threading.Lock()
+        self.pipe, self.index = pipe, self._shared_index(index)
+        self.also = tuple(self._shared_index(judge) for judge in also)
         self.config = (config or AMGConfig.preset("main")).for_metric(index.metric)
-        self.denoiser = denoiser_for(pipe)
+        self.denoiser = self._shared_denoiser(denoiser_for(pipe))
         self.similarity = similarity_for(index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
         self.gate = gate_of(self.config)
@@ -74,39 +128,133 @@ class Sampler:
         batch-mates). `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent".
         Errors: ValueError naming the argument.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be >= 1, got {num_inference_steps}")
+        request = Request(
+            prompt,
+            negative_prompt,
+            class_labels,
+            batch_size,
+            num_inference_steps,
+            guidance_scale,
+            guidance_rescale,
+            eta,
+            num_images_per_prompt,
+            latents,
+            output_type,
+        )
+        prepared = self._prepare(request, generator)
+        self.config.warn_without_guidance(_scale_of(prepared))
+        with _bar(prepared.run.count, progress) as bar:
+            return self._finish(prepared, bar)
+
+    @torch.no_grad()
+    def submit(
+        self, request: Request, *, block: bool = True, timeout: float | None = None
+    ) -> Future[SamplerOutput]:
+        """Queue a request -> the future of what calling the sampler would return.
+
+        Requests that run at the same time share calls of the networks; they join and leave between steps.
+        Bad input is refused here, as by a call. Where `max_pending` requests wait already: waits for room, at
+        most `timeout` seconds, then `queue.Full`; with block=False at once. `future.cancel()` succeeds until
+        the result is there (`running()` stays False), and a request that is cancelled or past its `deadline`
+        (TimeoutError) leaves at the next step. What fails in a request is its own future's exception.
+        RuntimeError after `close`. See docs/serving.md.
+        """
+        start, deadline = time.monotonic(), request.deadline
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"`deadline` must be > 0 seconds or None, got {deadline}")
+        prepared = self._prepare(request, self._generator(request.seed))
+        self.config.warn_without_guidance(_scale_of(prepared))
+        late_at = math.inf if deadline is None else start + deadline
+        work = functools.partial(self._finish, prepared)
+        return self._batcher.submit(work, len(prepared.sample), late_at, block, timeout)
+
+    def close(self, cancel: bool = False) -> None:
+        """Take no more requests and return when all are done; with `cancel`, they are cancelled first."""
+        self._batcher.close(cancel)
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, kind: Any, *rest: object) -> None:
+        self.close(cancel=kind is not None)
+
+    def _prepare(self, request: Request, generator: Any) -> Prepared:
+        steps, output_type = request.num_inference_steps, request.output_type
+        if steps < 1:
+            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        scale = self.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         conditions, batch = self._conditions(
-            prompt, negative_prompt, class_labels, batch_size, scale, num_images_per_prompt
+            request.prompt,
+            request.negative_prompt,
+            request.class_labels,
+            request.batch_size,
+            scale,
+            request.num_images_per_prompt,
         )
-        self.config.warn_without_guidance(scale if conditions.cond else None)
         guide = Guide(
             self.config,
             self.index,
             self.similarity,
             self.denoiser,
             scale,
-            guidance_rescale,
+            request.guidance_rescale,
             self.judges,
             self.gate,
         )
         scheduler = pristine(self.pipe.scheduler)
-        scheduler.set_timesteps(num_inference_steps, device=self.pipe._execution_device)
+        scheduler.set_timesteps(steps, device=self.pipe._execution_device)
         if self.gate is not None:
             self.gate.require(key_for(self.pipe, self.index, scheduler, scale, self.config))
-        run = Run(guide, pristine(scheduler), {"eta": eta})
-        sample = self._noise(batch, generator, latents) * scheduler.init_noise_sigma
-        flights = [
-            Flight.from_noise(row) for row in scheduler.scale_model_input(sample, scheduler.timesteps[0])
-        ]
-        scheduler = pristine(run.scheduler)
-        with _bar(run.count, progress) as bar:
-            sample = denoise(run, scheduler, sample, conditions, flights, generator=generator, progress=bar)
+        run = Run(guide, pristine(scheduler), {"eta": request.eta})
+        sample = self._noise(batch, generator, request.latents) * scheduler.init_noise_sigma
+        noise = scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        flights = [Flight.from_noise(row) for row in noise]
+        return Prepared(run, sample, conditions, flights, generator, output_type)
+
+    @torch.no_grad()
+    def _finish(self, prepared: Prepared, progress: Any = None) -> SamplerOutput:
+        run, conditions, flights = prepared.run, prepared.conditions, prepared.flights
+        scheduler, generator = pristine(run.scheduler), prepared.generator
+        sample = denoise(
+            run, scheduler, prepared.sample, conditions, flights, generator=generator, progress=progress
+        )
         delivery = deliver(decode(run, sample), sample, run, conditions, flights, self.also)
-        return SamplerOutput(_as(delivery.images, delivery.sample, output_type), delivery.verdicts)
+        return SamplerOutput(_as(delivery.images, delivery.sample, prepared.output_type), delivery.verdicts)
+
+    def _generator(self, seed: int | Sequence[int] | None) -> torch.Generator | list[torch.Generator]:
+        if isinstance(seed, Sequence):
+            return [torch.Generator(self.pipe._execution_device).manual_seed(one) for one in seed]
+        generator = torch.Generator(self.pipe._execution_device)
+        if seed is None:
+            generator.seed()
+            return generator
+        return generator.manual_seed(seed)
+
+    def _shared_denoiser(self, denoiser: Denoiser) -> Denoiser:
+        """Its network joins the calls of `submit`'s requests, a VAE too; texts are encoded by one thread at a
+        time, as tokenizers want it."""
+        share, encode = self._batcher.share, denoiser.encode_captions
+        network = share(denoiser.network, patient=True)
+        if encode is None:
+            return replace(denoiser, network=network)
+
+        def encode_captions(captions: Sequence[str]) -> Any:
+            with self._texts:
+                return encode(captions)
+
+        return replace(
+            denoiser, network=network, decode=share(denoiser.decode), encode_captions=encode_captions
+        )
+
+    def _shared_index(self, index: Any) -> Any:
+        """The index, its embedder joining the calls of `submit`'s requests."""
+        if index.embedder is None:
+            return index
+        shared = copy.copy(index)
+        shared.embedder = self._batcher.share(index.embedder)
+        return shared
 
     def _conditions(
         self, prompt: Any, negative: Any, labels: Any, batch: int | None, scale: float, repeats: int
@@ -128,7 +276,9 @@ class Sampler:
         guided = scale > 1
         if isinstance(negative, str):
             negative = [negative] * len(prompt)
-        cond, uncond = self.pipe.encode_prompt(prompt, self.pipe._execution_device, repeats, guided, negative)
+        device = self.pipe._execution_device
+        with self._texts:
+            cond, uncond = self.pipe.encode_prompt(prompt, device, repeats, guided, negative)
         own = {"encoder_hidden_states": cond}
         return Conditions(own, {"encoder_hidden_states": uncond} if guided else None, {}), len(cond)
 
@@ -143,6 +293,11 @@ class Sampler:
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be {list(shape)}, got {list(latents.shape)}")
         return latents.to(self.pipe._execution_device, unet.dtype)
+
+
+def _scale_of(prepared: Prepared) -> float | None:
+    """The guidance scale of a request that has something to guide by."""
+    return prepared.run.guide.guidance_scale if prepared.conditions.cond else None
 
 
 def _as(images: Tensor, sample: Tensor, output_type: str) -> Any:
