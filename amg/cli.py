@@ -14,6 +14,7 @@ from amg.config import PRESETS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
+    from amg.audit.cli import add_parser as add_audit
     from amg.calibrate import add_parser as add_calibrate
     from amg.embed.cli import add_parser as add_embedder
     from amg.index.cli import add_parser as add_index
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
     add_calibrate(commands)
+    add_audit(commands)
     add_index(commands)
     add_embedder(commands)
     add_demo(commands)

@@ -18,8 +18,15 @@ def fid(generated: torch.Tensor, reference: torch.Tensor, network: Network, batc
     reference set with the number; with N below a few thousand it is biased upwards, so compare equal N only.
     """
     _check(generated, reference, 2)
-    module = _metrics().fid.FrechetInceptionDistance(feature=_Features(network, _width(network, generated)))
-    _update(module, generated, reference, batch_size)
+    return fid_of_features(*(features_of(images, network, batch_size) for images in (generated, reference)))
+
+
+def fid_of_features(generated: torch.Tensor, reference: torch.Tensor) -> float:
+    """`fid` of features already taken: float [N, D] and [M, D], N and M >= 2."""
+    _check_features(generated, reference, 2)
+    module = _metrics().fid.FrechetInceptionDistance(feature=_AsGiven(generated.shape[1]))
+    module.update(reference, real=True)
+    module.update(generated, real=False)
     return float(module.compute())
 
 
@@ -37,43 +44,61 @@ def kid(
     Shapes as in `fid`; each of `subsets` draws `subset_size` <= N features of either set, seeded by `seed`.
     """
     _check(generated, reference, subset_size)
+    features = (features_of(images, network, batch_size) for images in (generated, reference))
+    return kid_of_features(*features, subsets=subsets, subset_size=subset_size, seed=seed)
+
+
+def kid_of_features(
+    generated: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    subsets: int = 100,
+    subset_size: int = 50,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """`kid` of features already taken: float [N, D] and [M, D], N and M >= `subset_size`."""
+    _check_features(generated, reference, subset_size)
     module = _metrics().kid.KernelInceptionDistance(
-        feature=_Features(network, _width(network, generated)), subsets=subsets, subset_size=subset_size
+        feature=_AsGiven(generated.shape[1]), subsets=subsets, subset_size=subset_size
     )
-    _update(module, generated, reference, batch_size)
+    module.update(reference, real=True)
+    module.update(generated, real=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         mean, deviation = module.compute()
     return float(mean), float(deviation)
 
 
-class _Features(torch.nn.Module):
-    """What torchmetrics wants of a custom network: a module with `num_features`; float64 out."""
-
-    def __init__(self, network: Network, num_features: int) -> None:
-        super().__init__()
-        self.network = network
-        self.num_features = num_features
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(images).double()
-
-
-def _width(network: Network, images: torch.Tensor) -> int:
-    with torch.no_grad():
-        features = network(images[:1])
-    if features.ndim != 2:
-        raise ValueError(f"`network` must return [B, D], got {list(features.shape)}")
-    return features.shape[1]
-
-
 @torch.no_grad()
-def _update(module: Any, generated: torch.Tensor, reference: torch.Tensor, batch_size: int) -> None:
+def features_of(images: torch.Tensor, network: Network, batch_size: int = 64) -> torch.Tensor:
+    """Features float64 [N, D] of images float [N, 3, H, W], taken `batch_size` at a time."""
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    for images, real in ((reference, True), (generated, False)):
-        for batch in images.split(batch_size):
-            module.update(batch, real=real)
+    parts = []
+    for batch in images.split(batch_size):
+        features = network(batch)
+        if features.ndim != 2:
+            raise ValueError(f"`network` must return [B, D], got {list(features.shape)}")
+        parts.append(features.double())
+    return torch.cat(parts)
+
+
+class _AsGiven(torch.nn.Module):
+    """What torchmetrics wants of a network, for features already taken; float64 out."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features.double()
+
+
+def _check_features(generated: torch.Tensor, reference: torch.Tensor, least: int) -> None:
+    for name, features in (("generated", generated), ("reference", reference)):
+        if features.ndim != 2 or len(features) < least or features.shape[1] != generated.shape[1]:
+            want = f"[>= {least}, {generated.shape[-1]}]"
+            raise ValueError(f"`{name}` must be features {want}, got {list(features.shape)}")
 
 
 def _check(generated: torch.Tensor, reference: torch.Tensor, least: int) -> None:

@@ -52,6 +52,24 @@ def bootstrap_interval(
     return low, high
 
 
+def share_interval(hits: torch.Tensor, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the share `hits.mean()`: bootstrap, or exact binomial where resampling cannot vary.
+
+    hits: float [N] in [0, 1], one per independent unit: 0 or 1 per image, or the share of a prompt's images
+    (images of one prompt resemble one another, so prompts are what is resampled). Where all are 0 or all are
+    1 every resample is alike and the bootstrap would claim certainty; then Clopper and Pearson's bound.
+    """
+    values = _finite_vector(hits, "hits")
+    if (values < 0).any() or (values > 1).any():
+        raise ValueError(f"`hits` must lie in [0, 1], got {values.min().item():g} to {values.max().item():g}")
+    bound = ((1.0 - level) / 2.0) ** (1.0 / len(values))
+    if (values == 0).all():
+        return 0.0, 1.0 - bound
+    if (values == 1).all():
+        return bound, 1.0
+    return bootstrap_interval(values, lambda resample: resample.mean().item(), seed, level=level)
+
+
 def _finite_vector(values: torch.Tensor, name: str) -> torch.Tensor:
     if values.ndim != 1 or values.numel() == 0:
         raise ValueError(f"`{name}` must be [N] with N >= 1, got {list(values.shape)}")

@@ -1,0 +1,151 @@
+"""What an audit keeps: settings, and per picture a PNG and a JSON; each written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.audit.plan import Guidance, Job, Prompt
+from amg.index.store import write_atomically
+from amg.verdict import Verdict
+
+SETTINGS, CONFIG = "settings.json", "config.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture as it was drawn: its file, verdict, and what it cost. `peak_mib` is that of its batch."""
+
+    number: int
+    prompt_number: int
+    seed: int
+    prompt: Prompt
+    path: Path
+    verdict: Verdict
+    seconds: float
+    batch: int
+    peak_mib: float | None
+
+
+def settings_of(
+    pipe: Any, model: str, index: Any, also: Sequence[Any], prompts: Sequence[Prompt], options: Mapping
+) -> dict[str, Any]:
+    """What must be equal for pictures to be those of one audit, by the name of its option.
+
+    The batch size is not among it: a picture never depends on its batch-mates. `options`: images, seed,
+    steps, guidance_scale and device of the command line.
+    """
+    listed = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    kind = type(pipe.scheduler).__name__
+    return {
+        "MODEL": f"{Path(model).name}, weights {weights_digest(pipe)}",
+        "--index": index_digest(index),
+        "--also": [index_digest(other) for other in also],
+        "--prompts": f"{len(prompts)} prompts, {_short(listed)}",
+        "--scheduler": f"{kind} {_short(json.dumps(scheduler, sort_keys=True, default=str))}",
+        "--images": options["images"],
+        "--seed": options["seed"],
+        "--steps": options["steps"],
+        "--guidance-scale": options["guidance_scale"],
+        "--device": torch.device(options["device"]).type,
+    }
+
+
+def weights_digest(pipe: Any) -> str:
+    """A hash over the first values of every parameter: another training run has another one."""
+    digest = hashlib.sha256()
+    for part in ("unet", "text_encoder", "vae"):
+        module = getattr(pipe, part, None)
+        for name, values in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
+            digest.update(f"{part} {name} {list(values.shape)}".encode())
+            digest.update(values.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def index_digest(index: Any) -> str:
+    """An index by its metric, its rows and the hashes of its files."""
+    files = {name: record.sha256 for name, record in index.manifest.files.items()}
+    return f"{index.metric}, {index.count} rows, {_short(json.dumps(files, sort_keys=True))}"
+
+
+def hold_to(path: Path, wanted: Mapping[str, Any], what: str) -> None:
+    """Write what a folder's pictures are drawn with, or refuse to go on with anything else, by its name."""
+    wanted = json.loads(json.dumps(wanted, default=str))
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in {**kept, **wanted} if kept.get(name) != wanted.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{what}`{name}` must be {kept.get(name)!r}, as in {path}, got {wanted.get(name)!r}: "
+                "go on with the same, or give another `--out`"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def hold_guidance(out: Path, guidance: Guidance) -> Path:
+    """The folder of a guidance, held to its config."""
+    folder = out / guidance.name
+    hold_to(folder / CONFIG, asdict(guidance.config), f"guidance {guidance.name!r}: ")
+    for left in folder.glob("*.tmp"):
+        left.unlink()
+    return folder
+
+
+def keep(folder: Path, job: Job, image: Tensor, record: Mapping[str, Any]) -> None:
+    """Write a picture (float [3, H, W] in [0, 1], already of 8 bits) and then its JSON."""
+    from PIL import Image
+
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    path = folder / f"{job.number:06d}.png"
+    partial = path.with_name(path.name + ".tmp")
+    Image.fromarray(array).save(partial, format="PNG")
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+    os.replace(partial, path)
+    body = {**asdict(job), "picture": path.name, "sha256": digest, **record}
+    write_atomically(path.with_suffix(".json"), json.dumps(body, ensure_ascii=False) + "\n")
+
+
+def complete(folder: Path, job: Job) -> bool:
+    """Whether a job's picture and JSON are there and belong together."""
+    try:
+        record = json.loads((folder / f"{job.number:06d}.json").read_text(encoding="utf-8"))
+        content = (folder / record["picture"]).read_bytes()
+    except (OSError, ValueError, KeyError):
+        return False
+    return hashlib.sha256(content).hexdigest() == record["sha256"] and record["seed"] == job.seed
+
+
+def read_records(folder: Path, jobs: Sequence[Job]) -> list[Record]:
+    """The records of all jobs, in their order."""
+    records = []
+    for job in jobs:
+        path = folder / f"{job.number:06d}.json"
+        body = json.loads(path.read_text(encoding="utf-8"))
+        verdict = Verdict.from_dict(body["verdict"])
+        cost = (body["seconds"], body["batch"], body["peak_mib"])
+        picture = folder / body["picture"]
+        records.append(Record(job.number, job.prompt_number, job.seed, job.prompt, picture, verdict, *cost))
+    return records
+
+
+def read_picture(path: Path) -> Tensor:
+    """A PNG as uint8 [3, H, W]."""
+    from amg.index.images import decode_image
+
+    return decode_image(path.read_bytes())
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
