@@ -15,6 +15,7 @@ from amg.config import PRESETS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
     from amg.audit.cli import add_parser as add_audit
+    from amg.bench import add_parser as add_bench
     from amg.calibrate import add_parser as add_calibrate
     from amg.embed.cli import add_parser as add_embedder
     from amg.index.cli import add_parser as add_index
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample(commands)
     add_calibrate(commands)
     add_audit(commands)
+    add_bench(commands)
     add_index(commands)
     add_embedder(commands)
     add_demo(commands)
@@ -101,6 +103,7 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--images", type=int, default=64, help="images per model and column")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--csv", type=Path, help="file to write the tables' rows to, replacing what it held")
     parser.set_defaults(run=_demo)
 
 
@@ -113,7 +116,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from amg.demo import run
 
-    return run(arguments.out, arguments.images, arguments.seed, arguments.steps)
+    return run(arguments.out, arguments.images, arguments.seed, arguments.steps, arguments.csv)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from torch import Tensor
 
 import amg
 from amg import info, zoo
+from amg.audit.environment import environment
 from amg.config import AMGConfig
 from amg.evaluate.alignment import alignment, class_accuracy
 from amg.evaluate.fid import fid
 from amg.evaluate.judges import luminance_correlation
 from amg.evaluate.shares import memorized_share, top1, top5
+from amg.index.store import write_atomically
 from amg.integrations.sampler import Sampler
 from amg.promise import summary
 from amg.report import Report, Sample, Section, Table, table_text, write
@@ -73,8 +77,11 @@ class Column:
 
 
 @torch.no_grad()
-def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30) -> int:
-    """Run the demo into the folder `out`; prints the tables and returns the exit status."""
+def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30, figures: Path | None = None) -> int:
+    """Run the demo into the folder `out`; prints the tables and returns the exit status.
+
+    figures: a CSV that the tables' rows are written to, replacing what it held, after each model.
+    """
     if images < 4 or steps < 2:
         raise ValueError(f"`--images` must be >= 4 and `--steps` >= 2, got {images} and {steps}")
     out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +92,8 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30) -> int:
         sections.append(section)
         assert section.table is not None
         print(f"\n{section.title}\n{table_text(section.table)}\n", flush=True)
+        if figures is not None:
+            _write_figures(figures, sections, {"images": images, "steps": steps, "first seed": seed})
     report = Report(
         title="Anti-memorization guidance on models that memorise",
         sections=sections,
@@ -103,6 +112,18 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30) -> int:
         _sheet(section, out / f"{section.model}.png")
     print(f"report: {page}, sheets: {', '.join(str(out / (section.model + '.png')) for section in sections)}")
     return 0
+
+
+def _write_figures(path: Path, sections: Sequence[Section], options: Mapping[str, int]) -> None:
+    where, text = environment(), io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", *COLUMN_NAMES, *options, *where])
+    for section in sections:
+        assert section.table is not None
+        for row in section.table.rows:
+            values = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row]
+            writer.writerow([section.model, *values, *options.values(), *where.values()])
+    write_atomically(path, text.getvalue())
 
 
 def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: PhotosJudge) -> Section:
