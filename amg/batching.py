@@ -186,13 +186,25 @@ class Batcher:
 
     def _serve(self) -> None:
         while self._admit():
-            for job in self._active:
-                if job.call is None:
-                    job.turn.release()
-                    self._turn_back.acquire()
-            with self._changed:
-                self._active = [job for job in self._active if not job.ended]
-            self._answer()
+            if not self._take_turns():
+                self._answer()
+
+    def _take_turns(self) -> bool:
+        """Let every request that can go on do so, and tell those that are due; whether any left or is to
+        leave, so that others may take its place before the next call."""
+        for job in self._active:
+            if job.call is None:
+                job.turn.release()
+                self._turn_back.acquire()
+        going_on = [job for job in self._active if not job.ended]
+        left = len(going_on) < len(self._active)
+        with self._changed:
+            self._active = going_on
+        for job in going_on:
+            job.thrown = job.due()
+            if job.thrown is not None:
+                job.call, left = None, True
+        return left
 
     def _admit(self) -> bool:
         """Start the requests there is room for, first come first served, and end those that are due; False,
@@ -218,19 +230,13 @@ class Batcher:
     def _answer(self) -> None:
         """Make the calls that are waited for: those of impatient functions, else, all requests being there,
         the patient ones'."""
-        for job in self._active:
-            job.thrown = job.due()
-        waiting = [job for job in self._active if job.thrown is None]
-        hasty = [job for job in waiting if not job.patient]
+        hasty = [job for job in self._active if not job.patient]
         groups: dict[Hashable, list[Job]] = {}
-        for job in hasty or waiting:
+        for job in hasty or self._active:
             assert job.call is not None
             groups.setdefault(job.call.key(), []).append(job)
         for group in groups.values():
             _answer_together(group)
-        for job in self._active:
-            if job.thrown is not None:
-                job.call = None
 
 
 def _answer_together(jobs: list[Job]) -> None:
