@@ -7,7 +7,7 @@
     python benchmarks/bench_mitigations.py --test --only "ours, main" --again    # measure a row once more
 
 30 DDIM steps, guidance scale 7.5. Rows already in a CSV are skipped, so an interrupted run goes on where it
-stopped. `--sheet DIR` keeps the first pictures of every method.
+stopped. `--sheet DIR` keeps the first pictures of every method; with --tables they become the contact sheet.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
         if options.time:
             clock(bench, methods, options.results)
     if options.tables:
-        frontier.write(options.results)
+        frontier.write(options.results, options.sheet)
 
 
 def _options() -> argparse.Namespace:
@@ -141,7 +141,8 @@ def _row(
     shown = ("cosine > 0.5 %", "network %", "luminance %", "FID", "alignment", "evaluations", "seconds")
     print(" ".join(f"{name} {row[name]:.3g}" for name in shown), flush=True)
     if options.sheet:
-        frontier.keep(drawn.images, prompts, options.sheet / split / f"{method.name} {head['options']}.png")
+        strip = frontier.strip_path(options.sheet, split, method.name, head["options"])
+        frontier.keep(drawn.images, prompts, strip)
 
 
 def draw(pipe: Any, mitigation: Mitigation, prompts: Prompts, title: str) -> Drawn:
