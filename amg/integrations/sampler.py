@@ -99,7 +99,7 @@ class Sampler:
         self.also = tuple(self._shared_index(judge) for judge in also)
         self.config = (config or AMGConfig.preset("main")).for_metric(index.metric)
         self.denoiser = self._shared_denoiser(denoiser_for(pipe))
-        self.similarity = similarity_for(index, self.denoiser, lazy=self.config.lazy_search)
+        self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
         self.gate = gate_of(self.config)
 
