@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint sanitize install clean
+.PHONY: demo test lint tables bench sanitize install clean
 
 demo: $(STAMP)
 	$(BIN)/amg demo --out demo
@@ -22,6 +22,14 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every table of README.md and docs/ from the committed CSVs.
+tables: $(STAMP)
+	$(BIN)/python benchmarks/tables.py
+
+# Speed of the hot paths; kept in .benchmarks/ and compared with the run before, where there is one.
+bench: $(STAMP)
+	$(BIN)/pytest benchmarks/speed --benchmark-autosave $(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(BENCH_ARGS)
 
 sanitize: $(STAMP)
 	$(BIN)/python -P tests/sanitize.py

@@ -74,6 +74,7 @@ def write_csv(
 ) -> None:
     """One row per guidance: settings, each measure with its interval, the environment, what is missing."""
     named = {name.lstrip("-").replace("-", "_").lower(): value for name, value in settings.items()}
+    named.pop("device", None)  # the environment names it
     intervals = [row.key for row in rows if any(cell.low is not None for cell in row.cells.values())]
     heads = ["guidance", "pictures", *named]
     for row in rows:
@@ -101,7 +102,8 @@ def write_parquet(path: Path, columns: Mapping[str, Looked], where: Mapping[str,
     """One row per picture and step, a row group per guidance; returns the number of rows.
 
     `neighbour` is the row of the index nearest at that step; it and `similarity` are null where the step was
-    not measured. A picture that went back or was run again has its steps more than once, in order.
+    not measured. A picture that went back or was run again has its steps more than once, in order; one that
+    guidance let alone (`off`) has a single row whose step is null.
     """
     parquet = import_parquet()
     import pyarrow
@@ -132,6 +134,8 @@ def _steps(guidance: str, record: Record) -> Iterator[dict[str, Any]]:
         "rewinds": verdict.rewinds,
         "retries": verdict.retries,
     }
+    if not verdict.trace:
+        yield {**picture, "order": 0}
     for order, step in enumerate(verdict.trace):
         yield {
             **picture,

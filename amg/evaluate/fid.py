@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +59,11 @@ def kid_of_features(
 ) -> tuple[float, float]:
     """`kid` of features already taken: float [N, D] and [M, D], N and M >= `subset_size`."""
     _check_features(generated, reference, subset_size)
-    module = _metrics().kid.KernelInceptionDistance(
-        feature=_AsGiven(generated.shape[1]), subsets=subsets, subset_size=subset_size
-    )
+    with warnings.catch_warnings():  # that it keeps the features: they are kept already
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all")
+        module = _metrics().kid.KernelInceptionDistance(
+            feature=_AsGiven(generated.shape[1]), subsets=subsets, subset_size=subset_size
+        )
     module.update(reference, real=True)
     module.update(generated, real=False)
     with torch.random.fork_rng():
