@@ -41,6 +41,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--guidance-scale", type=float, help="s0 (default: 7.5, and 2 for pixel models)")
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     parser.add_argument("--miss-rate", type=float, default=0.1, help="share of copies a check may pass over")
+    parser.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.01,
+        help="share of ordinary images the alarm may send back early; 0.01 needs 198 of them",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images sampled together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--device", default="cpu", help="torch device")
@@ -67,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), key.steps)
     assert config.rewind_threshold is not None
-    body = calibrate(recorded, arguments.miss_rate, checks, config.rewind_threshold)
+    body = calibrate(
+        recorded, arguments.miss_rate, checks, config.rewind_threshold, arguments.false_alarm_rate
+    )
     result = {"format": FORMAT, "version": VERSION, "key": asdict(key), "metric": index.metric, **body}
     write_atomically(arguments.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(summary(result))
@@ -81,8 +89,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--{name.replace('_', '-')}` must be >= 1, got {getattr(arguments, name)}")
     if arguments.steps < 2:
         raise ValueError(f"`--steps` must be >= 2, got {arguments.steps}")
-    if not 0 < arguments.miss_rate < 1:
-        raise ValueError(f"`--miss-rate` must lie in (0, 1), got {arguments.miss_rate}")
+    for name in ("miss_rate", "false_alarm_rate"):
+        if not 0 < getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"`--{option}` must lie in (0, 1), got {getattr(arguments, name)}")
     if not arguments.out.absolute().parent.is_dir() or arguments.out.suffix == ".png":
         raise ValueError(f"`--out` must be a JSON file in a folder that exists, got {arguments.out}")
 
@@ -165,6 +175,7 @@ def summary(result: Mapping[str, Any]) -> str:
         "held out for the thresholds and the figures below",
         f"AUC >= {elbow['auc']}: similarity from step {elbow['similarity']} of {total}, a free signal from "
         f"step {elbow['signal']} ({elbow['signal_name']})",
+        _alarm_line(result),
         f"{'check steps':<21}{'gate':<6}{'measured/ordinary':>18}{'copies missed %':>16}"
         f"{'false alarms %':>15}",
     ]
@@ -181,6 +192,24 @@ def summary(result: Mapping[str, Any]) -> str:
         if choice["name"].startswith("elbow")
     ]
     return "\n".join(lines)
+
+
+def _alarm_line(result: Mapping[str, Any]) -> str:
+    """What the alarm says, or why there is none."""
+    from amg.calibration import ALARM_CATCHES, images_needed
+
+    alarm, images = result["alarm"], result["images"]
+    if alarm is not None:
+        return (
+            f"alarm at step {alarm['step']}, {alarm['signal']}: catches {100 * alarm['caught']:.1f} % of the "
+            f"copies, {100 * alarm['false']:.1f} % of others (bound {100 * alarm['false_alarm_rate']:g} %)"
+        )
+    needed = 2 * images_needed(result["false_alarm_rate"])
+    if images["all"] - images["memorized"] < needed:
+        return (
+            f"no alarm: needs {needed} images that are no copies, got {images['all'] - images['memorized']}"
+        )
+    return f"no alarm: no free signal catches {100 * ALARM_CATCHES:g} % of the copies"
 
 
 def plot(result: Mapping[str, Any], path: Path) -> str:

@@ -14,6 +14,7 @@ from amg.evaluate.detection import auc, tpr_at_fpr
 from amg.signals import SIGNALS, free_signals
 
 ELBOW_AUC = 0.98
+ALARM_CATCHES = 0.5  # of the copies, for a free signal to be worth an alarm
 FEWEST_ORDINARY = 4
 
 
@@ -63,6 +64,12 @@ def miss_bound(scores: Tensor, miss_rate: float) -> float:
     return float(scores.sort(descending=True).values[rank - 1])
 
 
+def alarm_bound(scores: Tensor, false_alarm_rate: float) -> float:
+    """The threshold above which a further ordinary image's score rises with probability at most
+    `false_alarm_rate`: `miss_bound` turned round. scores [n] of ordinary images, n >= `images_needed`."""
+    return -miss_bound(-scores, false_alarm_rate)
+
+
 def region_of(recorded: Recorded) -> tuple[Tensor, Tensor]:
     """μ_t and τ_t of ‖x_{t−1} − x_t‖ over ordinary prompts' generations that are no copies, float64 [T−1]."""
     moves = recorded.raw[recorded.ordinary & ~recorded.copies, :-1, 3].double().sqrt()
@@ -108,6 +115,38 @@ def rank_signal(values: Tensor, copies: Tensor, miss_rate: float) -> Ranking:
         merit = (_share(scores[choosing & ~copies] < first), max(chosen, 1 - chosen))
         rows.append((auc(others, rest), tpr_at_fpr(others, rest), sign, threshold, skipped, missed, merit))
     return Ranking(*(list(column) for column in zip(*rows, strict=True)))
+
+
+def alarm_of(values: Mapping[str, Tensor], copies: Tensor, false_alarm_rate: float) -> dict[str, Any] | None:
+    """The step and the free signal [N, T] that save most by sending copies back at once: the share caught at
+    that rate of false alarms, times the steps not run; chosen on one half, its threshold and shares are the
+    held-out half's. None where no signal catches `ALARM_CATCHES` of the copies, or there are too few images
+    that are no copies to state the rate."""
+    choosing, held_out = halves(copies)
+    if int((held_out & ~copies).sum()) < images_needed(false_alarm_rate):
+        return None
+    found = {}
+    for name, columns in values.items():
+        for step, column in enumerate(columns.unbind(1)):
+            caught = _alarm(column, copies, choosing, choosing, false_alarm_rate)["caught"]
+            if caught >= ALARM_CATCHES:
+                found[step, name] = caught * (columns.shape[1] - 1 - step)
+    if not found:
+        return None
+    step, name = max(found, key=lambda one: found[one])
+    rule = _alarm(values[name][:, step], copies, choosing, held_out, false_alarm_rate)
+    return {"step": step, "signal": name, **rule, "false_alarm_rate": false_alarm_rate}
+
+
+def _alarm(
+    column: Tensor, copies: Tensor, choosing: Tensor, part: Tensor, false_alarm_rate: float
+) -> dict[str, float]:
+    """The sign from the `choosing` images, the threshold and both shares from `part`."""
+    sign = 1.0 if auc(column[choosing], copies[choosing]) >= 0.5 else -1.0
+    scores = sign * column[part].double()
+    threshold = alarm_bound(scores[~copies[part]], false_alarm_rate)
+    caught, false = (_share(scores[of] > threshold) for of in (copies[part], ~copies[part]))
+    return {"sign": sign, "threshold": threshold, "caught": caught, "false": false}
 
 
 def _cut(scores: Tensor, copies: Tensor, miss_rate: float) -> tuple[float, float]:
@@ -163,7 +202,13 @@ def cost_of(steps: Sequence[int], close: Tensor, skipped: Tensor, copies: Tensor
     }
 
 
-def calibrate(recorded: Recorded, miss_rate: float, preset: set[int], close_at: float) -> dict[str, Any]:
+def calibrate(
+    recorded: Recorded,
+    miss_rate: float,
+    preset: set[int],
+    close_at: float,
+    false_alarm_rate: float = 0.01,
+) -> dict[str, Any]:
     """The body of a calibration file, as plain JSON values.
 
     preset: the check steps of the preset. close_at: its rewind threshold. Errors: ValueError with the number
@@ -183,6 +228,7 @@ def calibrate(recorded: Recorded, miss_rate: float, preset: set[int], close_at: 
     choices = choices_of(len(similarity), preset, elbow["similarity"])
     return {
         "miss_rate": miss_rate,
+        "false_alarm_rate": false_alarm_rate,
         "images": {
             "all": len(copies),
             "ordinary": int(recorded.ordinary.sum()),
@@ -193,6 +239,7 @@ def calibrate(recorded: Recorded, miss_rate: float, preset: set[int], close_at: 
         "similarity": {"auc": similarity, "tpr": [tpr_at_fpr(column, copies) for column in columns]},
         "signals": {name: _plain(ranking) for name, ranking in signals.items()},
         "gate": gate,
+        "alarm": alarm_of(values, copies, false_alarm_rate),
         "elbow": elbow,
         "choices": [
             {"name": name, "steps": at, "ungated": cost_of(at, *open_parts), "gated": cost_of(at, *parts)}

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from amg.audit.cli import add_parser as add_audit
     from amg.bench import add_parser as add_bench
     from amg.calibrate import add_parser as add_calibrate
+    from amg.distill import add_parser as add_distill
     from amg.embed.cli import add_parser as add_embedder
     from amg.index.cli import add_parser as add_index
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
     add_calibrate(commands)
+    add_distill(commands)
     add_audit(commands)
     add_bench(commands)
     add_index(commands)

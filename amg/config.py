@@ -69,6 +69,14 @@ class AMGConfig:
     """A file of `amg calibrate`: checks pass over samples whose free signals say ordinary, at its miss rate.
     Refused for another model, scheduler, number of steps, guidance scale, index or promise. None: at a check
     every sample is measured."""
+    student: str | Path | None = None
+    """A file of `amg distill`: at a check the student looks first, straight at the latents, and the teacher
+    (decoder and embedder) only where it may find more than lambda_t. Refused for another model, embedder or
+    index than it was distilled for. Cosine only. None: the teacher measures."""
+    early_rewind: bool = True
+    """With a calibration that has an alarm: a sample whose free signal says copy at the alarm's step goes
+    back at once, at its rate of false alarms, instead of at the first checkpoint. Nothing where `rewind_at`
+    is empty."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
     lazy_search: bool = True

@@ -18,7 +18,7 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.signals import SIGNALS, free_signals, raw_signals
 
-FORMAT, VERSION = "amg calibration", 1
+FORMAT, VERSION = "amg calibration", 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Rule:
-    """At one step a sample with sign·signal < threshold is called ordinary."""
+    """At one step a sample with sign·signal < threshold is called ordinary; an alarm's rule calls one with
+    sign·signal > threshold a copy."""
 
     signal: str
     sign: float
@@ -49,7 +50,8 @@ class Rule:
 class Gate:
     """Rules by step, with μ_t and τ_t of ‖x_{t−1} − x_t‖ over ordinary generations, float64 [T − 1].
 
-    Without rules it skips nothing, but has the free signals of every step kept in the traces.
+    `alarm`: the step, and the rule, of early rewinds. Without rules and alarm it changes nothing, but has the
+    free signals of every step kept in the traces.
     """
 
     key: Key | None = None
@@ -57,6 +59,7 @@ class Gate:
     rules: dict[int, Rule] = field(default_factory=dict)
     mean: Tensor = field(default_factory=lambda: torch.zeros(0))
     deviation: Tensor = field(default_factory=lambda: torch.zeros(0))
+    alarm: dict[int, Rule] = field(default_factory=dict)
 
     @staticmethod
     def load(path: str | Path) -> Gate:
@@ -66,7 +69,9 @@ class Gate:
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"{record['format']!r} version {record['version']!r}")
             region = [torch.tensor(record["region"][name]).double() for name in ("mean", "deviation")]
-            return Gate(Key(**record["key"]), str(path), _rules(record["gate"]), *region)
+            alarm = [] if record["alarm"] is None else [record["alarm"]]
+            rules, key = _rules(record["gate"]), Key(**record["key"])
+            return Gate(key, str(path), rules, region[0], region[1], _rules(alarm))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`calibration` must be a file of `amg calibrate`, {FORMAT} version {VERSION}, "
@@ -91,13 +96,29 @@ class Gate:
 
         A sample that went back, or runs again, is none that was calibrated: it is never among them.
         """
-        rule = self.rules.get(position)
+        found = self._scores(self.rules.get(position), rows, position, flights, signals)
+        return {row for row, excess in found.items() if excess < 0}
+
+    def alarmed(self, position: int, flights: Sequence[Flight], signals: dict[int, Any]) -> set[int]:
+        """The rows on their first try whose free signal at step `position` is the alarm's."""
+        found = self._scores(self.alarm.get(position), range(len(flights)), position, flights, signals)
+        return {row for row, excess in found.items() if excess > 0}
+
+    def _scores(
+        self,
+        rule: Rule | None,
+        rows: Sequence[int],
+        position: int,
+        flights: Sequence[Flight],
+        signals: dict[int, Any],
+    ) -> dict[int, float]:
+        """sign·signal − threshold of those of `rows` on their first try."""
         rows = [row for row in rows if not (flights[row].rewinds or flights[row].retries)]
         if rule is None or not rows:
-            return set()
+            return {}
         raw = raw_signals([flights[row].trace for row in rows], [signals[row] for row in rows])
         found = rule.sign * free_signals(raw, self.mean, self.deviation)[rule.signal][:, position]
-        return {row for row, value in zip(rows, found.tolist(), strict=True) if value < rule.threshold}
+        return dict(zip(rows, (found - rule.threshold).tolist(), strict=True))
 
 
 def _rules(records: Sequence[dict[str, Any]]) -> dict[int, Rule]:

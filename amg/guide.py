@@ -12,14 +12,16 @@ from torch import Tensor
 
 import amg.kernels as kernels
 from amg import guidance
+from amg.checkpoint import is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
 from amg.flight import Flight
-from amg.gate import Gate, rows_to_check, steps_of
-from amg.ordinary import FREQUENT_CAPTION, despecify
+from amg.gate import Gate, rows_to_check
+from amg.ordinary import FREQUENT_CAPTION
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
-from amg.schedule import Prediction, alpha_bar_at, threshold_at
+from amg.schedule import Prediction, alpha_bar_at, eps_coefficients, threshold_at
 from amg.signals import note_moves
 from amg.similarity import Judge, Measured, Similarity
+from amg.similarity.student import Screen
 from amg.verdict import TraceStep
 
 HELD_STEPS = 10  # the released code goes on de-duplicating a frequent caption for this many steps
@@ -57,6 +59,7 @@ class Guide:
     guidance_rescale: float = 0.0
     judges: tuple[Judge, ...] = ()
     gate: Gate | None = None
+    screen: Screen | None = None
 
     def at(self, scheduler: Any, index: int) -> Step:
         """The step's place and numbers, out of the scheduler's current timesteps."""
@@ -102,6 +105,8 @@ class _Step:
         self.terms: list[list[str]] = [[] for _ in flights]
         self.signals: dict[int, tuple[float, ...]] = {}  # the free signals of the rows checked, or of all
         self.predicted: Tensor | None = None  # x0_hat of every row, where a gate wants every row's signals
+        self.alarmed: set[int] = set()  # rows whose free signals say copy
+        self.estimated: set[int] = set()  # rows that the student measured and the teacher did not
         self.measured: dict[int, tuple[float, int]] = {}  # similarity and nearest row of the rows checked
 
     def run(self) -> Guided:
@@ -111,11 +116,16 @@ class _Step:
         guidance.require_finite("output", output)  # images drop NaN silently when they become bytes
         if not self.config.active:
             return Guided(output, changed)
-        gate, step = self.guide.gate, self.step
+        guide, gate, step = self.guide, self.guide.gate, self.step
         if gate is not None:
             note_moves(self.flights, self.sample, step.position)
             self.predicted = self.predict_x0(torch.arange(len(self.flights), device=output.device))
         checked = rows_to_check(self.config, step.position, step.total, self.flights, gate, self.signals)
+        if gate is not None and self.config.early_rewind and self.config.rewind_at:
+            self.alarmed = gate.alarmed(step.position, self.flights, self.signals)
+        if checked and guide.screen is not None and screens(self.config):
+            checked = self.near(guide.screen, checked, output)
+        checked = sorted({*checked, *self.alarmed})
         if checked:
             output = self.guide_rows(torch.tensor(checked, device=output.device), output, changed)
         self.record()
@@ -127,19 +137,34 @@ class _Step:
         eps = self.prediction.to_eps(output[rows], sample)
         x0_hat = self.x0_hat(rows, eps)
         measured = self.guide.similarity.measure(x0_hat, [self.flights[row] for row in rows.tolist()])
-        opened = self.opened(measured)
+        opened = self.opened(measured) & ~self.sent_back(rows, x0_hat, measured)
         acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
         if bool(acting.any()):
             at = acting.nonzero().flatten()
-            corrected = self.correct(rows[at], eps[at], x0_hat[at], _take(measured, at), opened[at])
+            corrected = self.correct(rows[at], eps[at], x0_hat[at], measured.take(at), opened[at])
             # a row that no term moved keeps its very bits, whatever the parameterisation
             moved = (corrected != eps[at].float()).flatten(1).any(1)
             where, output = rows[at[moved]], output.clone()
             output[where] = self.prediction.from_eps(corrected[moved], self.sample[where]).to(output.dtype)
             changed[where] = True
-        self.mark_rewinds(rows, x0_hat, measured)
         self.note(rows, measured, opened)
         return output
+
+    def near(self, screen: Screen, checked: Sequence[int], output: Tensor) -> list[int]:
+        """Those of the `checked` rows that the student cannot tell to be ordinary."""
+        rows, limit = torch.tensor(checked, device=output.device), self.step.threshold
+        if is_checkpoint(self.config, self.step.position, self.step.total):
+            if self.guide.judges:  # the student speaks for one index only
+                return list(checked)
+            assert self.config.rewind_threshold is not None
+            limit = min(limit, self.config.rewind_threshold)
+        eps = self.prediction.to_eps(output[rows], self.sample[rows])
+        found = screen(self.x0_hat(rows, eps), self.step.alpha_bar, limit)
+        far = ~found.near
+        measured = Measured(found.similarity[far], found.row[far], {})
+        self.note(rows[far], measured, torch.zeros_like(measured.similarity, dtype=torch.bool))
+        self.estimated.update(rows[far].tolist())
+        return rows[found.near].tolist()
 
     def classifier_free(self) -> tuple[Tensor, Tensor]:
         """Plain guidance, except that a later try of a rewound sample starts with a lower scale, see
@@ -172,17 +197,10 @@ class _Step:
         return sample.to(wide), eps_uncond, eps_cond
 
     def coefficients(self, rows: Tensor, s1: Tensor | None = None, s2: Tensor | None = None) -> Tensor:
-        """[R, 10] for `amg.kernels`: k_eps = 1 and nothing else of x_t, so that "prev_sample" is eps_guided;
-        every gate open, and with a similarity of 1 the scales are s1 and s2 themselves."""
-        alpha_bar, device = self.step.alpha_bar, self.output_cond.device
-        fixed = (0.0, 1.0, 0.0, (1 - alpha_bar) ** 0.5, alpha_bar**-0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
-        table = torch.tensor(fixed, device=device).repeat(len(rows), 1)
+        """`eps_coefficients` of `rows` at this step, [R, 10]."""
         scales = [self.scale_of(self.flights[row]) for row in rows.tolist()]
-        table[:, kernels.COEFFICIENTS.index("s0")] = torch.tensor(scales, device=device)
-        for name, scale in (("c1", s1), ("c2", s2)):
-            if scale is not None:
-                table[:, kernels.COEFFICIENTS.index(name)] = scale
-        return table
+        s0 = torch.tensor(scales, device=self.output_cond.device)
+        return eps_coefficients(self.step.alpha_bar, s0, s1, s2)
 
     def x0_hat(self, rows: Tensor, eps: Tensor) -> Tensor:
         """x0_hat of the guided noise prediction `eps` of `rows`."""
@@ -238,7 +256,7 @@ class _Step:
         for row in rows[inner].tolist():
             self.terms[row].append("dissimilarity")
         eps = eps.clone()
-        eps[inner] += self.dissimilarity(rows[inner], x0_hat[inner], _take(measured, inner))
+        eps[inner] += self.dissimilarity(rows[inner], x0_hat[inner], measured.take(inner))
         return eps
 
     def despecify_and_deduplicate(
@@ -350,26 +368,20 @@ class _Step:
             self.flights[row].evaluations += 1 if self.output_uncond is None else 2
         return gradient
 
-    def mark_rewinds(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> None:
-        """At a checkpoint, note the samples still too close under the index or a further judge: the scheduler
-        step that follows sends them back."""
-        cfg = self.config
-        if self.step.position not in steps_of(cfg.rewind_at or (), self.step.total):
-            return
-        assert cfg.rewind_threshold is not None
-        close = own = measured.similarity > cfg.rewind_threshold
-        for judge in self.guide.judges:
-            asked = cfg.under(judge.metric)
-            limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
-            assert limit is not None
-            close = close | (judge.similarity.measure(x0_hat).similarity > limit).to(own.device)
-        for at, row in enumerate(rows.tolist()):
-            flight = self.flights[row]
-            if bool(close[at]) and flight.rewinds < cfg.max_rewinds:
-                flight.pending = True
-                self.terms[row].append("rewind")
-                if bool(own[at]):
-                    despecify(cfg, self.guide.index, self.guide.denoiser, flight, int(measured.row[at]))
+    def sent_back(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> Tensor:
+        """[R] bool: the samples that go back after this step, too close at a checkpoint or alarmed."""
+        cfg, guide, flights = self.config, self.guide, [self.flights[row] for row in rows.tolist()]
+        chosen = torch.tensor([row in self.alarmed for row in rows.tolist()], device=rows.device)
+        near = torch.where(chosen, measured.row.to(rows.device), -1)
+        if is_checkpoint(cfg, self.step.position, self.step.total):
+            chosen = chosen | too_close(cfg, guide.judges, x0_hat, measured).to(rows.device)
+            assert cfg.rewind_threshold is not None
+            own = (measured.similarity > cfg.rewind_threshold).to(rows.device)
+            near = torch.where(own, measured.row.to(rows.device), near)
+        marked = send_back(cfg, guide.index, guide.denoiser, flights, chosen, near).to(rows.device)
+        for row in rows[marked].tolist():
+            self.terms[row].append("rewind")
+        return marked.to(measured.similarity.device)
 
     def note(self, rows: Tensor, measured: Measured, opened: Tensor) -> None:
         """Keep what was measured for the trace and for the next steps' choice of rows."""
@@ -385,9 +397,5 @@ class _Step:
         for row, (flight, terms) in enumerate(zip(self.flights, self.terms, strict=True)):
             similarity, nearest = self.measured.get(row, (None, None))
             place = (self.step.position, float(self.step.t), similarity, self.step.threshold, nearest)
-            flight.trace.append(TraceStep(*place, tuple(terms), self.signals.get(row)))
-
-
-def _take(measured: Measured, rows: Tensor) -> Measured:
-    extras = {name: value[rows] for name, value in measured.extras.items()}
-    return Measured(measured.similarity[rows], measured.row[rows], extras)
+            estimated = row in self.estimated
+            flight.trace.append(TraceStep(*place, tuple(terms), self.signals.get(row), estimated))

@@ -47,7 +47,8 @@ STOP_WORDS = frozenset(
 def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight, row: int) -> None:
     """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
 
-    One of the nearest few, chosen by the sample's own generator; captions that occur often are passed over.
+    One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
+    shares no word with them, chosen by the sample's own generator; captions that occur often are passed over.
     """
     if config.rewind_caption != "ordinary" or denoiser.encode_captions is None:
         return
@@ -57,7 +58,7 @@ def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight,
     found = index.search(vector, k=min(ORDINARY_SEARCHED, index.count))
     near = [other for other in found.row[0].tolist() if counts[other] <= FREQUENT_CAPTION]
     captions = [caption for caption in (index.captions[other] for other in near) if caption is not None]
-    alike = closest_captions(index.captions[row], captions)
+    alike = closest_captions(flight.prompt or "", captions) or closest_captions(index.captions[row], captions)
     if alike:
         flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import amg.kernels as kernels
+
 # With a zero terminal signal-to-noise ratio alpha_bar is 0 and x0_hat a quotient of zeros; at this floor it
 # is right to three digits in float32.
 LEAST_ALPHA_BAR = 1e-6
@@ -141,3 +143,16 @@ def sampler_scale(scheduler: Any, step: int) -> float:
     if type(scheduler).__name__.startswith("Euler"):
         return math.sqrt(float(torch.as_tensor(scheduler.sigmas[step])) ** 2 + 1)
     return 1.0
+
+
+def eps_coefficients(
+    alpha_bar: float, s0: Tensor, s1: Tensor | None = None, s2: Tensor | None = None
+) -> Tensor:
+    """Coefficients [R, 10] for `amg.kernels.guided_step` whose "prev_sample" is eps_guided: k_eps = 1 and
+    nothing else of x_t; every gate open, and with a similarity of 1 the scales are s1 and s2 themselves."""
+    fixed = (0.0, 1.0, 0.0, (1 - alpha_bar) ** 0.5, alpha_bar**-0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+    table = torch.tensor(fixed, device=s0.device).repeat(len(s0), 1)
+    for name, scale in (("s0", s0), ("c1", s1), ("c2", s2)):
+        if scale is not None:
+            table[:, kernels.COEFFICIENTS.index(name)] = scale
+    return table

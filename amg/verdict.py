@@ -12,7 +12,8 @@ class TraceStep:
 
     `similarity` is sigma_t (cosine, or -nL2) and `threshold` is lambda_t; `similarity` and `neighbour` are
     None where the check was skipped. `terms` names what fired: "despecification", "deduplication",
-    "dissimilarity", "rewind". `signals` are the free signals of the fused step, in its order.
+    "dissimilarity", "rewind". `signals` are the free signals of the fused step, in its order. `estimated`:
+    similarity and neighbour are the student's, which sufficed.
     """
 
     step: int
@@ -22,6 +23,7 @@ class TraceStep:
     neighbour: int | None
     terms: tuple[str, ...] = ()
     signals: tuple[float, ...] | None = None
+    estimated: bool = False
 
 
 @dataclass(frozen=True)

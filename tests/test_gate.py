@@ -126,10 +126,11 @@ def test_another_key_is_refused_by_name(name: str, value: object) -> None:
 def written(path: Path, **changes: object) -> Path:
     record = {
         "format": "amg calibration",
-        "version": 1,
+        "version": 2,
         "key": vars(KEY),
         "region": {"mean": [1.0], "deviation": [2.0]},
         "gate": [{"step": 3, "signal": "cosine", "sign": -1.0, "threshold": 0.1}],
+        "alarm": {"step": 2, "signal": "gap", "sign": -1.0, "threshold": -0.5, "caught": 0.9, "false": 0.0},
     }
     path.write_text(json.dumps({**record, **changes}))
     return path
@@ -138,13 +139,15 @@ def written(path: Path, **changes: object) -> Path:
 def test_a_file_is_read_as_written(tmp_path: Path) -> None:
     gate = Gate.load(written(tmp_path / "c.json"))
     assert gate.key == KEY and gate.rules == {3: Rule("cosine", -1.0, 0.1)}
+    assert gate.alarm == {2: Rule("gap", -1.0, -0.5)}
+    assert Gate.load(written(tmp_path / "c.json", alarm=None)).alarm == {}
     assert (gate.mean.tolist(), gate.deviation.tolist()) == ([1.0], [2.0])
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 2},
+        {"version": 1},
         {"format": "x"},
         {"key": {"model": "x"}},
         {"gate": [{"step": 3, "signal": "magic", "sign": 1.0, "threshold": 0.0}]},

@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.flight import Flight
+from amg.flight import Flight, texts_of
 from amg.gate import Gate
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
@@ -28,6 +28,7 @@ from amg.predict import Conditions, predict, replace_captions
 from amg.rewind import pending_rows, pristine
 from amg.sampler import Run, send_back
 from amg.similarity import judges_for, similarity_for
+from amg.similarity.student import Screen
 
 NAME = "anti-memorization guidance"
 
@@ -36,9 +37,16 @@ class Session:
     """One call of a protected pipeline: what the hook and the step wrapper share."""
 
     def __init__(
-        self, pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any] = (), gate: Gate | None = None
+        self,
+        pipe: Any,
+        index: Any,
+        config: AMGConfig,
+        also: Sequence[Any] = (),
+        gate: Gate | None = None,
+        screen: Screen | None = None,
     ):
-        self.pipe, self.index, self.config, self.also, self.gate = pipe, index, config, also, gate
+        self.pipe, self.index, self.config, self.also = pipe, index, config, also
+        self.gate, self.screen = gate, screen
         self.run: Run | None = None
         self.flights: list[Flight] = []
         self.conditions: Conditions | None = None
@@ -47,6 +55,8 @@ class Session:
         self.forward: Any = None
         self.class_labels: Tensor | None = None
         self.class_scale: float | None = None
+        self.prompt: Any = None  # the call's own, and how many images of each
+        self.images_per_prompt = 1
         self.blank = torch.empty(0)  # one row per sample, in the shape of what the scheduler steps
 
     def begin(self, model_input: Tensor, guided: bool, arguments: dict[str, Any]) -> Run:
@@ -58,7 +68,10 @@ class Session:
                 self.pipe.unet, self.class_labels, batch, self.config.null_class, self.scale
             )
         self.blank = torch.zeros_like(model_input[:batch])
-        self.flights = [Flight.from_noise(row) for row in model_input[:batch]]
+        texts = texts_of(self.prompt, self.images_per_prompt, batch)
+        self.flights = [
+            Flight.from_noise(row, text) for row, text in zip(model_input[:batch], texts, strict=True)
+        ]
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
         similarity = similarity_for(self.index, denoiser, lazy=self.config.lazy_search)
@@ -66,7 +79,8 @@ class Session:
         if self.gate is not None:
             scheduler = self.pipe.scheduler
             self.gate.require(key_for(self.pipe, self.index, scheduler, self.scale, self.config))
-        guide = Guide(self.config, self.index, similarity, denoiser, self.scale, rescale, judges, self.gate)
+        parts = (self.index, similarity, denoiser, self.scale, rescale, judges, self.gate, self.screen)
+        guide = Guide(self.config, *parts)
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 

@@ -1,4 +1,5 @@
-"""Whether a calibration was made for this run: its key, out of a pipeline, its index and how it is run."""
+"""Whether a calibration or a student was made for this run: its key, out of a pipeline, its index and how it
+is run."""
 
 from __future__ import annotations
 
@@ -8,13 +9,36 @@ from pathlib import Path
 from typing import Any
 
 from amg.config import AMGConfig
+from amg.embed.student import Origin, load_student
 from amg.gate import Gate, Key
 from amg.index.store import MANIFEST
+from amg.integrations.denoiser import is_latent
+from amg.similarity.student import Screen
 
 
 def gate_of(config: AMGConfig) -> Gate | None:
     """The gate of the config's calibration file, if it names one."""
     return None if config.calibration is None else Gate.load(config.calibration)
+
+
+def screen_of(config: AMGConfig, pipe: Any, index: Any) -> Screen | None:
+    """The student of the config's file over its teacher's index, if it names one; ValueError for another."""
+    if config.student is None:
+        return None
+    if index.metric != "cosine" or not is_latent(pipe):
+        raise ValueError("`student` must be None without latents and a cosine index, got a file")
+    screen = Screen(load_student(config.student, pipe.device), index)
+    screen.require(origin_of(pipe, index))
+    return screen
+
+
+def origin_of(pipe: Any, index: Any) -> Origin:
+    """What a student over this pipeline and index is distilled from."""
+    described = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}
+    text = json.dumps(described, sort_keys=True, default=str)
+    channels, teacher = pipe.unet.config.in_channels, index.embedder
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Origin(teacher.name, teacher.sha, teacher.dimension, channels, digest)
 
 
 def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config: AMGConfig) -> Key:

@@ -17,8 +17,9 @@ from amg.config import AMGConfig
 from amg.gate import Gate
 from amg.integrations.denoiser import is_latent
 from amg.integrations.hook import Session, guided_call
-from amg.integrations.identity import gate_of
+from amg.integrations.identity import gate_of, screen_of
 from amg.promise import decode, deliver
+from amg.similarity.student import Screen
 from amg.verdict import Verdict
 
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
@@ -33,6 +34,7 @@ class Protection:
     config: AMGConfig
     also: tuple[Any, ...]
     gate: Gate | None
+    screen: Screen | None
 
 
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
@@ -52,7 +54,7 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     if hasattr(pipe, "_amg_protection"):
         unprotect(pipe)
     kind: Any = type(pipe)
-    protection = Protection(index, config, tuple(also), gate_of(config))
+    protection = Protection(index, config, tuple(also), gate_of(config), screen_of(config, pipe, index))
     pipe.__class__ = _protected(kind)
     pipe._amg_protection = protection
     return pipe
@@ -100,7 +102,7 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
-    session = Session(pipe, protection.index, protection.config, protection.also, protection.gate)
+    session = Session(pipe, *vars(protection).values())
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
             kwargs.pop("class_labels", None),
@@ -112,6 +114,8 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise ValueError(f"`num_inference_steps` must be >= 1, got {bound.arguments['num_inference_steps']}")
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
     protection.config.warn_without_guidance(scale)
+    session.prompt = bound.arguments.get("prompt")
+    session.images_per_prompt = bound.arguments.get("num_images_per_prompt") or 1
     with guided_call(session):
         result = call(pipe, *args, **kwargs)
     images = result[0] if isinstance(result, tuple) else result.images

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from amg.batching import Batcher
 from amg.config import AMGConfig
-from amg.flight import Flight
+from amg.flight import Flight, texts_of
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
-from amg.integrations.identity import gate_of, key_for
+from amg.integrations.identity import gate_of, key_for, screen_of
 from amg.integrations.protect import to_pil
 from amg.predict import Conditions, Denoiser
 from amg.promise import decode, deliver
@@ -102,6 +102,7 @@ class Sampler:
         self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
         self.gate = gate_of(self.config)
+        self.screen = screen_of(self.config, pipe, index)
 
     @torch.no_grad()
     def __call__(
@@ -202,6 +203,7 @@ class Sampler:
             request.guidance_rescale,
             self.judges,
             self.gate,
+            self.screen,
         )
         scheduler = pristine(self.pipe.scheduler)
         scheduler.set_timesteps(steps, device=self.pipe._execution_device)
@@ -210,7 +212,8 @@ class Sampler:
         run = Run(guide, pristine(scheduler), {"eta": request.eta})
         sample = self._noise(batch, generator, request.latents) * scheduler.init_noise_sigma
         noise = scheduler.scale_model_input(sample, scheduler.timesteps[0])
-        flights = [Flight.from_noise(row) for row in noise]
+        texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
+        flights = [Flight.from_noise(row, text) for row, text in zip(noise, texts, strict=True)]
         return Prepared(run, sample, conditions, flights, generator, output_type)
 
     @torch.no_grad()

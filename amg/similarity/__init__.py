@@ -18,6 +18,11 @@ class Measured(NamedTuple):
     row: Tensor
     extras: dict[str, Tensor]
 
+    def take(self, rows: Tensor) -> Measured:
+        """What was measured of some rows."""
+        extras = {name: value[rows] for name, value in self.extras.items()}
+        return Measured(self.similarity[rows], self.row[rows], extras)
+
 
 class Similarity(Protocol):
     """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or

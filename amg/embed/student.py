@@ -1,0 +1,142 @@
+"""The student: a small network from x0_hat's latents straight to the teacher's embedding, no decoder between.
+
+It screens: where its similarity, raised by its margin at that noise level, stays below a limit, the teacher
+(decoder, embedder) need not look. Trained by `amg distill` for one model, index and embedder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT, VERSION = "amg student", 1
+FREQUENCIES = 8
+GRID = 4  # features are pooled to a grid of this side
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a student was distilled from: the teacher's name and sha256, its dimension, the model's latent
+    channels, and the sha256 of its decoder's config."""
+
+    teacher: str
+    teacher_sha256: str
+    dimension: int
+    channels: int
+    decoder_sha256: str
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Student against teacher on held-out x0_hat with alpha_bar in [`above`, `below`), `count` of them.
+
+    `cosine`: mean of the two embeddings; `correlation` of the two similarities; `same_row`: share of those
+    with similarity > 0.3 with the same nearest row; `margin`: teacher's similarity exceeds student's by more
+    for a further such x0_hat with probability at most `miss_rate` of the file (conformal).
+    """
+
+    above: float
+    below: float
+    count: int
+    cosine: float
+    correlation: float
+    same_row: float
+    margin: float
+
+
+class _Block(nn.Module):
+    """A residual block whose features are scaled and shifted by the noise level."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.level = nn.Linear(2 * FREQUENCIES, 2 * width)
+
+    def forward(self, features: Tensor, level: Tensor) -> Tensor:
+        scale, shift = self.level(level)[:, :, None, None].chunk(2, 1)
+        inner = self.first(nn.functional.silu(self.norm(features)))
+        return features + self.second(nn.functional.silu(inner * (1 + scale) + shift))
+
+
+class Student(nn.Module):
+    """x0_hat latents float32 [B, C, h, w], alpha_bar float32 [B] in (0, 1] -> embedding float32 [B, D].
+
+    No batch statistics: an embedding never depends on its batch-mates. `agreement`: by noise level, as
+    measured by `amg distill`.
+    """
+
+    def __init__(self, origin: Origin, width: int = 64, blocks: int = 3, agreement: Sequence[Agreement] = ()):
+        super().__init__()
+        self.origin, self.width, self.agreement = origin, width, tuple(agreement)
+        self.stem = nn.Conv2d(origin.channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.head = nn.Sequential(
+            nn.Linear(width * GRID * GRID, 256), nn.SiLU(), nn.Linear(256, origin.dimension)
+        )
+
+    def forward(self, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:
+        if x0_hat.ndim != 4 or x0_hat.shape[1] != self.origin.channels:
+            raise ValueError(f"`x0_hat` must be [B, {self.origin.channels}, h, w], got {list(x0_hat.shape)}")
+        level, features = noise_level(alpha_bar), self.stem(x0_hat.float())
+        for block in self.blocks:
+            features = block(features, level)
+        return self.head(nn.functional.adaptive_avg_pool2d(features, GRID).flatten(1))
+
+    def margin(self, alpha_bar: float) -> float:
+        """How far the teacher's similarity may exceed ours at this noise level; inf outside those seen."""
+        found = [one.margin for one in self.agreement if one.above <= alpha_bar < one.below]
+        return found[0] if found else math.inf
+
+
+def noise_level(alpha_bar: Tensor) -> Tensor:
+    """Sines and cosines of the log signal-to-noise ratio of alpha_bar [B], float32 [B, 2·FREQUENCIES]."""
+    ratio = torch.logit(alpha_bar.float().clamp(1e-6, 1 - 1e-6))[:, None]
+    angles = ratio * torch.pi / 32 * 2.0 ** torch.arange(FREQUENCIES, device=ratio.device)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def save_student(student: Student, path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write weights (float16) and, as metadata, origin, agreement and `report`; renamed when complete."""
+    described = {
+        "version": VERSION,
+        "origin": asdict(student.origin),
+        "width": student.width,
+        "blocks": len(student.blocks),
+        "agreement": [asdict(one) for one in student.agreement],
+        **report,
+    }
+    weights = {name: tensor.half().contiguous() for name, tensor in student.state_dict().items()}
+    partial = Path(f"{path}.partial")
+    save_file(weights, partial, {FORMAT: json.dumps(described)})
+    partial.replace(path)
+
+
+def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
+    """A student of `amg distill` in evaluation mode. Errors: FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`student` must be a file of `amg distill`, found none at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            described = json.loads((file.metadata() or {})[FORMAT])
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        if described["version"] != VERSION:
+            raise ValueError(f"version {described['version']!r}")
+        agreement = [Agreement(**one) for one in described["agreement"]]
+        student = Student(Origin(**described["origin"]), described["width"], described["blocks"], agreement)
+        student.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"`student` must be a file of `amg distill`, {FORMAT} version {VERSION}, got {path} ({error!r})"
+        ) from error
+    return student.eval().requires_grad_(False).to(device)

@@ -1,0 +1,47 @@
+"""Cheap measuring: the student's similarity of x0_hat, and which samples the teacher must look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amg.embed.student import Origin, Student
+from amg.guidance import require_finite
+
+
+class Screened(NamedTuple):
+    """`near` [B] bool, samples that may lie above the limit; `similarity`, `row` [B] by the student."""
+
+    near: Tensor
+    similarity: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A student over the index its teacher made."""
+
+    student: Student
+    index: Any
+
+    def require(self, origin: Origin) -> None:
+        """ValueError naming what differs, unless the student was distilled from `origin`."""
+        mine = self.student.origin
+        for name, asked in vars(origin).items():
+            if getattr(mine, name) != asked:
+                raise ValueError(
+                    f"`student` must be distilled for this run's {name}={asked!r}, "
+                    f"got one for {getattr(mine, name)!r}"
+                )
+
+    @torch.no_grad()
+    def __call__(self, x0_hat: Tensor, alpha_bar: float, limit: float) -> Screened:
+        """Screen x0_hat [B, C, h, w] of a step for similarities above `limit`; FloatingPointError on NaN."""
+        require_finite("x0_hat", x0_hat)
+        level = torch.full((len(x0_hat),), alpha_bar, device=x0_hat.device)
+        embedding = torch.nn.functional.normalize(self.student(x0_hat, level))
+        similarity, row, _ = self.index.nearest(embedding)
+        return Screened(similarity + self.student.margin(alpha_bar) > limit, similarity, row)

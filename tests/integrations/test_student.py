@@ -1,0 +1,187 @@
+"""`amg distill` from a pipeline to a student, and a student that screens what the teacher measures."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import amg
+from amg import sampling
+from amg.cli import main
+from amg.config import AMGConfig
+from amg.embed.student import Agreement, Origin, Student, load_student, noise_level, save_student
+from amg.integrations.identity import origin_of
+
+diffusers = pytest.importorskip("diffusers")
+STEPS = 4
+PROMPTS = ["abc", "cat, red"] * 3
+
+
+def generators():
+    return [torch.Generator().manual_seed(100 + i) for i in range(len(PROMPTS))]
+
+
+def student_of(pipe, index, margin):
+    torch.manual_seed(3)
+    band = Agreement(0.0, 1.1, 10, 1.0, 1.0, 1.0, margin)
+    return Student(origin_of(pipe, index), width=8, blocks=1, agreement=(band,)).eval()
+
+
+@pytest.fixture
+def written(sd, embedding_index, tmp_path):
+    """A function that writes a student with that margin and returns the file."""
+
+    def write(margin):
+        path = tmp_path / f"{margin}.safetensors"
+        save_student(student_of(sd, embedding_index, margin), path, {})
+        return path
+
+    return write
+
+
+def drawn(pipe, index, path, way="Sampler", **more):
+    options = {"check_at": (), "rewind_at": (), "on_memorized": "flag", **more}
+    config = AMGConfig.preset("main", student=path, **options)
+    arguments = {"generator": generators(), "num_inference_steps": STEPS, "guidance_scale": 7.5}
+    if way == "protect":
+        out = amg.protect(pipe, index, config)(PROMPTS, output_type="pt", **arguments)
+        amg.unprotect(pipe)
+        return out
+    return amg.Sampler(pipe, index, config)(PROMPTS, output_type="pt", progress=False, **arguments)
+
+
+@pytest.mark.parametrize("way", ["Sampler", "protect"])
+def test_the_teacher_looks_exactly_where_the_student_may_find_more(sd, embedding_index, written, way):
+    limits = {"lambda_min": 0.4, "lambda_max": 0.4}
+    plain = drawn(sd, embedding_index, None, way, c1=0.0, c2=0.0, c3=0.0, **limits)
+    found = drawn(sd, embedding_index, written(0.1), way, c1=0.0, c2=0.0, c3=0.0, **limits)
+    assert torch.equal(found.images, plain.images)
+    seen = {True: 0, False: 0}
+    for own, other in zip(found.amg, plain.amg, strict=True):
+        for step, by_teacher in zip(own.trace, other.trace, strict=True):
+            seen[step.estimated] += 1
+            if step.estimated:
+                assert step.similarity + 0.1 <= step.threshold + 1e-6
+            else:
+                assert step.similarity == pytest.approx(by_teacher.similarity, abs=1e-6)
+                assert step.neighbour == by_teacher.neighbour
+    assert seen[True] and seen[False]
+
+
+def test_an_infinite_margin_screens_nothing_and_a_negative_one_everything(sd, embedding_index, written):
+    for margin, estimated in ((math.inf, False), (-3.0, True)):
+        out = drawn(sd, embedding_index, written(margin))
+        assert {step.estimated for verdict in out.amg for step in verdict.trace} == {estimated}
+        assert all(-1 <= verdict.similarity <= 1 for verdict in out.amg)  # the final check is the teacher's
+
+
+def test_a_further_judge_is_asked_at_checkpoints_whatever_the_student_says(sd, embedding_index, written):
+    config = AMGConfig.preset(
+        "main", student=written(-3.0), check_at=(0.0,), rewind_at=(1.0,), on_memorized="flag", max_rewinds=0
+    )
+    for also, estimated in (((), True), ((embedding_index,), False)):
+        out = amg.Sampler(sd, embedding_index, config, also)(
+            PROMPTS, generator=generators(), num_inference_steps=STEPS, progress=False
+        )
+        assert {verdict.trace[-1].estimated for verdict in out.amg} == {estimated}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("teacher", "other"), ("teacher_sha256", "1" * 64), ("decoder_sha256", "xy"), ("channels", 5)],
+)
+def test_a_student_of_something_else_is_refused_by_name(sd, embedding_index, tmp_path, name, value):
+    origin = replace(origin_of(sd, embedding_index), **{name: value})
+    save_student(Student(origin, width=8, blocks=1), tmp_path / "s.safetensors", {})
+    with pytest.raises(ValueError, match=f"`student` must be distilled for this run's {name}="):
+        drawn(sd, embedding_index, tmp_path / "s.safetensors")
+
+
+def test_a_student_needs_latents_and_a_cosine_index(ddpm, pixel_index, tmp_path):
+    with pytest.raises(ValueError, match="`student` must be None without latents"):
+        amg.Sampler(ddpm, pixel_index, AMGConfig.preset("main", student=tmp_path / "s.safetensors"))
+
+
+def test_a_file_is_read_as_written_and_others_are_refused(tmp_path):
+    origin = Origin("tiny", "0" * 64, 16, 4, "ab")
+    band = Agreement(0.0, 0.5, 7, 0.9, 0.8, 0.7, math.inf)
+    torch.manual_seed(1)
+    student = Student(origin, width=16, blocks=2, agreement=[band]).half().float()
+    save_student(student, tmp_path / "s.safetensors", {"distilled": {"seed": 3}})
+    loaded, x0_hat = load_student(tmp_path / "s.safetensors"), torch.randn(3, 4, 8, 8)
+    assert loaded.origin == origin and loaded.agreement == (band,)
+    level = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(loaded(x0_hat, level), student(x0_hat, level))
+    alone = torch.cat([loaded(x0_hat[i : i + 1], level[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(alone, loaded(x0_hat, level), atol=1e-5, rtol=1e-5)
+    assert loaded.margin(0.2) == math.inf and loaded.margin(0.7) == math.inf
+    with pytest.raises(ValueError, match=r"`x0_hat` must be \[B, 4, h, w\], got \[3, 5, 8, 8\]"):
+        loaded(torch.randn(3, 5, 8, 8), level)
+    with pytest.raises(FileNotFoundError, match="`student` must be a file of `amg distill`"):
+        load_student(tmp_path / "none")
+    for text in (b"", b"x" * 100):
+        (tmp_path / "bad").write_bytes(text)
+        with pytest.raises(ValueError, match="`student` must be a file of `amg distill`"):
+            load_student(tmp_path / "bad")
+
+
+def test_noise_levels_are_told_apart():
+    level = noise_level(torch.linspace(0.005, 0.999, 50))
+    assert level.shape == (50, 16) and bool(torch.isfinite(level).all())
+    assert float(torch.cdist(level, level).add(torch.eye(50)).min()) > 0.01
+
+
+@pytest.fixture
+def distilled(sd, embedding_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "open_model", lambda *_: sd)
+    monkeypatch.setattr(sampling, "open_index", lambda *_: embedding_index)
+
+    def run(*more, images=24):
+        command = ["distill", "tiny", "--index", "tiny.amg", "--embedder", "tiny", "--steps", str(STEPS)]
+        command += ["--images", str(images), "--train-steps", "60", "--miss-rate", "0.5", "--batch-size", "8"]
+        return main([*command, "--out", str(tmp_path / "s.safetensors"), *more])
+
+    return run
+
+
+def test_distilling_agrees_better_than_an_untrained_student(distilled, sd, embedding_index, tmp_path, capsys):
+    assert distilled() == 0
+    assert "alpha_bar" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.safetensors"]
+    student = load_student(tmp_path / "s.safetensors")
+    assert student.origin == origin_of(sd, embedding_index)
+    assert sum(band.count for band in student.agreement) == 6 * STEPS  # a quarter of 24 is held out
+    assert min(band.cosine for band in student.agreement) > 0.5
+    assert student.agreement[0].above == 0.0 and student.agreement[-1].below > 1
+    out = drawn(sd, embedding_index, tmp_path / "s.safetensors")
+    assert len(out.amg) == len(PROMPTS)
+
+
+def test_distilling_resumes_and_refuses_another_run_s_folder(distilled, tmp_path, monkeypatch, capsys):
+    import amg.distill
+
+    monkeypatch.setattr(amg.distill, "train", interrupted)
+    assert distilled() == 130
+    folder = tmp_path / "s.safetensors.pairs"
+    assert len(list(folder.glob("*.safetensors"))) == 3 and not (tmp_path / "s.safetensors").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert distilled() == 130
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    assert distilled("--seed", "5") == 2
+    assert "`--seed` must be that of the run kept in" in capsys.readouterr().err
+    assert json.loads((folder / "settings.json").read_text())["seed"] == "0"
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("option", ["--images", "--steps", "--train-steps", "--batch-size"])
+def test_bad_numbers_are_refused_by_name(distilled, option, capsys):
+    assert distilled(option, "0") == 2
+    assert f"`{option}` must be >= " in capsys.readouterr().err
+    assert distilled("--miss-rate", "1") == 2
+    assert "`--miss-rate` must lie in (0, 1), got 1.0" in capsys.readouterr().err
