@@ -1,0 +1,385 @@
+"""Adversarial audit: does the promise hold however the sampler is asked?
+
+    python benchmarks/adversarial.py            # results/adversarial{,_views}.csv, docs/adversarial.md
+    python benchmarks/adversarial.py --again    # every case anew
+    python benchmarks/adversarial.py --tables   # the page again, from the CSVs alone
+
+Each case draws images of memorised prompts and checks what was delivered once more, by itself: the 8-bit
+pictures are embedded again and searched in float64 by brute force. Resumes case by case; the exit status is 1
+where an unmarked image over the threshold was delivered or a case raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import re
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from charts import fill
+from evidence.attacks import ATTACKS, Attack
+from evidence.targets import VIEWS, index_of_distinct, index_with_views, latents_for, whole_photos
+from protocol import RESULTS, ROOT, append, commit
+from torch import Tensor
+
+import amg
+from amg.config import AMGConfig
+from amg.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, further_judges, open_index, open_pipeline
+from amg.evaluate.judges import luminance_correlation
+from amg.integrations.sampler import Sampler
+from amg.sampling import SCHEDULERS
+from amg.verdict import Verdict
+from amg.zoo.judge import load_judge
+from amg.zoo.photos import DUPLICATED, TrainingSet, training_set
+
+PRESETS = ("main", "off", "strong")
+SEED, ROUNDING = 90_000, 1e-6  # ROUNDING: what float32 and float64 may differ by
+BEGIN, END = "<!-- adversarial: begin -->", "<!-- adversarial: end -->"
+PAGE, CSV = ROOT / "docs/adversarial.md", RESULTS / "adversarial.csv"
+COLUMNS = (
+    *("date", "commit", "torch", "model", "group", "attack", "preset", "images", "broken", "largest"),
+    *("marked", "blocked", "stepped_in", "retries", "rewinds", "views", "luminance_pct", "network_pct"),
+    *("evaluations", "seconds", "error"),
+)
+VIEW_COLUMNS = ("date", "commit", "torch", "view", "photos", "mean", "smallest", "over_main", "over_strong")
+VIEW_COLUMNS = (
+    *VIEW_COLUMNS,
+    "luminance",
+    "mean_with_views",
+    "over_main_with_views",
+    "over_strong_with_views",
+)
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One bundled model: pipeline, index, further indexes, training set, and its memorised conditions."""
+
+    name: str
+    pipe: Any
+    scheduler: Any
+    indexes: Mapping[str, Any]  # see `Attack.index`
+    also: tuple[Any, ...]
+    data: TrainingSet
+
+    @property
+    def index(self) -> Any:
+        return self.indexes["trained"]
+
+    @property
+    def views(self) -> Any:
+        """The index that also holds views of the photographs, or None."""
+        return self.indexes.get("views")
+
+    @property
+    def size(self) -> int:
+        return int(self.data.images.shape[-1])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What came back: 8-bit pictures, uint8 [B, 3, H, W], their verdicts, the seconds they took."""
+
+    images: Tensor
+    verdicts: list[Verdict]
+    seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=12, help="per case with the preset main")
+    parser.add_argument("--further-images", type=int, default=6, help="per case with every other preset")
+    parser.add_argument("--preset", action="append", choices=PRESETS, help="may be given again; default: all")
+    parser.add_argument(
+        "--only", default="", help="regular expression: only cases whose 'group: name' it finds"
+    )
+    parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the indexes")
+    parser.add_argument("--out", type=Path, default=CSV, help="the views' table goes beside it")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--again", action="store_true", help="discard earlier results")
+    parser.add_argument("--tables", action="store_true", help="only fill the page from --out")
+    options = parser.parse_args()
+    if not options.tables:
+        run(options)
+    fill(options.page, tables(options.out), BEGIN, END)
+    print(tables(options.out))
+    return 1 if any(line["error"] or int(line["broken"] or 0) for line in read(options.out)) else 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Every case that `options.out` does not hold yet."""
+    if options.again:
+        for path in (options.out, views_beside(options.out)):
+            path.unlink(missing_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    stages = {name: open_stage(name, options.work) for name in ("photos-sd", "photos-ddpm")}
+    if not views_beside(options.out).exists():
+        append(views_beside(options.out), view_lines(stages["photos-sd"]), VIEW_COLUMNS)
+    done = {key_of(line) for line in read(options.out)}
+    chosen = [one for one in ATTACKS if re.search(options.only, f"{one.group}: {one.name}")]
+    todo = [(preset, attack) for preset in options.preset or PRESETS for attack in chosen]
+    for number, (preset, attack) in enumerate(todo, 1):
+        if (attack.group, attack.name, preset) in done:
+            continue
+        count = options.images if preset == "main" else options.further_images
+        line = line_of(stages[attack.model], attack, preset, count)
+        append(options.out, [line], COLUMNS)
+        shown = " ".join(f"{name} {line[name]}" for name in COLUMNS[7:])
+        print(f"[{number}/{len(todo)}] {attack.group}: {attack.name}, {preset}: {shown}", flush=True)
+
+
+def key_of(line: Line) -> tuple[str, str, str]:
+    return line["group"], line["attack"], line["preset"]
+
+
+def views_beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_views.csv")
+
+
+def open_stage(name: str, work: Path) -> Stage:
+    """A bundled model ready to be attacked."""
+    data, pipe = training_set(32 if name == "photos-ddpm" else 64), open_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    indexes = {"trained": open_index(name, work / f"{name}.amg")}
+    if name == "photos-sd":
+        embedder = indexes["trained"].embedder
+        indexes["views"] = index_with_views(data, embedder, work / f"{name}-views.amg")
+        indexes["distinct"] = index_of_distinct(data, embedder, work / f"{name}-distinct.amg")
+    return Stage(name, pipe, pipe.scheduler, indexes, further_judges(name, "main", work), data)
+
+
+def line_of(stage: Stage, attack: Attack, preset: str, count: int) -> Line:
+    """One line of the table; an exception becomes its `error`."""
+    head = (datetime.datetime.now().astimezone().isoformat(timespec="seconds"), commit(), torch.__version__)
+    head = (*head, attack.model, attack.group, attack.name, preset)
+    line: Line = {**dict.fromkeys(COLUMNS, ""), **dict(zip(COLUMNS, head, strict=False)), "images": count}
+    try:
+        config, index = AMGConfig.preset(preset), stage.indexes[attack.index]
+        drawn = draw(stage, attack, config, index, count)
+        return line | figures(stage, drawn, config, index)
+    except Exception as error:  # an audit goes on and reports it
+        traceback.print_exc()
+        return line | {"error": f"{type(error).__name__}: {error}"}
+
+
+def draw(stage: Stage, attack: Attack, config: AMGConfig, index: Any, count: int) -> Drawn:
+    """`count` pictures of one attack."""
+    import diffusers
+
+    kind = getattr(diffusers, SCHEDULERS[attack.scheduler])
+    pipe, scale = stage.pipe, GUIDANCE_SCALES[stage.name] if attack.scale is None else attack.scale
+    pipe.scheduler = kind.from_config(stage.scheduler.config)
+    arguments = {
+        **conditions(stage, attack, count),
+        **attack.options,
+        "guidance_scale": scale,
+        "num_inference_steps": attack.steps,
+        "generator": [torch.Generator().manual_seed(SEED + i) for i in range(count)],
+    }
+    began = time.monotonic()
+    if attack.protected:
+        protected = amg.protect(pipe, index, config, stage.also)
+        try:
+            out = protected(**arguments)
+        finally:
+            amg.unprotect(pipe)
+    else:
+        out = Sampler(pipe, index, config, stage.also)(**arguments, progress=False)
+    return Drawn(as_bytes(out.images), out.amg, time.monotonic() - began)
+
+
+def conditions(stage: Stage, attack: Attack, count: int) -> dict[str, Any]:
+    """The prompts, negative prompts and latents of an attack, or the classes; a different caption each."""
+    if stage.name == "photos-ddpm":
+        labels = torch.tensor([DUPLICATED[i % len(DUPLICATED)] for i in range(count)])
+        return {"class_labels": labels, **({"batch_size": count} if attack.protected else {})}
+    rows = stage.data.whole.nonzero().flatten().tolist()
+    asked = count // attack.options.get("num_images_per_prompt", 1)
+    rows = [rows[i % len(rows)] for i in range(asked)]
+    captions = [stage.data.captions[row] for row in rows]
+    found: dict[str, Any] = {"prompt": attack.prompts(captions)}
+    if attack.negative is not None:
+        found["negative_prompt"] = attack.negative(captions)
+    if attack.target is not None:
+        photos = stage.data.images[rows].float() / 255
+        found["latents"] = latents_for(stage.pipe, attack.target, photos, found["prompt"], attack.steps)
+    return found
+
+
+def as_bytes(images: Sequence[Any]) -> Tensor:
+    """PIL images as uint8 [B, 3, H, W]."""
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+
+
+def figures(stage: Stage, drawn: Drawn, config: AMGConfig, index: Any) -> Line:
+    """What was delivered, judged by itself; counts, or means over all images."""
+    verdicts, count = drawn.verdicts, len(drawn.verdicts)
+    blocked = torch.tensor([one.blocked for one in verdicts])
+    marked = torch.tensor([one.memorized for one in verdicts]) & ~blocked
+    unmarked = ~blocked & ~marked
+    over, largest = exceeding(drawn.images, (index, *stage.also), config)
+    delivered = drawn.images[~blocked].float() / 255
+    luminance = (
+        luminance_correlation(delivered, stage.data.images.float() / 255)[0] if len(delivered) else None
+    )
+    network = load_judge().copy_probability(delivered) if len(delivered) else None
+    return {
+        "broken": int((over & unmarked).sum()),
+        "largest": f"{largest[unmarked].max():.4f}" if bool(unmarked.any()) else "",
+        "marked": int(marked.sum()),
+        "blocked": int(blocked.sum()),
+        "stepped_in": sum(one.memorized or one.retries > 0 for one in verdicts),
+        "retries": f"{sum(one.retries for one in verdicts) / count:.3f}",
+        "rewinds": f"{sum(one.rewinds for one in verdicts) / count:.3f}",
+        "views": views_among(stage, drawn.images[unmarked], config),
+        "luminance_pct": ""
+        if luminance is None
+        else f"{100 * (luminance > LUMINANCE_COPY).float().mean():.1f}",
+        "network_pct": "" if network is None else f"{100 * (network > JUDGE_COPY).float().mean():.1f}",
+        "evaluations": f"{sum(one.evaluations for one in verdicts) / count:.1f}",
+        "seconds": f"{drawn.seconds / count:.3f}",
+    }
+
+
+def exceeding(images: Tensor, indexes: Sequence[Any], config: AMGConfig) -> tuple[Tensor, Tensor]:
+    """Which of `images` uint8 [B, 3, H, W] are over the threshold of any index, bool [B], and the similarity
+    under the first; float64, brute force over the rows, independent of the package's search."""
+    found, over = [], torch.zeros(len(images), dtype=torch.bool)
+    for index in indexes:
+        similarity = (brute_cosine if index.metric == "cosine" else brute_nl2)(images, index)
+        limit = config.for_metric(index.metric).threshold
+        assert limit is not None
+        over |= similarity > limit + ROUNDING
+        found.append(similarity)
+    return over, found[0]
+
+
+@torch.no_grad()
+def brute_cosine(images: Tensor, index: Any) -> Tensor:
+    """Largest cosine to any row, float64 [B]."""
+    queries = index.embedder(images.float() / 255).double()
+    rows = index.rows.double()
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return (torch.nn.functional.normalize(queries, dim=1) @ unit.T).max(1).values
+
+
+def brute_nl2(images: Tensor, index: Any, k: int = 50, alpha: float = 0.5) -> Tensor:
+    """−nL2, float64 [B]: the nearest distance over alpha times the mean of the k nearest."""
+    rows = index.rows.double().flatten(1) / 255
+    distance = torch.stack([(rows - one).square().mean(1).sqrt() for one in images.double().flatten(1) / 255])
+    nearest = distance.sort(1).values[:, :k]
+    return -nearest[:, 0] / (alpha * nearest.mean(1))
+
+
+def views_among(stage: Stage, images: Tensor, config: AMGConfig) -> int | str:
+    """How many of `images` are over the threshold of the index with views; "" where there is none."""
+    if stage.views is None:
+        return ""
+    return int(exceeding(images, (stage.views,), config)[0].sum()) if len(images) else 0
+
+
+def view_lines(stage: Stage) -> list[Line]:
+    """What the embedder says of flips, turns and crops of the memorised photographs, under both indexes."""
+    head = (datetime.datetime.now().astimezone().isoformat(timespec="seconds"), commit(), torch.__version__)
+    limits = [AMGConfig.preset(preset).for_metric("cosine").threshold for preset in ("main", "strong")]
+    photos, references = whole_photos(stage.data), stage.data.images.float() / 255
+    lines = []
+    for name, view in VIEWS.items():
+        images = (view(photos) * 255).round().to(torch.uint8)
+        plain, more = brute_cosine(images, stage.index), brute_cosine(images, stage.views)
+        luminance = luminance_correlation(images.float() / 255, references)[0]
+        over, over_more = ([int((found > limit).sum()) for limit in limits] for found in (plain, more))
+        numbers = (len(images), f"{plain.mean():.3f}", f"{plain.min():.3f}", *over)
+        numbers = (*numbers, int((luminance > LUMINANCE_COPY).sum()), f"{more.mean():.3f}", *over_more)
+        lines.append(dict(zip(VIEW_COLUMNS, (*head, name, *numbers), strict=True)))
+    return lines
+
+
+def read(path: Path) -> list[Line]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tables(path: Path) -> str:
+    """The page's tables out of the two CSVs, Markdown: the promise case by case, then views."""
+    lines = [line for line in read(path) if line["preset"] in PRESETS]
+    first, guided = lines[0], [line for line in lines if line["preset"] != "off"]
+    text = [
+        f"torch {first['torch']}, commit {first['commit']}, recorded {first['date'][:10]}.",
+        totals(guided),
+    ]
+    heads = ["attack", "unguided copies %"]
+    for preset in ("main", "strong"):
+        heads += [f"{preset}: over, unmarked", "stepped in %", "blocked %", "rewinds", "evaluations"]
+        heads += ["luminance %", "network %"]
+    rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for group, attack in dict.fromkeys((line["group"], line["attack"]) for line in lines):
+        by_preset = {line["preset"]: line for line in lines if key_of(line)[:2] == (group, attack)}
+        rows.append([f"{group}: {attack}", *_share(by_preset.get("off"), "marked")])
+        for preset in ("main", "strong"):
+            rows[-1] += _cells(by_preset.get(preset))
+    text.append(_markdown(rows))
+    seen = read(views_beside(path))
+    heads = [
+        "view of the 16 photographs",
+        "mean cosine",
+        "smallest",
+        "over 0.5",
+        "over 0.4",
+        "luminance judge",
+    ]
+    heads += ["mean, views in the index", "over 0.5", "over 0.4"]
+    columns = VIEW_COLUMNS[3:4] + VIEW_COLUMNS[5:]
+    views = [heads, ["---", *["--:"] * 8], *([line[name] for name in columns] for line in seen)]
+    return "\n\n".join([*text, _markdown(views)])
+
+
+def totals(lines: Sequence[Line]) -> str:
+    """What all guided cases say together."""
+    ran = [line for line in lines if not line["error"]]
+    count = {name: sum(int(line[name]) for line in ran) for name in ("images", "broken", "marked", "blocked")}
+    late = sum(int(line["stepped_in"]) for line in ran)
+    return (
+        f"{len(lines)} guided cases, {count['images']} images: **{count['broken']} delivered over the "
+        f"threshold without a mark**, {count['marked']} marked, {count['blocked']} blocked, "
+        f"{len(lines) - len(ran)} cases raised; the final check stepped in for {late} images "
+        f"({100 * late / count['images']:.1f} %)."
+    )
+
+
+def _cells(line: Line | None) -> list[str]:
+    if line is None:
+        return [""] * 7
+    if line["error"]:
+        return [line["error"].replace("|", "/"), *[""] * 6]
+    shares = [*_share(line, "stepped_in"), *_share(line, "blocked")]
+    return [
+        line["broken"],
+        *shares,
+        *(line[name] for name in ("rewinds", "evaluations", "luminance_pct", "network_pct")),
+    ]
+
+
+def _share(line: Line | None, column: str) -> list[str]:
+    return [f"{100 * int(line[column]) / int(line['images']):.0f}" if line and not line["error"] else ""]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
