@@ -50,8 +50,7 @@ def read_rows(path: Path, rows: slice) -> tuple[Tensor, Tensor]:
     start, stop, _ = rows.indices(len(table))
     part = table.slice(start, stop - start)
     pictures = [
-        np.asarray(Image.open(io.BytesIO(entry["bytes"])).convert("RGB"))
-        for entry in part["img"].to_pylist()
+        np.asarray(Image.open(io.BytesIO(entry["bytes"])).convert("RGB")) for entry in part["img"].to_pylist()
     ]
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(part["label"].to_pylist())

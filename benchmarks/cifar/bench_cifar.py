@@ -1,0 +1,185 @@
+"""The CIFAR-10 tables of Chen et al. (CVPR 2024, Tables 2, 3 and 5), in small.
+
+    python benchmarks/cifar/bench_cifar.py --data train.parquet --resnet resnet20_cifar10.safetensors
+    python benchmarks/cifar/bench_cifar.py --tables          # docs/cifar.md again from the CSV
+
+One CSV line per row, written when the row is done; rows already there are skipped, so it resumes.
+`--validation` draws what constants were chosen on, `--trajectories` what checks were placed by: other seeds,
+other CSVs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Subset, training_subset
+from judging import Judges, figures, open_judges
+from report import rewrite
+from rows import SCALE, STEPS, Row, ablation_rows, draw, grid_rows, main_rows, open_index, open_pipeline
+from sheet import keep_pictures, write_sheet
+from trajectories import record_trajectories
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE.parent / "results"
+HEAD = (
+    *("date", "commit", "torch", "machine", "threads", "table", "condition", "guidance", "config"),
+    *("images", "steps", "first seed", "guidance scale"),
+)
+MEASURED = (
+    *("Top5% nL2", "Top1 nL2"),
+    *(
+        f"{share}{end}"
+        for share in ("< 1.4 %", "< 1.6 %", "luminance judge %", "ResNet-20 judge %")
+        for end in ("", " low", " high")
+    ),
+    *("FID", "class accuracy %", "before the final check %", "blocked"),
+    *("rewinds/image", "retries/image", "evaluations/image", "s/image"),
+)
+KEY = ("table", "condition", "guidance", "config", "images", "steps", "first seed", "guidance scale")
+VALIDATION_SEED = 100_000
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything a row is drawn with and judged by."""
+
+    pipe: Any
+    index: Any
+    subset: Subset
+    judges: Judges
+    work: Path
+
+
+def open_bench(arguments: argparse.Namespace) -> Bench:
+    """Read data, model and network, and build the index on first use."""
+    subset = training_subset(arguments.data)
+    index = open_index(subset, arguments.work / "cifar.amg")
+    judges = open_judges(subset, arguments.data, arguments.resnet)
+    print(f"ResNet-20 judge: a copy has a cosine > {judges.copies.threshold:.3f}", flush=True)
+    return Bench(open_pipeline(arguments.model), index, subset, judges, arguments.work)
+
+
+def run(bench: Bench, rows: Sequence[Row], images: int, arguments: argparse.Namespace) -> None:
+    """Draw, judge and record the rows that the CSV does not have yet."""
+    for row in rows:
+        scale = arguments.scale if row.condition == "class" else 1.0
+        key = dict(zip(KEY, (row.table, row.condition, row.name, row.config), strict=False))
+        place = (images, arguments.steps, arguments.seed, scale)
+        key |= {name: str(value) for name, value in zip(KEY[4:], place, strict=True)}
+        if key in done(arguments.out):
+            continue
+        seeds = range(arguments.seed, arguments.seed + images)
+        drawn = draw(bench.pipe, bench.index, row, seeds, arguments.steps, scale)
+        found = figures(drawn.images, drawn.verdicts, drawn.labels, bench.judges)
+        found["s/image"] = drawn.seconds / images
+        if row.table == "main":
+            keep_pictures(bench.work, row, drawn)
+        append(arguments.out, key, found)
+        print({name: round(value, 2) for name, value in found.items() if "low" not in name}, flush=True)
+
+
+def done(path: Path) -> list[dict[str, str]]:
+    """The keys of the rows a CSV already has."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: line[name] for name in KEY} for line in csv.DictReader(file)]
+
+
+def append(path: Path, key: dict[str, str], found: dict[str, float]) -> None:
+    """Add one line to the CSV, with a header where it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    line = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "threads": torch.get_num_threads(),
+        **key,
+        **{name: f"{found[name]:.5g}" for name in MEASURED},
+    }
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, (*HEAD, *MEASURED), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(line)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.tables:
+        rewrite(ROOT / "docs" / "cifar.md", RESULTS / "cifar.csv", RESULTS / "cifar_validation.csv")
+        return
+    torch.set_grad_enabled(False)
+    bench = open_bench(arguments)
+    few = arguments.few or max(arguments.images // 2, 2)
+    if arguments.trajectories:
+        seeds = range(VALIDATION_SEED, VALIDATION_SEED + arguments.images)
+        record_trajectories(
+            RESULTS / "cifar_trajectories.csv", bench.pipe, bench.index, seeds, arguments.steps
+        )
+        return
+    if arguments.validation:
+        for condition in arguments.conditions:
+            run(bench, grid_rows(condition), few, arguments)
+        return
+    for condition in arguments.conditions:
+        run(bench, main_rows(condition), arguments.images, arguments)
+    if arguments.sheet:
+        write_sheet(arguments.sheet, bench.work, bench.subset.images)
+    for condition in arguments.conditions:
+        run(bench, ablation_rows(condition), few, arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="CIFAR-10's training split as Parquet")
+    parser.add_argument("--resnet", type=Path, help="ResNet-20's weights as safetensors")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="folder written by train.py")
+    parser.add_argument("--images", type=int, default=256, help="pictures of a row of the main tables")
+    parser.add_argument("--few", type=int, help="pictures of a row of the others (half as many)")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, help="first seed (0; with --validation 100000)")
+    parser.add_argument("--scale", type=float, default=SCALE, help="guidance scale of class-conditional rows")
+    parser.add_argument("--conditions", nargs="+", default=["unconditional", "class"])
+    parser.add_argument("--validation", action="store_true", help="the rows constants were chosen on")
+    parser.add_argument("--trajectories", action="store_true", help="nL2 of x0_hat by step, unguided")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "cifar", help="index and pictures")
+    parser.add_argument("--out", type=Path, help="the CSV")
+    parser.add_argument("--sheet", type=Path, help="write the first pictures as one PNG")
+    parser.add_argument("--tables", action="store_true", help="rewrite docs/cifar.md and stop")
+    arguments = parser.parse_args()
+    if not arguments.tables and not (arguments.data and arguments.resnet):
+        parser.error("--data and --resnet are needed, unless --tables")
+    name = "cifar_validation.csv" if arguments.validation else "cifar.csv"
+    arguments.out = arguments.out or RESULTS / name
+    if arguments.seed is None:
+        arguments.seed = VALIDATION_SEED if arguments.validation else 0
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
