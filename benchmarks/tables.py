@@ -32,7 +32,7 @@ DEMO_FIXED = {"evaluations/image": ("evaluations", ".1f"), "s/image": ("s/image"
 
 
 def by(module: str, file: str) -> Callable[[], str]:
-    """The Markdown that `tables(path)` of a neighbouring module makes of a CSV, or a folder, of results."""
+    """The Markdown that `tables(path)` of a neighbouring module makes of a CSV in results, or of them all."""
 
     def make() -> str:
         path = RESULTS / file
@@ -112,6 +112,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "demo photos-ddpm": partial(demo, "photos-ddpm"),
     "demo photos-sd": partial(demo, "photos-sd"),
     "audit": audit,
+    "detection": by("detection", "detection.csv"),
+    "adversarial": by("adversarial", "adversarial.csv"),
+    "mitigations": by("frontier", ""),
+    "cifar": by("cifar.report", "cifar.csv"),
+    "cifar-validation": by("cifar.report", "cifar_validation.csv"),
+    "serving": by("bench_serving", "serving.csv"),
 }
 
 

@@ -50,7 +50,7 @@ def of_index(index: Any) -> References:
         for identity, row in zip(index.ids, index.rows, strict=True):
             yield identity, row.cpu().reshape(3, height, width)
 
-    return References(f"the {index.count} rows of {index.path.name}", read)
+    return References(f"the rows of {index.path.name}", read)
 
 
 def of_path(path: Path) -> References:

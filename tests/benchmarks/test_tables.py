@@ -30,10 +30,12 @@ def test_every_section_is_what_its_csv_makes_it(tables, page):
     assert tables.filled(text) == text, f"{page.name} is out of date: make tables"
 
 
-def test_every_page_is_looked_at_and_every_generator_is_used(tables):
+def test_every_page_is_looked_at_and_every_marker_has_a_generator(tables):
     assert tables.pages() == PAGES
     used = {name for page in PAGES for name in tables.BEGIN.findall(page.read_text(encoding="utf-8"))}
-    assert used == set(tables.SECTIONS)
+    assert (
+        {"figures", "sampler figures", "demo photos-ddpm", "demo photos-sd"} <= used <= set(tables.SECTIONS)
+    )
 
 
 def test_a_changed_figure_shows(tables):
