@@ -24,6 +24,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,9 +97,9 @@ def _share(name: str) -> str:
 COPIES = {
     "method": "{method}",
     "options": "{options}",
-    "> 0.5 %": _share("cosine > 0.5"),
-    "> 0.4 %": "{cosine > 0.4 %:.1f}",
-    "> 0.7 %": "{cosine > 0.7 %:.1f}",
+    "> 0.5 %": _share("cosine > 0_5"),
+    "> 0.4 %": "{cosine > 0_4 %:.1f}",
+    "> 0.7 %": "{cosine > 0_7 %:.1f}",
     "Top5%": "{Top5%:.3f}",
     "Top1": "{Top1:.3f}",
     "before the check %": "{before the check %:.1f}",
@@ -120,7 +121,7 @@ QUALITY = {
 TERMS = {
     "method": "{method}",
     "options": "{options}",
-    "> 0.5 %": _share("cosine > 0.5"),
+    "> 0.5 %": _share("cosine > 0_5"),
     "network judge %": _share("network"),
     "luminance judge %": "{luminance %:.1f}",
     "FID": "{FID:.0f}",
@@ -137,7 +138,8 @@ def _table(
         if method.name not in rows:
             continue
         row = rows[method.name]
-        values: dict[str, Any] = {name: _number(value) for name, value in row.items()}
+        # a dot in a field's name would be an attribute to `str.format`
+        values: dict[str, Any] = {name.replace(".", "_"): _number(value) for name, value in row.items()}
         values["options"] = options_text(row["options"])
         values["timed"] = f"{seconds[method.name]:.2f}" if method.name in seconds else "–"
         cells = [template.format(**values) for template in columns.values()]
@@ -267,8 +269,9 @@ def panel(
         colour = (
             OURS_COLOUR if method.group == OURS else PLAIN_COLOUR if method.name == "plain" else RIVAL_COLOUR
         )
-        style = {"color": colour, "elinewidth": 0.7, "alpha": 0.35, "zorder": 2}
-        axis.errorbar([x], [y], xerr=wide, yerr=tall, fmt="none", **style)
+        axis.errorbar(
+            [x], [y], xerr=wide, yerr=tall, fmt="none", color=colour, elinewidth=0.7, alpha=0.35, zorder=2
+        )
         marker = "D" if method.group == OURS else "o"
         axis.plot([x], [y], marker, color=colour, markersize=8 if method.group == OURS else 6, zorder=3)
         axis.annotate(method.label, (x, y), fontsize=9, color=colour, zorder=4)
@@ -296,7 +299,7 @@ def label(axis: Axes) -> None:
     figure = axis.get_figure()
     assert figure is not None
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = list(axis.texts)
+    texts = [text for text in axis.texts if isinstance(text, Annotation)]
     points = [axis.transData.transform(text.xy) for text in texts]
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in points]
     frame = axis.get_window_extent(renderer)
@@ -304,17 +307,21 @@ def label(axis: Axes) -> None:
         size = text.get_window_extent(renderer)
         box = _free(x, y, size.width, size.height, taken, frame)
         taken.append(box)
-        text.set_position(axis.transData.inverted().transform((box.x0, box.y0)))
+        text.set_position(_at(axis, box.x0, box.y0))
         text.set_verticalalignment("bottom")
         if max(abs(box.x0 - x), abs(box.y0 - y)) > 40 or box.x1 < x - 12:
             axis.annotate(
                 "",
-                axis.transData.inverted().transform(
-                    (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
-                ),
+                _at(axis, min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)),
                 text.xy,
                 arrowprops={"arrowstyle": "-", "color": text.get_color(), "linewidth": 0.5, "alpha": 0.7},
             )
+
+
+def _at(axis: Axes, x: float, y: float) -> tuple[float, float]:
+    """Pixels of the figure in the axis's own units."""
+    left, low = axis.transData.inverted().transform((x, y))
+    return float(left), float(low)
 
 
 def _free(x: float, y: float, width: float, height: float, taken: Sequence[Bbox], frame: Bbox) -> Bbox:

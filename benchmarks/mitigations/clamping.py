@@ -54,12 +54,12 @@ class UpdateClamping:
         scores: list[Tensor] = []
 
         def correct(step: Step, eps: Tensor, peek: Callable[[Tensor], Tensor]) -> Tensor:
-            scores.append(score(peek(eps) - step.sample, self.region, step.index))
-            rescaled = eps_of_norm(eps, step, self.region.x0[step.index].item())
+            scores.append(score(peek(eps) - step.sample, self.region, step.number))
+            rescaled = eps_of_norm(eps, step, self.region.x0[step.number].item())
             return torch.where(_wide(scores[-1] > self.leave), rescaled, eps)
 
         def clamp(step: Step, previous: Tensor) -> Tensor:
-            held = clamped(step.sample, previous, self.region, step.index, self.leave)
+            held = clamped(step.sample, previous, self.region, step.number, self.leave)
             return torch.where(_wide(scores[-1] > self.strong), held, previous)
 
         return Drawn(decode(pipe, denoise(begin, None, correct, clamp)), 2.0 * steps)

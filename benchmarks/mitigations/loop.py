@@ -42,7 +42,7 @@ class Step(NamedTuple):
     """One step as a rule sees it: its number, t on the 0-1000 scale, alpha_bar, the scheduler's x_t, what the
     denoiser sees of it and the two noise predictions, [B, C, h, w] each."""
 
-    index: int
+    number: int
     t: float
     alpha_bar: float
     sample: Tensor
@@ -132,7 +132,7 @@ def _peek(
     """The step as a function of the noise prediction, taken on a copy of the scheduler."""
 
     def taken(eps: Tensor) -> Tensor:
-        output, t = convert.from_eps(eps, step.model_input), scheduler.timesteps[step.index]
+        output, t = convert.from_eps(eps, step.model_input), scheduler.timesteps[step.number]
         previous: Tensor = copy.deepcopy(scheduler).step(output, t, step.sample, **arguments)[0]
         return previous
 
