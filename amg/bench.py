@@ -42,6 +42,11 @@ def add_parser(commands: Any) -> None:
         "one untimed turn each. Prints seconds per image (median, 20 to 80 %), network evaluations per image "
         "(one condition, one step), and appends a line per contestant and batch size to a CSV.",
     )
+    _add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or photos-ddpm, photos-sd")
     parser.add_argument("--index", type=Path, required=True, help="index of the training set, which guides")
     parser.add_argument(
@@ -68,13 +73,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="denoising steps (default: 50)")
     parser.add_argument("--scheduler", metavar="NAME", help="as in `amg sample` (default: the model's own)")
     parser.add_argument(
-        "--guidance-scale", type=float, metavar="S0", help="(default: 7.5, and 2 for pixel models)"
+        "--guidance-scale", type=float, metavar="S0", help="as in `amg sample` (default: 7.5, 2 for pixels)"
     )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument(
         "--csv", type=Path, default=Path("bench.csv"), metavar="FILE", help="appended to (default: bench.csv)"
     )
-    parser.set_defaults(run=run)
 
 
 @torch.no_grad()

@@ -145,9 +145,10 @@ def filled(text: str, sections: dict[str, Callable[[], str]] = SECTIONS) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write the tables of README.md and docs/ from the CSVs.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page differs")
+    parser.add_argument("pages", nargs="*", type=Path, help="only these (default: all)")
     options = parser.parse_args()
     differ = []
-    for page in pages():
+    for page in [page.resolve() for page in options.pages] or pages():
         old = page.read_text(encoding="utf-8")
         new = filled(old)
         if new != old:

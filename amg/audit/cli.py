@@ -36,13 +36,15 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_drawn(parser.add_argument_group("what is drawn"))
+    drawn = parser.add_argument_group("what is drawn")
+    _add_inputs(drawn)
+    _add_drawing(drawn)
     _add_guidances(parser.add_argument_group("guidances, one column each"))
     _add_judges(parser.add_argument_group("judges that guidance never sees, and quality"))
     parser.set_defaults(run=_run)
 
 
-def _add_drawn(group: Any) -> None:
+def _add_inputs(group: Any) -> None:
     group.add_argument(
         "model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd"
     )
@@ -59,6 +61,9 @@ def _add_drawn(group: Any) -> None:
         help="one prompt a line, or JSONL with `caption` and optionally `kind`, `index`, `url`; class "
         "numbers for a class-conditional model; may be left out only for a model that takes no prompt",
     )
+
+
+def _add_drawing(group: Any) -> None:
     group.add_argument(
         "--images",
         metavar="N",

@@ -131,7 +131,8 @@ def network_of(spec: str | None, device: str) -> tuple[str, Callable[[Tensor], T
             raise FileNotFoundError(f"`--fid-network` must name a TorchScript file, got {path!r}")
         return f"TorchScript {Path(path).name}", torch.jit.load(path, map_location=device).eval()
     embedder = embed.load(spec)
-    return embedder.name, embedder
+    name = embedder.name
+    return name, embedder.to(device) if isinstance(embedder, torch.nn.Module) else embedder
 
 
 def alignment_of(arguments: argparse.Namespace, name: str | None) -> Scorer | None:
