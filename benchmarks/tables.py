@@ -90,7 +90,10 @@ def audit() -> str:
     names = names[names.index("guidance_scale") + 1 : names.index("date")]
     names = [name for name in names if not name.endswith(("_low", "_high"))]
     rows = [[f"`{name}`", *(_audit_cell(line, name) for line in lines)] for name in names]
-    return markdown(["column", *(line["guidance"] for line in lines)], rows)
+    first = lines[0]
+    made = f"{first['device']}, {first['threads']} thread, torch {first['torch']}, diffusers {first['diffusers']}"
+    made = f"{made}, commit {first['commit']}, recorded {first['date'][:10]}.\n\n"
+    return made + markdown(["column", *(line["guidance"] for line in lines)], rows)
 
 
 def _audit_cell(line: Line, name: str) -> str:
