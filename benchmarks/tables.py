@@ -91,8 +91,8 @@ def audit() -> str:
     names = [name for name in names if not name.endswith(("_low", "_high"))]
     rows = [[f"`{name}`", *(_audit_cell(line, name) for line in lines)] for name in names]
     first = lines[0]
-    made = f"{first['device']}, {first['threads']} thread, torch {first['torch']}, diffusers {first['diffusers']}"
-    made = f"{made}, commit {first['commit']}, recorded {first['date'][:10]}.\n\n"
+    made = f"{first['device']}, {first['threads']} thread, torch {first['torch']}, diffusers "
+    made += f"{first['diffusers']}, commit {first['commit']}, recorded {first['date'][:10]}.\n\n"
     return made + markdown(["column", *(line["guidance"] for line in lines)], rows)
 
 

@@ -82,6 +82,28 @@ def test_the_demos_rows_are_rounded_as_on_its_page(tables, tmp_path, monkeypatch
     ]
 
 
+def test_what_the_demo_writes_is_what_its_table_shows(tables, tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    from amg.demo import COLUMN_NAMES, _write_figures
+    from amg.report import Section, Table
+
+    def section(model, guidances):
+        rows = [[name, *(n + 0.123456 for n in range(len(COLUMN_NAMES) - 1))] for name in guidances]
+        table = Table(COLUMN_NAMES, rows)
+        return Section(model, model, "", "nl2", {"memorised": -1.4}, guidances, [], table)
+
+    sections = [section("m", ["off", "main"]), section("n", ["off"])]
+    _write_figures(tmp_path / "demo.csv", sections[:1], {"images": 4})
+    _write_figures(tmp_path / "demo.csv", sections, {"images": 4, "steps": 30, "first seed": 0})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head, _, *rows = tables.demo("m").splitlines()
+    assert head.count("|") == len(COLUMN_NAMES) + 1 and len(rows) == 2
+    assert [cell.strip() for cell in rows[1].split("|")[1:4]] == ["main", "0.123", "1.123"]
+    assert len(tables.demo("n").splitlines()) == 3
+    lines = (tmp_path / "demo.csv").read_text().splitlines()
+    assert len(lines) == 4 and ",images,steps,first seed,date,amg,commit,torch," in lines[0]
+
+
 def test_without_figures_a_section_says_so(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.demo("m") == tables.audit() == tables.by("detection", "gone.csv")() == tables.charts.NOTHING
