@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.combine import COMBINED, features, fit, score
 from amg.evaluate.detection import auc, tpr_at_fpr
-from amg.signals import SIGNALS, free_signals
+from amg.signals import free_signals
 
 ELBOW_AUC = 0.98
 ALARM_CATCHES = 0.5  # of the copies, for a free signal to be worth an alarm
@@ -117,7 +118,18 @@ def rank_signal(values: Tensor, copies: Tensor, miss_rate: float) -> Ranking:
     return Ranking(*(list(column) for column in zip(*rows, strict=True)))
 
 
-def alarm_of(values: Mapping[str, Tensor], copies: Tensor, false_alarm_rate: float) -> dict[str, Any] | None:
+def combination_of(values: Mapping[str, Tensor], copies: Tensor) -> list[list[float]]:
+    """Of every step the weights of `amg.combine.score`, fitted on the choosing half."""
+    choosing, steps = halves(copies)[0], next(iter(values.values())).shape[1]
+    return [fit(features(values, step)[choosing], copies[choosing]) for step in range(steps)]
+
+
+def alarm_of(
+    values: Mapping[str, Tensor],
+    copies: Tensor,
+    false_alarm_rate: float,
+    weights: Sequence[Sequence[float]] = (),
+) -> dict[str, Any] | None:
     """The step and the free signal [N, T] that save most by sending copies back at once: the share caught at
     that rate of false alarms, times the steps not run; chosen on one half, its threshold and shares are the
     held-out half's. None where no signal catches `ALARM_CATCHES` of the copies, or there are too few images
@@ -135,7 +147,8 @@ def alarm_of(values: Mapping[str, Tensor], copies: Tensor, false_alarm_rate: flo
         return None
     step, name = max(found, key=lambda one: found[one])
     rule = _alarm(values[name][:, step], copies, choosing, held_out, false_alarm_rate)
-    return {"step": step, "signal": name, **rule, "false_alarm_rate": false_alarm_rate}
+    own = {"weights": list(weights[step])} if name == COMBINED else {}
+    return {"step": step, "signal": name, **rule, **own, "false_alarm_rate": false_alarm_rate}
 
 
 def _alarm(
@@ -216,12 +229,15 @@ def calibrate(
     """
     check_counts(recorded, miss_rate)
     copies, (mean, deviation) = recorded.copies, region_of(recorded)
-    values = free_signals(recorded.raw, mean, deviation)
-    signals = {name: rank_signal(values[name], copies, miss_rate) for name in SIGNALS}
+    values: Mapping[str, Tensor] = free_signals(recorded.raw, mean, deviation)
+    weights = combination_of(values, copies)
+    scores = [score(features(values, step), own) for step, own in enumerate(weights)]
+    values = {**values, COMBINED: torch.stack(scores, 1)}
+    signals = {name: rank_signal(value, copies, miss_rate) for name, value in values.items()}
     columns = recorded.similarity.double().unbind(1)
     similarity = [auc(column, copies) for column in columns]
     elbow = elbow_of(similarity, signals)
-    gate, skipped = _gate(signals, values)
+    gate, skipped = _gate(signals, values, weights)
     close, held_out = recorded.similarity > close_at, halves(copies)[1]
     parts = (close[held_out], skipped[held_out], copies[held_out])
     open_parts = (parts[0], torch.zeros_like(parts[1]), parts[2])
@@ -239,7 +255,7 @@ def calibrate(
         "similarity": {"auc": similarity, "tpr": [tpr_at_fpr(column, copies) for column in columns]},
         "signals": {name: _plain(ranking) for name, ranking in signals.items()},
         "gate": gate,
-        "alarm": alarm_of(values, copies, false_alarm_rate),
+        "alarm": alarm_of(values, copies, false_alarm_rate, weights),
         "elbow": elbow,
         "choices": [
             {"name": name, "steps": at, "ungated": cost_of(at, *open_parts), "gated": cost_of(at, *parts)}
@@ -253,7 +269,7 @@ def _plain(ranking: Ranking) -> dict[str, Any]:
 
 
 def _gate(
-    signals: Mapping[str, Ranking], values: Mapping[str, Tensor]
+    signals: Mapping[str, Ranking], values: Mapping[str, Tensor], weights: Sequence[Sequence[float]]
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """The rule of each step, the signal with the most merit, and what the rules skip [N, T]."""
     rules, skipped = [], []
@@ -261,6 +277,7 @@ def _gate(
         name = max(signals, key=lambda one: signals[one].merit[step])
         rank = signals[name]
         sign, threshold = rank.sign[step], rank.threshold[step]
-        rules.append({"step": step, "signal": name, "sign": sign, "threshold": threshold})
+        own = {"weights": list(weights[step])} if name == COMBINED else {}
+        rules.append({"step": step, "signal": name, "sign": sign, "threshold": threshold, **own})
         skipped.append(sign * values[name][:, step] < threshold)
     return rules, torch.stack(skipped, 1)

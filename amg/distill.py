@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RELEVANT = 0.3  # similarities of the teacher from which on a student's shortfall matters
+SHOWN = 5  # which of the student's limits the table shows: 0.45
 LEVELS = 6  # bands of noise level in which agreement is reported
 LEARNING_RATE = 2e-3
 WEIGHT = 4.0  # an x0_hat of similarity 1 counts 1 + WEIGHT times one of similarity 0
@@ -283,33 +284,47 @@ def agreement_of(student: Any, pairs: Pairs, index: Any, miss_rate: float) -> tu
 
 
 def _band(above: float, below: float, inside: Any, measured: Sequence[Any], miss_rate: float) -> Any:
-    """One band's `Agreement`. Its margin is conformal over images: of each, the largest shortfall at any
-    step of the band where the teacher's similarity is relevant; inf where too few images have one."""
+    """One band's `Agreement`."""
+    import torch
+
+    from amg.embed.student import LIMITS, Agreement
+
+    image, cosine, ours, theirs, same = (part[inside] for part in measured)
+    correlation = torch.corrcoef(torch.stack([ours, theirs]))[0, 1].item()
+    relevant = theirs > RELEVANT
+    share = same[relevant].float().mean().item() if bool(relevant.any()) else math.nan
+    cuts = [_cut(image, ours, theirs > limit, miss_rate) for limit in LIMITS]
+    skipped = [
+        (ours[theirs <= limit] < cut).double().mean().item() for limit, cut in zip(LIMITS, cuts, strict=True)
+    ]
+    numbers = (int(inside.sum()), cosine.mean().item(), correlation, share)
+    return Agreement(above, below, *numbers, tuple(cuts), tuple(skipped))
+
+
+def _cut(image: Any, ours: Any, close: Any, miss_rate: float) -> float:
+    """Conformal over generations: of each, our least similarity where the teacher's is `close`; -inf where
+    too few generations have one."""
     import torch
 
     from amg.calibration import images_needed, miss_bound
-    from amg.embed.student import Agreement
 
-    image, cosine, ours, theirs, same = (part[inside] for part in measured)
-    relevant = theirs > RELEVANT
-    worst = torch.full((int(image.max()) + 1,), -math.inf)
-    worst.scatter_reduce_(0, image[relevant], (theirs - ours)[relevant], "amax")
-    worst = worst[worst > -math.inf]
-    margin = math.inf if len(worst) < images_needed(miss_rate) else -miss_bound(-worst, miss_rate)
-    correlation = torch.corrcoef(torch.stack([ours, theirs]))[0, 1].item()
-    share = same[relevant].float().mean().item() if bool(relevant.any()) else math.nan
-    return Agreement(above, below, int(inside.sum()), cosine.mean().item(), correlation, share, margin)
+    least = torch.full((int(image.max()) + 1,), math.inf)
+    least = least.scatter_reduce(0, image[close], ours[close], "amin")
+    least = least[least < math.inf]
+    return -math.inf if len(least) < images_needed(miss_rate) else miss_bound(least, miss_rate)
 
 
 def table(agreement: Sequence[Any]) -> str:
-    """Agreement by noise level, as aligned text."""
-    head = f"{'alpha_bar':<16}{'x0_hat':>8}{'cosine':>9}{'correlation':>13}{'same row %':>12}{'margin':>9}"
+    """Agreement by noise level, as aligned text; skipped: of those at most 0.45 close."""
+    head = (
+        f"{'alpha_bar':<16}{'x0_hat':>8}{'cosine':>9}{'correlation':>13}{'same row %':>12}{'skipped %':>11}"
+    )
     return "\n".join(
         [
             head,
             *(
                 f"{f'{one.above:.3f} - {min(one.below, 1):.3f}':<16}{one.count:>8}{one.cosine:>9.3f}"
-                f"{one.correlation:>13.3f}{100 * one.same_row:>12.1f}{one.margin:>9.3f}"
+                f"{one.correlation:>13.3f}{100 * one.same_row:>12.1f}{100 * one.skipped[SHOWN]:>11.1f}"
                 for one in agreement
             ),
         ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.combine import COMBINED, features, score
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.signals import SIGNALS, free_signals, raw_signals
@@ -39,11 +40,12 @@ class Key:
 @dataclass(frozen=True)
 class Rule:
     """At one step a sample with sign·signal < threshold is called ordinary; an alarm's rule calls one with
-    sign·signal > threshold a copy."""
+    sign·signal > threshold a copy. `weights`: of the signal "combined", see `amg.combine.score`."""
 
     signal: str
     sign: float
     threshold: float
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,20 @@ class Gate:
         if rule is None or not rows:
             return {}
         raw = raw_signals([flights[row].trace for row in rows], [signals[row] for row in rows])
-        found = rule.sign * free_signals(raw, self.mean, self.deviation)[rule.signal][:, position]
-        return dict(zip(rows, (found - rule.threshold).tolist(), strict=True))
+        values = free_signals(raw, self.mean, self.deviation)
+        if rule.signal == COMBINED:
+            found = score(features(values, position), rule.weights)
+        else:
+            found = values[rule.signal][:, position]
+        return dict(zip(rows, (rule.sign * found - rule.threshold).tolist(), strict=True))
 
 
 def _rules(records: Sequence[dict[str, Any]]) -> dict[int, Rule]:
-    rules = {int(one["step"]): Rule(one["signal"], one["sign"], one["threshold"]) for one in records}
-    unknown = [rule.signal for rule in rules.values() if rule.signal not in SIGNALS]
+    rules = {
+        int(one["step"]): Rule(one["signal"], one["sign"], one["threshold"], tuple(one.get("weights", ())))
+        for one in records
+    }
+    unknown = [rule.signal for rule in rules.values() if rule.signal not in (*SIGNALS, COMBINED)]
     if unknown:
         raise ValueError(f"unknown signal {unknown[0]!r}")
     return rules

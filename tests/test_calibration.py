@@ -8,6 +8,8 @@ import torch
 from amg.calibration import (
     ELBOW_AUC,
     Recorded,
+    alarm_bound,
+    alarm_of,
     calibrate,
     check_counts,
     cost_of,
@@ -108,7 +110,8 @@ def test_the_elbow_and_the_gate_of_a_run_where_they_are_known() -> None:
     found = calibrate(recorded(), 0.1, {1, 5}, 0.45)
     assert found["similarity"]["auc"][1] < ELBOW_AUC <= found["similarity"]["auc"][2]
     assert found["elbow"]["similarity"] == 2
-    assert {rule["signal"] for rule in found["gate"]} <= {"gap", "mean_gap"}
+    assert {rule["signal"] for rule in found["gate"]} <= {"gap", "mean_gap", "combined"}
+    assert all(("weights" in rule) == (rule["signal"] == "combined") for rule in found["gate"])
     assert [rule["step"] for rule in found["gate"]] == list(range(6))
     for rule in found["gate"]:
         assert rule["threshold"] == found["signals"][rule["signal"]]["threshold"][rule["step"]]
@@ -120,6 +123,30 @@ def test_the_elbow_and_the_gate_of_a_run_where_they_are_known() -> None:
     assert elbow["gated"]["measured"] == pytest.approx(
         1 - found["signals"][found["gate"][2]["signal"]]["skipped"][2]
     )
+
+
+def test_an_alarm_s_threshold_is_the_held_out_half_s_bound_on_others() -> None:
+    """A signal that tells copies from the third step on: the alarm is there, and saves most there."""
+    generator = torch.Generator().manual_seed(5)
+    copies = torch.arange(140) < 40
+    values = torch.rand(140, 6, generator=generator, dtype=torch.float64)
+    values[:40, 2:] -= 3.0
+    found = alarm_of({"gap": values}, copies, 0.05)
+    assert found is not None and (found["step"], found["signal"], found["sign"]) == (2, "gap", -1.0)
+    held_out = halves(copies)[1]
+    scores = sorted((-values[held_out & ~copies, 2]).tolist())
+    assert found["threshold"] == scores[math.ceil(51 * 0.95) - 1]  # 50 others are held out
+    assert found["caught"] == 1.0 and found["false"] <= 0.05
+    assert alarm_bound(torch.arange(19.0), 0.05) == 18.0
+
+
+def test_no_alarm_without_a_telling_signal_or_enough_others() -> None:
+    copies = torch.arange(140) < 40
+    noise = torch.rand(140, 6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert alarm_of({"gap": noise}, copies, 0.05) is None
+    telling = {"gap": noise + 3.0 * copies[:, None]}
+    assert alarm_of(telling, copies, 0.05) is not None
+    assert alarm_of(telling, copies, 0.01) is None  # 1 % needs 99 held out
 
 
 def test_no_elbow_is_said() -> None:

@@ -99,6 +99,17 @@ def test_suspected_rewound_and_repeated_samples_are_never_skipped() -> None:
     assert rows_to_check(asked, 5, 11, batch, calibrated(9.0), signals) == [1, 2, 3]
 
 
+def test_an_alarm_names_first_tries_alone_at_its_step_and_a_combination_is_weighed() -> None:
+    batch = travelled(False, False, False)
+    batch[2].rewinds = 1
+    signals = {row: (gap**2, 0.0, 1.0) for row, gap in enumerate((3.0, 1.0, 3.0))}
+    rule = Rule("combined", 1.0, 2.0, (1.0, 1.0, 0.0, 0.0, 0.0, 0.0))  # 1 + log gap > 2
+    gate = Gate(mean=torch.zeros(10), deviation=torch.ones(10), alarm={5: rule})
+    assert gate.alarmed(5, batch, signals) == {0} and gate.alarmed(4, batch, signals) == set()
+    batch[0].retries = 1
+    assert gate.alarmed(5, batch, signals) == set()
+
+
 KEY = Key("photos", "ab", "DDIMScheduler", 30, 7.5, "cd", 0.5)
 OTHERS = {
     "model": "other",

@@ -1,7 +1,7 @@
 """The student: a small network from x0_hat's latents straight to the teacher's embedding, no decoder between.
 
-It screens: where its similarity, raised by its margin at that noise level, stays below a limit, the teacher
-(decoder, embedder) need not look. Trained by `amg distill` for one model, index and embedder.
+It screens: where its similarity stays below its cut for a limit, at that noise level, the teacher (decoder,
+embedder) need not look. Trained by `amg distill` for one model, index and embedder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 FORMAT, VERSION = "amg student", 1
 FREQUENCIES = 8
+LIMITS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 GRID = 4  # features are pooled to a grid of this side
 
 
@@ -40,8 +41,10 @@ class Agreement:
     """Student against teacher on held-out x0_hat with alpha_bar in [`above`, `below`), `count` of them.
 
     `cosine`: mean of the two embeddings; `correlation` of the two similarities; `same_row`: share of those
-    with similarity > 0.3 with the same nearest row; `margin`: teacher's similarity exceeds student's by more
-    for a further such x0_hat with probability at most `miss_rate` of the file (conformal).
+    with similarity > 0.3 with the same nearest row. `cuts`: of each of `LIMITS`, the similarity that the
+    student stays above, at every step of the band, on a further generation whose similarity by the teacher
+    exceeds the limit, but for a share `miss_rate` of them (conformal); -inf where too few did. `skipped`: the
+    share of the x0_hat below the limit that the student stays below the cut on.
     """
 
     above: float
@@ -50,7 +53,8 @@ class Agreement:
     cosine: float
     correlation: float
     same_row: float
-    margin: float
+    cuts: tuple[float, ...]
+    skipped: tuple[float, ...]
 
 
 class _Block(nn.Module):
@@ -93,10 +97,12 @@ class Student(nn.Module):
             features = block(features, level)
         return self.head(nn.functional.adaptive_avg_pool2d(features, GRID).flatten(1))
 
-    def margin(self, alpha_bar: float) -> float:
-        """How far the teacher's similarity may exceed ours at this noise level; inf outside those seen."""
-        found = [one.margin for one in self.agreement if one.above <= alpha_bar < one.below]
-        return found[0] if found else math.inf
+    def cut(self, alpha_bar: float, limit: float) -> float:
+        """The similarity below which ours tells that the teacher's is not above `limit`, at this noise level;
+        -inf where none is known."""
+        bands = [one for one in self.agreement if one.above <= alpha_bar < one.below]
+        known = [place for place, value in enumerate(LIMITS) if value <= limit]
+        return bands[0].cuts[known[-1]] if bands and known else -math.inf
 
 
 def noise_level(alpha_bar: Tensor) -> Tensor:
@@ -132,7 +138,10 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         if described["version"] != VERSION:
             raise ValueError(f"version {described['version']!r}")
-        agreement = [Agreement(**one) for one in described["agreement"]]
+        agreement = [
+            Agreement(**{**one, "cuts": tuple(one["cuts"]), "skipped": tuple(one["skipped"])})
+            for one in described["agreement"]
+        ]
         student = Student(Origin(**described["origin"]), described["width"], described["blocks"], agreement)
         student.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -44,4 +44,4 @@ class Screen:
         level = torch.full((len(x0_hat),), alpha_bar, device=x0_hat.device)
         embedding = torch.nn.functional.normalize(self.student(x0_hat, level))
         similarity, row, _ = self.index.nearest(embedding)
-        return Screened(similarity + self.student.margin(alpha_bar) > limit, similarity, row)
+        return Screened(similarity >= self.student.cut(alpha_bar, limit), similarity, row)

@@ -11,7 +11,7 @@ import amg
 from amg import sampling
 from amg.cli import main
 from amg.config import AMGConfig
-from amg.embed.student import Agreement, Origin, Student, load_student, noise_level, save_student
+from amg.embed.student import LIMITS, Agreement, Origin, Student, load_student, noise_level, save_student
 from amg.integrations.identity import origin_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -19,23 +19,27 @@ STEPS = 4
 PROMPTS = ["abc", "cat, red"] * 3
 
 
+def band_of(cut, above=0.0, below=1.1):
+    return Agreement(above, below, 10, 1.0, 1.0, 1.0, (cut,) * len(LIMITS), (0.0,) * len(LIMITS))
+
+
 def generators():
     return [torch.Generator().manual_seed(100 + i) for i in range(len(PROMPTS))]
 
 
-def student_of(pipe, index, margin):
+def student_of(pipe, index, cut):
     torch.manual_seed(3)
-    band = Agreement(0.0, 1.1, 10, 1.0, 1.0, 1.0, margin)
+    band = band_of(cut)
     return Student(origin_of(pipe, index), width=8, blocks=1, agreement=(band,)).eval()
 
 
 @pytest.fixture
 def written(sd, embedding_index, tmp_path):
-    """A function that writes a student with that margin and returns the file."""
+    """A function that writes a student with that cut and returns the file."""
 
-    def write(margin):
-        path = tmp_path / f"{margin}.safetensors"
-        save_student(student_of(sd, embedding_index, margin), path, {})
+    def write(cut):
+        path = tmp_path / f"{cut}.safetensors"
+        save_student(student_of(sd, embedding_index, cut), path, {})
         return path
 
     return write
@@ -56,30 +60,30 @@ def drawn(pipe, index, path, way="Sampler", **more):
 def test_the_teacher_looks_exactly_where_the_student_may_find_more(sd, embedding_index, written, way):
     limits = {"lambda_min": 0.4, "lambda_max": 0.4}
     plain = drawn(sd, embedding_index, None, way, c1=0.0, c2=0.0, c3=0.0, **limits)
-    found = drawn(sd, embedding_index, written(0.1), way, c1=0.0, c2=0.0, c3=0.0, **limits)
+    found = drawn(sd, embedding_index, written(0.4), way, c1=0.0, c2=0.0, c3=0.0, **limits)
     assert torch.equal(found.images, plain.images)
     seen = {True: 0, False: 0}
     for own, other in zip(found.amg, plain.amg, strict=True):
         for step, by_teacher in zip(own.trace, other.trace, strict=True):
             seen[step.estimated] += 1
             if step.estimated:
-                assert step.similarity + 0.1 <= step.threshold + 1e-6
+                assert step.similarity < 0.4
             else:
                 assert step.similarity == pytest.approx(by_teacher.similarity, abs=1e-6)
                 assert step.neighbour == by_teacher.neighbour
     assert seen[True] and seen[False]
 
 
-def test_an_infinite_margin_screens_nothing_and_a_negative_one_everything(sd, embedding_index, written):
-    for margin, estimated in ((math.inf, False), (-3.0, True)):
-        out = drawn(sd, embedding_index, written(margin))
+def test_no_known_cut_screens_nothing_and_a_large_one_everything(sd, embedding_index, written):
+    for cut, estimated in ((-math.inf, False), (3.0, True)):
+        out = drawn(sd, embedding_index, written(cut))
         assert {step.estimated for verdict in out.amg for step in verdict.trace} == {estimated}
         assert all(-1 <= verdict.similarity <= 1 for verdict in out.amg)  # the final check is the teacher's
 
 
 def test_a_further_judge_is_asked_at_checkpoints_whatever_the_student_says(sd, embedding_index, written):
     config = AMGConfig.preset(
-        "main", student=written(-3.0), check_at=(0.0,), rewind_at=(1.0,), on_memorized="flag", max_rewinds=0
+        "main", student=written(3.0), check_at=(0.0,), rewind_at=(1.0,), on_memorized="flag", max_rewinds=0
     )
     for also, estimated in (((), True), ((embedding_index,), False)):
         out = amg.Sampler(sd, embedding_index, config, also)(
@@ -106,7 +110,7 @@ def test_a_student_needs_latents_and_a_cosine_index(ddpm, pixel_index, tmp_path)
 
 def test_a_file_is_read_as_written_and_others_are_refused(tmp_path):
     origin = Origin("tiny", "0" * 64, 16, 4, "ab")
-    band = Agreement(0.0, 0.5, 7, 0.9, 0.8, 0.7, math.inf)
+    band = band_of(0.25, 0.1, 0.5)
     torch.manual_seed(1)
     student = Student(origin, width=16, blocks=2, agreement=[band]).half().float()
     save_student(student, tmp_path / "s.safetensors", {"distilled": {"seed": 3}})
@@ -116,7 +120,8 @@ def test_a_file_is_read_as_written_and_others_are_refused(tmp_path):
     torch.testing.assert_close(loaded(x0_hat, level), student(x0_hat, level))
     alone = torch.cat([loaded(x0_hat[i : i + 1], level[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(alone, loaded(x0_hat, level), atol=1e-5, rtol=1e-5)
-    assert loaded.margin(0.2) == math.inf and loaded.margin(0.7) == math.inf
+    assert (loaded.cut(0.2, 0.45), loaded.cut(0.2, 0.46)) == (0.25, 0.25)
+    assert loaded.cut(0.7, 0.45) == loaded.cut(0.2, 0.1) == -math.inf
     with pytest.raises(ValueError, match=r"`x0_hat` must be \[B, 4, h, w\], got \[3, 5, 8, 8\]"):
         loaded(torch.randn(3, 5, 8, 8), level)
     with pytest.raises(FileNotFoundError, match="`student` must be a file of `amg distill`"):
@@ -131,6 +136,17 @@ def test_noise_levels_are_told_apart():
     level = noise_level(torch.linspace(0.005, 0.999, 50))
     assert level.shape == (50, 16) and bool(torch.isfinite(level).all())
     assert float(torch.cdist(level, level).add(torch.eye(50)).min()) > 0.01
+
+
+def test_the_cut_is_the_order_statistic_of_each_generation_s_least():
+    from amg.distill import _cut
+
+    image = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    ours = torch.tensor([0.5, 0.3, 0.9, 0.1, 0.7, 0.8, 0.2, 0.2])
+    close = torch.tensor([1, 1, 1, 0, 1, 1, 0, 0]).bool()  # of 0, 1, 2 the least are 0.3, 0.9, 0.7
+    assert _cut(image, ours, close, 0.5) == pytest.approx(0.7)  # rank 2 of 3
+    assert _cut(image, ours, close, 0.25) == pytest.approx(0.3)
+    assert _cut(image, ours, close, 0.2) == -math.inf
 
 
 @pytest.fixture
