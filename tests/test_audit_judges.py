@@ -15,7 +15,7 @@ from amg.audit.folder import Record
 from amg.audit.judges import Judges, Looked, require_unseen
 from amg.audit.measure import measures
 from amg.audit.plan import Prompt
-from amg.audit.references import References, cover, look_through, of_path, structure_size
+from amg.audit.references import References, cover, look_through, of_path, structure_size, within
 from amg.audit.tables import table_of, write_csv, write_json
 from amg.verdict import Neighbour, Verdict
 
@@ -90,6 +90,16 @@ def test_cover_keeps_the_centre_and_the_aspect():
     assert torch.equal(cover(wide, (8, 8)), torch.ones(3, 8, 8))
     assert cover(torch.zeros(3, 30, 11, dtype=torch.uint8), (7, 5)).shape == (3, 7, 5)
     assert structure_size((512, 256)) == (64, 32) and structure_size((32, 48)) == (32, 48)
+    assert within((1000, 2), 100) == (100, 1)
+
+
+def test_large_pictures_are_compared_small_and_kept_no_larger_than_shown(training):
+    wide = torch.nn.functional.interpolate(training.float(), (300, 600), mode="bicubic")
+    wide = wide.clamp(0, 255).byte()
+    small = torch.stack([cover(wide[4], structure_size((300, 600))).sqrt(), torch.rand(3, 32, 64)])
+    seen = look_through(references(wide), {"off": small}, (300, 600), None, {"e"}, "cpu")
+    assert seen.nearest["e"].shape == (3, 64, 128)
+    assert seen.structure["off"][0] > 0.95 and seen.structure["off"][1] < 0.5
 
 
 def test_a_judge_that_guides_is_refused():

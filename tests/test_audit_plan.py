@@ -63,6 +63,7 @@ def test_guidances_by_name_and_from_files(tmp_path):
     [
         ("mine.json", '{"c4": 1}', "'c4', which is no field"),
         ("mine.json", "[1]", "must hold one object"),
+        ("mine.json", '{"on_memorized": "raise"}', "must not be 'raise'"),
         ("mine.json", "{", "must be a JSON file"),
         ("report.json", "{}", "must not be named report.json"),
         ("main.json", "{}", "got 'main' twice"),

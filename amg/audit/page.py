@@ -16,12 +16,10 @@ from amg.audit.bundled import COPY
 from amg.audit.folder import read_picture
 from amg.audit.judges import Judges, Looked
 from amg.audit.plan import Plan
-from amg.audit.references import Seen, cover
+from amg.audit.references import SHOWN_SIZE, Seen, cover, within
 from amg.evaluate.judges import MEMORIZED_CORRELATION
 from amg.report import Report, Sample, Section, Table, write
 from amg.report.numbers import share_text
-
-PICTURE_SIZE = 128  # pictures are shown no larger than this, the page carries them all
 
 
 def write_page(
@@ -115,11 +113,10 @@ def _limits(seen: Seen | None, judges: Judges) -> dict[str, float]:
 
 
 def _thumbnail(image: Tensor) -> Any:
-    """uint8 [3, H, W] as uint8 [h, w, 3], its longer side at most `PICTURE_SIZE`."""
-    height, width = image.shape[1:]
-    ratio = min(1.0, PICTURE_SIZE / max(height, width))
-    if ratio < 1:
-        image = (cover(image, (round(height * ratio), round(width * ratio))) * 255).round().to(torch.uint8)
+    """uint8 [3, H, W] as uint8 [h, w, 3], its longer side at most `SHOWN_SIZE`."""
+    size = (image.shape[1], image.shape[2])
+    if within(size, SHOWN_SIZE) != size:
+        image = (cover(image, within(size, SHOWN_SIZE)) * 255).round().to(torch.uint8)
     return image.permute(1, 2, 0).contiguous().numpy()
 
 

@@ -125,7 +125,9 @@ def _from_file(path: Path, metric: str, guidance_scale: float) -> Guidance:
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     preset = str(values.pop("preset_name", "main"))
     values.setdefault("guidance_scale", guidance_scale)
-    if path.stem in ("report", ""):
+    if values.get("on_memorized") == "raise":
+        raise ValueError(f"`--config`: `on_memorized` must not be 'raise' in an audit, got it in {path}")
+    if path.stem == "report":
         raise ValueError(f"`--config` must not be named {path.name}: the report goes into that folder")
     return Guidance(path.stem, AMGConfig.preset(preset, **values).for_metric(metric))
 

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from amg.evaluate.judges import luminance_correlation
 
 STRUCTURE_SIZE = 64  # the structural judge looks at pictures no larger than this
+SHOWN_SIZE = 128  # pictures in the report are no larger than this, as the page carries them all
 BLOCK = 64  # training images held at a time
 
 
@@ -32,7 +33,7 @@ class Seen:
 
     `structure`: per guidance, the largest luminance correlation of each picture, float32 [N]; `features` of
     the FID network float64 [M, D], None without one; `nearest`: by id, the pictures asked for, uint8
-    [3, H, W]; `count` references, `unreadable` ones left out.
+    [3, h, w], no larger than the report shows them; `count` references, `unreadable` ones left out.
     """
 
     structure: dict[str, Tensor]
@@ -83,8 +84,13 @@ def cover(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def structure_size(size: tuple[int, int]) -> tuple[int, int]:
     """The size the structural judge looks at: the pictures' own, or the longer side `STRUCTURE_SIZE`."""
-    ratio = min(1.0, STRUCTURE_SIZE / max(size))
-    return round(size[0] * ratio), round(size[1] * ratio)
+    return within(size, STRUCTURE_SIZE)
+
+
+def within(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """(height, width) scaled down where its longer side exceeds `longest`."""
+    ratio = min(1.0, longest / max(size))
+    return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
 
 
 @torch.no_grad()
@@ -129,7 +135,8 @@ def _blocks(
             continue
         seen.count += 1
         if identity in wanted:
-            seen.nearest[identity] = (cover(image, size) * 255).round().to(torch.uint8)
+            shown = cover(image, within(size, SHOWN_SIZE))
+            seen.nearest[identity] = (shown * 255).round().to(torch.uint8)
         block.append(image)
         if len(block) == BLOCK:
             yield block
