@@ -155,7 +155,7 @@ class Batcher:
 
     def ask(self, job: Job, call: Call, patient: bool) -> Tensor:
         """Wait, inside a request, for the result of a joined call."""
-        call.key()  # an argument without a key is this request's own error
+        hash(call.key())  # an argument that cannot be compared is this request's own error
         job.call, job.patient = call, patient
         self._turn_back.release()
         job.turn.acquire()

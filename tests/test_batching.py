@@ -258,6 +258,21 @@ def test_what_a_request_raises_is_its_own_future_s(serve, network, error):
     assert failing.exception(WAIT) is error and fine.result(WAIT) == [104.0]
 
 
+def test_an_argument_that_cannot_be_compared_is_its_request_s_error(serve, network):
+    batcher = serve()
+    held, shared = Held(batcher), batcher.share(network, patient=True)
+
+    @torch.no_grad()
+    def odd():
+        return shared(torch.zeros(1, 1), sizes=([1], [2]))
+
+    failing, fine = batcher.submit(odd), submit(batcher, shared, 100, 2)
+    held.release()
+    with pytest.raises(TypeError, match="unhashable"):
+        failing.result(WAIT)
+    assert fine.result(WAIT) == [102.0]
+
+
 def test_calls_under_autograd_and_of_others_go_straight_through(serve, network):
     batcher = serve()
     shared = batcher.share(network)

@@ -130,17 +130,8 @@ class Sampler:
         Errors: ValueError naming the argument.
         """
         request = Request(
-            prompt,
-            negative_prompt,
-            class_labels,
-            batch_size,
-            num_inference_steps,
-            guidance_scale,
-            guidance_rescale,
-            eta,
-            num_images_per_prompt,
-            latents,
-            output_type,
+            *(prompt, negative_prompt, class_labels, batch_size, num_inference_steps, guidance_scale),
+            *(guidance_rescale, eta, num_images_per_prompt, latents, output_type),
         )
         prepared = self._prepare(request, generator)
         self.config.warn_without_guidance(_scale_of(prepared))
