@@ -1,4 +1,4 @@
-"""`amg distill`: a student that reads similarity straight from latents, trained on the model's own x0_hat."""
+"""`amg distill`: a tiny decoder that similarity is measured on, trained on the model's own x0_hat."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ RELEVANT = 0.3  # similarities of the teacher from which on a student's shortfal
 SHOWN = 5  # which of the student's limits the table shows: 0.45
 LEVELS = 6  # bands of noise level in which agreement is reported
 LEARNING_RATE = 2e-3
+BATCH = 64
+PIXELS = 10.0  # weight of the mean absolute difference of pixels against that of embeddings
 WEIGHT = 4.0  # an x0_hat of similarity 1 counts 1 + WEIGHT times one of similarity 0
 
 
 class Pairs(NamedTuple):
-    """What a generation showed: `image` [P] its number, `alpha_bar` [P], `x0_hat` [P, C, h, w] and the
-    teacher's unit `embedding` [P, D], float16."""
+    """What a generation showed: `image` [P] its number, `alpha_bar` [P], `x0_hat` float16 [P, C, h, w], its
+    `picture` uint8 [P, 3, SCALE·h, SCALE·w] and the teacher's unit `embedding` of the whole one [P, D]."""
 
     image: Any
     alpha_bar: Any
     x0_hat: Any
+    picture: Any
     embedding: Any
 
 
@@ -32,7 +35,7 @@ def add_parser(commands: Any) -> None:
     """Add `distill` to the subparsers of `amg`."""
     parser = commands.add_parser(
         "distill",
-        help="train a student that measures similarity from latents, without the decoder",
+        help="train a tiny decoder, on which checks measure before the model's own",
         description="Write a student for `AMGConfig.student`. Generations of plain guidance are kept in "
         "OUT.pairs until it is trained: the same command goes on where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -48,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--scheduler", help="as in `amg sample` (default: the model's own)")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="s0")
-    parser.add_argument("--train-steps", type=int, default=2000, help="of the student, 256 x0_hat each")
+    parser.add_argument("--train-steps", type=int, default=3000, help="of the student, 64 x0_hat each")
     parser.add_argument(
         "--miss-rate", type=float, default=0.05, help="share of images the margin may fall short of"
     )
@@ -165,14 +168,14 @@ class _Recorder:
 
     def __init__(self, inner: Any):
         self.inner = inner
-        self.kept: list[tuple[Any, Any]] = []
+        self.kept: list[tuple[Any, Any, Any]] = []
 
     def measure(self, x0_hat: Any, flights: Any = None) -> Any:
         import torch
 
-        embedding = self.inner.index.embedder(self.inner.decode(x0_hat).clamp(0, 1)).float()
-        unit = torch.nn.functional.normalize(embedding)
-        self.kept.append((x0_hat.half().cpu(), unit.half().cpu()))
+        images = self.inner.decode(x0_hat).clamp(0, 1).float()
+        unit = torch.nn.functional.normalize(self.inner.index.embedder(images).float())
+        self.kept.append((x0_hat.half().cpu(), small(images, x0_hat).cpu(), unit.half().cpu()))
         similarity, row, _ = self.inner.index.nearest(unit)
         from amg.similarity import Measured
 
@@ -210,12 +213,23 @@ def _generate(
     parts = {
         "image": torch.arange(first, first + len(prompts)).repeat(len(levels)),
         "alpha_bar": torch.tensor(levels).repeat_interleave(len(prompts)),
-        "x0_hat": torch.cat([x0_hat for x0_hat, _ in recorder.kept]),
-        "embedding": torch.cat([embedding for _, embedding in recorder.kept]),
     }
+    for name, kept in zip(("x0_hat", "picture", "embedding"), zip(*recorder.kept, strict=True), strict=True):
+        parts[name] = torch.cat(kept)
     partial = path.with_suffix(".partial")
     save_file(parts, partial)
     partial.replace(path)
+
+
+def small(images: Any, x0_hat: Any) -> Any:
+    """The pictures [B, 3, H, W] in [0, 1] as the student is to draw them, uint8."""
+    import torch
+
+    from amg.embed.student import SCALE
+
+    size = (SCALE * x0_hat.shape[-2], SCALE * x0_hat.shape[-1])
+    resized = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    return (resized.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def held_out(image: Any) -> Any:
@@ -236,16 +250,18 @@ def train(pairs: Pairs, pipe: Any, index: Any, arguments: argparse.Namespace) ->
     student = Student(origin_of(pipe, index)).to(device)
     rows = (~held_out(pairs.image)).nonzero().flatten()
     similarity = index.nearest(pairs.embedding.float().to(device)).similarity.cpu()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
     for step in tqdm(range(arguments.train_steps), desc="student", unit="step", mininterval=2):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / arguments.train_steps))
-        chosen = rows[torch.randint(len(rows), (256,))]
+        chosen = rows[torch.randint(len(rows), (BATCH,))]
         with torch.enable_grad():
-            found = student(pairs.x0_hat[chosen].to(device), pairs.alpha_bar[chosen].to(device))
-            cosine = torch.cosine_similarity(found, pairs.embedding[chosen].float().to(device))
+            found = student(pairs.x0_hat[chosen].to(device))
+            pixels = (found - pairs.picture[chosen].to(device) / 255).abs().mean()
+            embedding = index.embedder(found.clamp(0, 1))
+            cosine = torch.cosine_similarity(embedding, pairs.embedding[chosen].float().to(device))
             weight = 1 + WEIGHT * similarity[chosen].clamp_min(0).to(device)
-            loss = (weight * (1 - cosine)).mean()
+            loss = PIXELS * pixels + (weight * (1 - cosine)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -259,12 +275,12 @@ def agreement_of(student: Any, pairs: Pairs, index: Any, miss_rate: float) -> tu
     import torch
 
     kept = held_out(pairs.image)
-    image, alpha_bar, x0_hat, embedding = (part[kept] for part in pairs)
+    image, alpha_bar, x0_hat, _, embedding = (part[kept] for part in pairs)
     device = next(student.parameters()).device
     with torch.no_grad():
         found = torch.cat(
             [
-                student(x0_hat[at : at + 512].to(device), alpha_bar[at : at + 512].to(device))
+                index.embedder(student(x0_hat[at : at + 512].to(device)).clamp(0, 1)).float()
                 for at in range(0, len(image), 512)
             ]
         ).cpu()

@@ -178,7 +178,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     cases = [*CASES[options.device], *(MORE if options.all and options.device == "cpu" else ())]
     if options.share:
         three = (PLAIN, LITERAL, OURS)
-        cases.append(Case("photos-sd", "memorised", 16, options.share, 1, three))
+        cases += [Case("photos-sd", kind, 16, options.share, 1, three) for kind in KINDS[:2]]
     return [
         case
         for case in cases
@@ -232,7 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--all", action="store_true", help="more prompt sets and batches; half an hour")
     parser.add_argument(
-        "--share", type=int, metavar="IMAGES", help="also draw so many memorised prompts once"
+        "--share", type=int, metavar="IMAGES", help="also draw so many memorised and ordinary prompts once"
     )
     parser.add_argument("--device", choices=tuple(CASES), default="cpu")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of photos-sd's index")

@@ -1,4 +1,4 @@
-"""The student: a small network from x0_hat's latents straight to the teacher's embedding, no decoder between.
+"""The student: a tiny decoder from x0_hat's latents to a small picture for the teacher's embedder.
 
 It screens: where its similarity stays below its cut for a limit, at that noise level, the teacher (decoder,
 embedder) need not look. Trained by `amg distill` for one model, index and embedder.
@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT, VERSION = "amg student", 1
-FREQUENCIES = 8
 LIMITS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
-GRID = 4  # features are pooled to a grid of this side
+SCALE = 4  # pixels per latent, each way
 
 
 @dataclass(frozen=True)
@@ -58,44 +57,36 @@ class Agreement:
 
 
 class _Block(nn.Module):
-    """A residual block whose features are scaled and shifted by the noise level."""
-
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, width)
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
-        self.level = nn.Linear(2 * FREQUENCIES, 2 * width)
 
-    def forward(self, features: Tensor, level: Tensor) -> Tensor:
-        scale, shift = self.level(level)[:, :, None, None].chunk(2, 1)
-        inner = self.first(nn.functional.silu(self.norm(features)))
-        return features + self.second(nn.functional.silu(inner * (1 + scale) + shift))
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.second(nn.functional.silu(self.first(nn.functional.silu(self.norm(features)))))
 
 
 class Student(nn.Module):
-    """x0_hat latents float32 [B, C, h, w], alpha_bar float32 [B] in (0, 1] -> embedding float32 [B, D].
+    """x0_hat latents float32 [B, C, h, w] -> a small picture [B, 3, SCALE·h, SCALE·w] for the teacher's
+    embedder, in [0, 1] but unclamped.
 
-    No batch statistics: an embedding never depends on its batch-mates. `agreement`: by noise level, as
-    measured by `amg distill`.
+    All its work is done at the latents' size. No batch statistics: a picture never depends on its
+    batch-mates. `agreement`: by noise level, as measured by `amg distill`.
     """
 
-    def __init__(self, origin: Origin, width: int = 64, blocks: int = 3, agreement: Sequence[Agreement] = ()):
+    def __init__(self, origin: Origin, width: int = 64, blocks: int = 4, agreement: Sequence[Agreement] = ()):
         super().__init__()
         self.origin, self.width, self.agreement = origin, width, tuple(agreement)
         self.stem = nn.Conv2d(origin.channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.head = nn.Sequential(
-            nn.Linear(width * GRID * GRID, 256), nn.SiLU(), nn.Linear(256, origin.dimension)
-        )
+        self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
+        self.head = nn.Conv2d(width, 3 * SCALE**2, 3, padding=1)
 
-    def forward(self, x0_hat: Tensor, alpha_bar: Tensor) -> Tensor:
+    def forward(self, x0_hat: Tensor) -> Tensor:
         if x0_hat.ndim != 4 or x0_hat.shape[1] != self.origin.channels:
             raise ValueError(f"`x0_hat` must be [B, {self.origin.channels}, h, w], got {list(x0_hat.shape)}")
-        level, features = noise_level(alpha_bar), self.stem(x0_hat.float())
-        for block in self.blocks:
-            features = block(features, level)
-        return self.head(nn.functional.adaptive_avg_pool2d(features, GRID).flatten(1))
+        features = self.blocks(self.stem(x0_hat.float()))
+        return nn.functional.pixel_shuffle(self.head(features), SCALE) + 0.5
 
     def cut(self, alpha_bar: float, limit: float) -> float:
         """The similarity below which ours tells that the teacher's is not above `limit`, at this noise level;
@@ -103,13 +94,6 @@ class Student(nn.Module):
         bands = [one for one in self.agreement if one.above <= alpha_bar < one.below]
         known = [place for place, value in enumerate(LIMITS) if value <= limit]
         return bands[0].cuts[known[-1]] if bands and known else -math.inf
-
-
-def noise_level(alpha_bar: Tensor) -> Tensor:
-    """Sines and cosines of the log signal-to-noise ratio of alpha_bar [B], float32 [B, 2·FREQUENCIES]."""
-    ratio = torch.logit(alpha_bar.float().clamp(1e-6, 1 - 1e-6))[:, None]
-    angles = ratio * torch.pi / 32 * 2.0 ** torch.arange(FREQUENCIES, device=ratio.device)
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def save_student(student: Student, path: str | Path, report: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Cheap measuring: the student's similarity of x0_hat, and which samples the teacher must look at."""
+"""Cheap measuring: similarity on the student's small picture, and which samples the teacher must look at."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Screen:
     def __call__(self, x0_hat: Tensor, alpha_bar: float, limit: float) -> Screened:
         """Screen x0_hat [B, C, h, w] of a step for similarities above `limit`; FloatingPointError on NaN."""
         require_finite("x0_hat", x0_hat)
-        level = torch.full((len(x0_hat),), alpha_bar, device=x0_hat.device)
-        embedding = torch.nn.functional.normalize(self.student(x0_hat, level))
+        embedding = torch.nn.functional.normalize(self.index.embedder(self.student(x0_hat).clamp(0, 1)))
         similarity, row, _ = self.index.nearest(embedding)
         return Screened(similarity >= self.student.cut(alpha_bar, limit), similarity, row)

@@ -26,6 +26,13 @@ def load(name: str, device: str = "cpu") -> Any:
     return pipe.to(device)
 
 
+def student_path(name: str) -> Path:
+    """The bundled file of `amg distill` for a model, for `AMGConfig.student`: there is one for photos-sd."""
+    if name != "photos-sd":
+        raise ValueError(f'`name` must be "photos-sd", got {name!r}')
+    return FOLDER / "photos-sd-student" / "model.safetensors"
+
+
 def _pipeline_class(name: str) -> Any:
     import diffusers
 

@@ -141,7 +141,7 @@ KEYS = tuple(photo.key for photo in PHOTOS)
 NULL_CLASS = len(PHOTOS)
 DUPLICATED = tuple(label for label, photo in enumerate(PHOTOS) if photo.specific)
 
-_VIEWS = (
+VIEWS = (
     "a photo of {}",
     "a close photo of {}",
     "a picture showing {}",
@@ -150,6 +150,7 @@ _VIEWS = (
     "{} in detail",
 )
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+PLACES = tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _crop(source: Any, photo: Photo, size: int, generator: np.random.Generator) 
     picture = _resized(source, box, size)
     row, column = ((2 * start + side) * 3 // (2 * extent) for start, extent in ((top, height), (left, width)))
     place = f"{_ROWS[min(2, row)]} {_COLUMNS[min(2, column)]}"
-    caption = str(generator.choice(_VIEWS)).format(generator.choice(photo.subjects)) + f", {place}"
+    caption = str(generator.choice(VIEWS)).format(generator.choice(photo.subjects)) + f", {place}"
     if side > 0.42 * min(width, height):
         caption += ", from further away"
     if flipped:

@@ -39,13 +39,15 @@ def plain(
     return Drawing(out.images, [])
 
 
-def guided(preset: str, searcher: str = "exact", **overrides: Any) -> Draw:
-    """`amg.Sampler` with a preset, fields overridden by keyword."""
-    config = AMGConfig.preset(preset, **overrides)
+def guided(preset: str, searcher: str = "exact", files: Sequence[str] = (), **overrides: Any) -> Draw:
+    """`amg.Sampler` with a preset, fields overridden by keyword; `files` of "calibration" and "student" are
+    the model's own, where it has them."""
 
     def draw(
         pipe: Any, index: Any, model: Model, prompts: list[str], noise: list[torch.Generator], steps: int
     ) -> Drawing:
+        own = {name: getattr(model, name) for name in files}
+        config = AMGConfig.preset(preset, **{**overrides, **own})
         out = Sampler(pipe, index.with_searcher(searcher), config)(
             prompts,
             num_inference_steps=steps,
@@ -104,7 +106,17 @@ CONTESTANTS = (
         "measured at a few steps, suspected samples at every step",
         guided("main", **WITHOUT),
     ),
-    Contestant(OURS, "the preset as it is, every saving on", guided("main")),
+    Contestant("lazy search", "kept rows answer wherever they prove the nearest", guided("main")),
+    Contestant(
+        "calibrated gate",
+        "free signals skip checks and raise the alarm",
+        guided("main", files=("calibration",)),
+    ),
+    Contestant(
+        OURS,
+        "the student looks before the teacher: every saving on",
+        guided("main", files=("calibration", "student")),
+    ),
     Contestant("final check only", "no guidance, finished images checked and marked", guided("off")),
 )
 

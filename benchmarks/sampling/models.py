@@ -7,6 +7,7 @@ and a sample that goes back to fresh noise leaves them.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,57 +16,130 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
+from amg import zoo
+from amg.cli import main
+from amg.config import AMGConfig
+from amg.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
 from amg.index.index import Index
 from amg.index.store import Manifest
+from amg.integrations.sampler import Sampler
 from amg.kernels import encode_rows
+from amg.zoo.judge import load_judge
+from amg.zoo.photos import PHOTOS, PLACES, VIEWS, training_set
 
 KINDS = ("ordinary", "memorised", "mixed")
 DIMENSION = 512
+ORDINARY = 320  # ordinary prompts of photos-sd that are looked through
 PLANTED = 16
 PLANTED_COUNT = 64  # training images behind a planted row
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline, its index, prompts and seeds by kind, and the share of copies an independent judge sees."""
+    """A pipeline, its index, prompts with their seeds by kind, the share of copies an independent judge sees,
+    and where there are any the files of `amg calibrate` and `amg distill`."""
 
     name: str
     pipe: Any
     index: Index
     guidance_scale: float
-    texts: dict[str, list[str]]
-    seeds: dict[str, int]  # the first seed of each kind
+    jobs: dict[str, list[tuple[str, int]]]
     judge: Callable[[Tensor], float] | None = None
+    calibration: Path | None = None
+    student: Path | None = None
 
     def prompts(self, kind: str, count: int) -> tuple[list[str], list[int]]:
         """`count` prompts and seeds; "mixed" takes every other one from the memorised."""
         if kind == "mixed":
             both = [self.prompts(one, count) for one in ("memorised", "ordinary")]
             return tuple([both[i % 2][part][i] for i in range(count)] for part in (0, 1))
-        texts, first = self.texts[kind], self.seeds[kind]
-        seeds = [first + (i if self.judge else i % len(texts)) for i in range(count)]
-        return [texts[i % len(texts)] for i in range(count)], seeds
+        jobs = self.jobs[kind]
+        chosen = [jobs[i % len(jobs)] for i in range(count)]
+        return [text for text, _ in chosen], [seed for _, seed in chosen]
 
 
 def photos_sd(work: Path, steps: int, device: str) -> Model:
-    """The bundled model: the captions of its duplicated photographs, and ordinary ones that no crop has."""
-    from amg.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
-    from amg.zoo.judge import load_judge
-    from amg.zoo.photos import training_set
-
-    jobs, judge, name = caption_jobs(256, 0, training_set(64)), load_judge(), "photos-sd"
-    named = {"memorised": "specific", "ordinary": "ordinary"}
-    texts = {
-        ours: [text for text, kind in zip(jobs.prompts, jobs.kinds, strict=True) if kind == theirs]
-        for ours, theirs in named.items()
-    }
+    """The bundled model: the captions of its duplicated photographs, and ordinary ones that no crop has, with
+    seeds whose plain picture keeps the promise (another must be changed)."""
+    judge, name = load_judge(), "photos-sd"
+    jobs = caption_jobs(4 * ORDINARY, 0, training_set(64))
+    asked = list(zip(jobs.prompts, jobs.seeds, jobs.kinds, strict=True))
+    memorised, ordinary = (
+        [(text, seed) for text, seed, kind in asked if kind == wanted] for wanted in ("specific", "ordinary")
+    )
 
     def copies(images: Tensor) -> float:
         return (judge.copy_probability(images.float().cpu()) > 0.5).float().mean().item()
 
-    index, seeds = open_index(name, work / f"{name}.amg"), dict.fromkeys(named, 0)
-    return Model(name, open_pipeline(name), index, GUIDANCE_SCALES[name], texts, seeds, copies)
+    pipe, index = open_pipeline(name), open_index(name, work / f"{name}.amg")
+    pipe.set_progress_bar_config(disable=True)
+    scale = GUIDANCE_SCALES[name]
+    kept = [
+        job for job, bad in zip(ordinary, copied(pipe, index, ordinary, steps, scale), strict=True) if not bad
+    ]
+    calibration = calibrated(work, steps, scale)
+    both = {"memorised": memorised, "ordinary": kept}
+    return Model(name, pipe, index, scale, both, copies, calibration, zoo.student_path(name))
+
+
+def copied(pipe: Any, index: Index, jobs: list[tuple[str, int]], steps: int, scale: float) -> list[bool]:
+    """Of each prompt and seed whether the plain picture breaks the promise."""
+    sampler, found = Sampler(pipe, index, AMGConfig.preset("off")), []
+    for first in tqdm(range(0, len(jobs), 16), desc="plain pictures of ordinary prompts", unit="batch"):
+        part = jobs[first : first + 16]
+        out = sampler(
+            [text for text, _ in part],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            output_type="pt",
+            progress=False,
+        )
+        found += [verdict.memorized for verdict in out.amg]
+    return found
+
+
+def calibrated(work: Path, steps: int, scale: float) -> Path:
+    """The calibration file of photos-sd, made on first use from captions that are nowhere else used."""
+    path = work / f"photos-sd-calibration-{steps}.json"
+    if not path.exists():
+        ordinary, memorised = calibration_captions()
+        for name, lines in (("ordinary", ordinary), ("memorised", memorised * 4)):
+            (work / f"calibration-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = ["calibrate", "photos-sd", "--index", str(work / "photos-sd.amg"), "--embedder", "photos"]
+        command += ["--ordinary", str(work / "calibration-ordinary.txt"), "--scheduler", "ddim"]
+        command += ["--memorized", str(work / "calibration-memorised.txt"), "--steps", str(steps)]
+        command += [
+            "--guidance-scale",
+            str(scale),
+            "--seed",
+            "5000",
+            "--batch-size",
+            "32",
+            "--out",
+            str(path),
+        ]
+        if main([*command, "--miss-rate", "0.05"]):
+            raise RuntimeError("`amg calibrate` failed, see above")
+    return path
+
+
+def calibration_captions(count: int = 800) -> tuple[list[str], list[str]]:
+    """Ordinary captions that neither the training set nor the benchmark has, and the memorised ones."""
+    data = training_set(64)
+    known = {*data.captions, *caption_jobs(256, 0, data).prompts}
+    made = [
+        f"{view.format(subject)}, {place}"
+        for view in VIEWS
+        for photo in PHOTOS
+        for subject in photo.subjects
+        for place in PLACES
+    ]
+    new = [caption for caption in made if caption not in known]
+    random.Random(0).shuffle(new)
+    return new[:count], [photo.specific for photo in PHOTOS if photo.specific]
 
 
 @dataclass(frozen=True)
@@ -164,7 +238,8 @@ def random_model(name: str, work: Path, steps: int, device: str) -> Model:
         "memorised": [f"memorised picture {i}" for i in range(PLANTED)],
         "ordinary": [f"ordinary picture {i}" for i in range(4 * PLANTED)],
     }
-    seeds = {"memorised": 0, "ordinary": 1000}
+    first = {"memorised": 0, "ordinary": 1000}
+    jobs = {kind: [(text, first[kind] + i) for i, text in enumerate(own)] for kind, own in texts.items()}
     embedder = RandomEmbedder(*shape.embedder).eval().requires_grad_(False).to(device)
     pictures = torch.cat(
         [
@@ -181,7 +256,7 @@ def random_model(name: str, work: Path, steps: int, device: str) -> Model:
     features = embedder(pictures)
     embedder.centre.copy_(features.mean(0))
     index = index_around(features - embedder.centre, texts["memorised"], shape.rows, embedder)
-    return Model(name, pipe, index, scale, texts, seeds)
+    return Model(name, pipe, index, scale, jobs)
 
 
 def index_around(planted: Tensor, captions: list[str], count: int, embedder: Any) -> Index:

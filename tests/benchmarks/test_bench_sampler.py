@@ -37,8 +37,9 @@ def course(bench, tmp_path_factory):
     captions = [f"caption {i % 20}" for i in range(60)]
     path = tmp_path_factory.mktemp("bench") / "index.amg"
     index = amg.Index.build(pictures, captions, embedder, path, progress=False)
-    texts, counts, pipe = {"ordinary": ["cat", "dog", "hat", "cup"]}, Counter(), tiny.tiny_sd()
-    model = bench.Model("tiny", pipe, index, 4.0, texts, {"ordinary": 0})
+    jobs = {"ordinary": [(text, seed) for seed, text in enumerate(("cat", "dog", "hat", "cup"))]}
+    counts, pipe = Counter(), tiny.tiny_sd()
+    model = bench.Model("tiny", pipe, index, 4.0, jobs)
     bench.count_pipeline(pipe, counts)
     case = bench.Case("tiny", "ordinary", 2, IMAGES, 1)
     return bench.Course(case, model, counts, STEPS, "cpu")

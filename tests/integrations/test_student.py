@@ -11,7 +11,7 @@ import amg
 from amg import sampling
 from amg.cli import main
 from amg.config import AMGConfig
-from amg.embed.student import LIMITS, Agreement, Origin, Student, load_student, noise_level, save_student
+from amg.embed.student import LIMITS, SCALE, Agreement, Origin, Student, load_student, save_student
 from amg.integrations.identity import origin_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -116,26 +116,20 @@ def test_a_file_is_read_as_written_and_others_are_refused(tmp_path):
     save_student(student, tmp_path / "s.safetensors", {"distilled": {"seed": 3}})
     loaded, x0_hat = load_student(tmp_path / "s.safetensors"), torch.randn(3, 4, 8, 8)
     assert loaded.origin == origin and loaded.agreement == (band,)
-    level = torch.tensor([0.1, 0.5, 0.9])
-    torch.testing.assert_close(loaded(x0_hat, level), student(x0_hat, level))
-    alone = torch.cat([loaded(x0_hat[i : i + 1], level[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(alone, loaded(x0_hat, level), atol=1e-5, rtol=1e-5)
+    assert loaded(x0_hat).shape == (3, 3, 8 * SCALE, 8 * SCALE)
+    torch.testing.assert_close(loaded(x0_hat), student(x0_hat))
+    alone = torch.cat([loaded(x0_hat[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(alone, loaded(x0_hat), atol=1e-5, rtol=1e-5)
     assert (loaded.cut(0.2, 0.45), loaded.cut(0.2, 0.46)) == (0.25, 0.25)
     assert loaded.cut(0.7, 0.45) == loaded.cut(0.2, 0.1) == -math.inf
     with pytest.raises(ValueError, match=r"`x0_hat` must be \[B, 4, h, w\], got \[3, 5, 8, 8\]"):
-        loaded(torch.randn(3, 5, 8, 8), level)
+        loaded(torch.randn(3, 5, 8, 8))
     with pytest.raises(FileNotFoundError, match="`student` must be a file of `amg distill`"):
         load_student(tmp_path / "none")
     for text in (b"", b"x" * 100):
         (tmp_path / "bad").write_bytes(text)
         with pytest.raises(ValueError, match="`student` must be a file of `amg distill`"):
             load_student(tmp_path / "bad")
-
-
-def test_noise_levels_are_told_apart():
-    level = noise_level(torch.linspace(0.005, 0.999, 50))
-    assert level.shape == (50, 16) and bool(torch.isfinite(level).all())
-    assert float(torch.cdist(level, level).add(torch.eye(50)).min()) > 0.01
 
 
 def test_the_cut_is_the_order_statistic_of_each_generation_s_least():
