@@ -23,7 +23,7 @@ def is_checkpoint(config: AMGConfig, position: int, total: int) -> bool:
 
 
 def screens(config: AMGConfig) -> bool:
-    """Whether a student may say which samples are not measured: not where terms act whatever sigma is."""
+    """Whether nothing happens to samples that are not close enough: not where terms act whatever sigma is."""
     return config.gated and config.form != "released"
 
 

@@ -170,7 +170,7 @@ class _Recorder:
         self.inner = inner
         self.kept: list[tuple[Any, Any, Any]] = []
 
-    def measure(self, x0_hat: Any, flights: Any = None) -> Any:
+    def measure(self, x0_hat: Any, flights: Any = None, limit: float = -math.inf) -> Any:
         import torch
 
         images = self.inner.decode(x0_hat).clamp(0, 1).float()

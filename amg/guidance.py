@@ -48,7 +48,12 @@ def released_scales(
     room = max(guidance_scale - 1, 0.0)
     s1 = (c1 * similarity).clamp(0, room)
     s2 = torch.minimum(((room - s1) * c2 * similarity).clamp(min=0), room - s1)
-    return Scales(s1, s2, c3 * (similarity - 0.3) * math.exp((1000 - t) / 170))
+    return Scales(s1, s2, released_s3(similarity, c3, t))
+
+
+def released_s3(similarity: Tensor, c3: float, t: float) -> Tensor:
+    """The authors' s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170) [B]."""
+    return c3 * (similarity - 0.3) * math.exp((1000 - t) / 170)
 
 
 def despecification(eps_uncond: Tensor, eps_cond: Tensor, s1: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,7 +124,7 @@ class _Step:
         checked = rows_to_check(self.config, step.position, step.total, self.flights, gate, self.signals)
         if gate is not None and self.config.early_rewind and self.config.rewind_at:
             self.alarmed = gate.alarmed(step.position, self.flights, self.signals)
-        if checked and guide.screen is not None and screens(self.config):
+        if checked and guide.screen is not None and self.limit > -math.inf:
             checked = self.near(guide.screen, checked, output)
         checked = sorted({*checked, *self.alarmed})
         if checked:
@@ -136,7 +137,8 @@ class _Step:
         sample = self.sample[rows]
         eps = self.prediction.to_eps(output[rows], sample)
         x0_hat = self.x0_hat(rows, eps)
-        measured = self.guide.similarity.measure(x0_hat, [self.flights[row] for row in rows.tolist()])
+        flights = [self.flights[row] for row in rows.tolist()]
+        measured = self.guide.similarity.measure(x0_hat, flights, self.limit)
         opened = self.opened(measured) & ~self.sent_back(rows, x0_hat, measured)
         acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
         if bool(acting.any()):
@@ -150,16 +152,23 @@ class _Step:
         self.note(rows, measured, opened)
         return output
 
+    @property
+    def limit(self) -> float:
+        """The similarity up to which nothing happens to a sample at this step, whatever it is."""
+        if not screens(self.config):
+            return -math.inf
+        if not is_checkpoint(self.config, self.step.position, self.step.total):
+            return self.step.threshold
+        assert self.config.rewind_threshold is not None
+        return min(self.step.threshold, self.config.rewind_threshold)
+
     def near(self, screen: Screen, checked: Sequence[int], output: Tensor) -> list[int]:
         """Those of the `checked` rows that the student cannot tell to be ordinary."""
-        rows, limit = torch.tensor(checked, device=output.device), self.step.threshold
-        if is_checkpoint(self.config, self.step.position, self.step.total):
-            if self.guide.judges:  # the student speaks for one index only
-                return list(checked)
-            assert self.config.rewind_threshold is not None
-            limit = min(limit, self.config.rewind_threshold)
+        if self.guide.judges and is_checkpoint(self.config, self.step.position, self.step.total):
+            return list(checked)  # the student speaks for one index only
+        rows = torch.tensor(checked, device=output.device)
         eps = self.prediction.to_eps(output[rows], self.sample[rows])
-        found = screen(self.x0_hat(rows, eps), self.step.alpha_bar, limit)
+        found = screen(self.x0_hat(rows, eps), self.step.alpha_bar, self.limit)
         far = ~found.near
         measured = Measured(found.similarity[far], found.row[far], {})
         self.note(rows[far], measured, torch.zeros_like(measured.similarity, dtype=torch.bool))
@@ -341,17 +350,16 @@ class _Step:
         gradient = guidance.frozen_gradient(x0_grad, alpha_bar)
         if cfg.gradient == "full":
             gradient = self.full_gradient(rows, x0_grad)
-        assert cfg.c1 is not None and cfg.c2 is not None and cfg.c3 is not None
         if cfg.step_length == "exact":
             x0_gradient = gradient * alpha_bar**0.5
             shift = guidance.newton_shift(x0_gradient, measured.similarity, self.step.threshold)
             return guidance.exact_dissimilarity(shift, alpha_bar)
+        assert cfg.c3 is not None
         s3 = torch.full_like(measured.similarity, cfg.c3)
         if cfg.form == "released" and self.guide.index.metric == "nl2":
             s3 = cfg.c3 * (measured.similarity - self.step.threshold)
         elif cfg.form == "released":
-            t = float(self.step.t)
-            s3 = guidance.released_scales(measured.similarity, 1.0, cfg.c1, cfg.c2, cfg.c3, t).s3
+            s3 = guidance.released_s3(measured.similarity, cfg.c3, float(self.step.t))
         return guidance.dissimilarity(gradient, s3, alpha_bar)
 
     def full_gradient(self, rows: Tensor, x0_grad: Tensor) -> Tensor:

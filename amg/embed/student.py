@@ -91,9 +91,10 @@ class Student(nn.Module):
     def cut(self, alpha_bar: float, limit: float) -> float:
         """The similarity below which ours tells that the teacher's is not above `limit`, at this noise level;
         -inf where none is known."""
-        bands = [one for one in self.agreement if one.above <= alpha_bar < one.below]
-        known = [place for place, value in enumerate(LIMITS) if value <= limit]
-        return bands[0].cuts[known[-1]] if bands and known else -math.inf
+        bands = [one.cuts for one in self.agreement if one.above <= alpha_bar < one.below]
+        cuts = zip(LIMITS, bands[0] if bands else (), strict=False)
+        known = [cut for value, cut in cuts if value <= limit and cut > -math.inf]
+        return known[-1] if known else -math.inf
 
 
 def save_student(student: Student, path: str | Path, report: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -241,17 +242,20 @@ class Index:
             )
         return unit_vectors(images, self.embedder)
 
-    def nearest(self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None) -> Nearest:
+    def nearest(
+        self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None, limit: float = -math.inf
+    ) -> Nearest:
         """Closest row of each vector [B, dimension] from embed() → (similarity [B], row [B], extras).
 
         The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance,
         denominator …), None for cosine. Raises ValueError for a wrong shape, dtype or device and
         for non-finite vectors. kept: one amg.index.lazy.Kept per vector, so that exact cosine search on CPU
-        reads the whole index only where the rows kept from before do not prove the answer; the same result.
+        reads the whole index only where the rows kept from before do not prove the answer; the same result,
+        except that of a vector to which no row can be above `limit` it may name any row that is not.
         """
         vectors = self._check(vectors)
         if kept is not None and isinstance(self.searcher, ExactCosine) and self.device.type == "cpu":
-            return nearest_lazily(self.searcher, vectors, kept)
+            return nearest_lazily(self.searcher, vectors, kept, limit=limit)
         return self.searcher.nearest(vectors)
 
     def search(self, queries: Any, k: int = 1) -> Hits:

@@ -16,8 +16,9 @@ float64, are raised by more than they may have lost: R by (D + 64)·2⁻⁵⁰ o
 δ = 2·atan2(‖a − b‖, ‖a + b‖) and arccos(s/R) = atan2(√((R − s)(R + s)), s) lose no digits at any angle. An
 outside row's fp32 similarity is then at most u + τ: τ also holds the rounding of u and of that similarity.
 The best of the kept rows, scored again by the same kernel, is the exact top-1 if it is *above* u + τ:
-strictly, as an outside row of equal similarity might have the lower number. Otherwise the whole index is
-searched. With NaN no comparison holds, and the full search raises.
+strictly, as an outside row of equal similarity might have the lower number. Where a caller asks only what
+lies above a limit and neither the best kept row nor u + τ does, the gate is closed for certain, whichever row
+is nearest. Otherwise the whole index is searched. With NaN no comparison holds, and the full search raises.
 
 That a row scores the same wherever it lies is a property of the compiled kernels; the torch reference, whose
 sums follow the shape of its blocks, may differ by one fp32 rounding.
@@ -40,7 +41,8 @@ KEPT_ROWS = 256
 
 @dataclass
 class Kept:
-    """What one sample keeps of its last full search; `full` and `skipped` count its searches.
+    """What one sample keeps of its last full search; `full`, `skipped` and `closed` count its searches: made,
+    answered by the kept rows, and not answered because nothing can lie above the limit.
 
     `direction` [D] float64, the unit query; `row` [K] ascending; `least` is the K-th similarity, unclamped.
     """
@@ -51,26 +53,31 @@ class Kept:
     least: float = math.inf
     full: int = 0
     skipped: int = 0
+    closed: int = 0
 
 
 def nearest_lazily(
-    searcher: ExactCosine, queries: Tensor, kept: Sequence[Kept], count: int = KEPT_ROWS
+    searcher: ExactCosine,
+    queries: Tensor,
+    kept: Sequence[Kept],
+    count: int = KEPT_ROWS,
+    limit: float = -math.inf,
 ) -> Nearest:
     """`searcher.nearest(queries)` [B, D], one `Kept` per query; only what they cannot prove is searched for.
 
-    Full searches go as one batch and leave their `count` nearest rows in `kept`. ValueError as there.
+    Where no row can be above `limit`, the answer is the best kept row, at most that. Full searches go as one
+    batch and leave their `count` nearest rows in `kept`. ValueError as there.
     """
     directions = torch.nn.functional.normalize(queries.double())
     similarity = torch.empty(len(queries), device=queries.device)
     row = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     unproved = []
     for at, own in enumerate(kept):
-        found = _proved(searcher, queries[at : at + 1], directions[at], own)
+        found = _proved(searcher, queries[at : at + 1], directions[at], own, limit)
         if found is None:
             unproved.append(at)
         else:
             similarity[at], row[at] = found
-            own.skipped += 1
     if unproved:
         searched = amg.kernels.topk_cosine(
             queries[unproved], searcher.rows, min(count, len(searcher.rows)), codes=searcher.codes
@@ -99,15 +106,21 @@ def outside_bound(least: float, norm: float, before: Tensor, now: Tensor) -> flo
 
 
 def _proved(
-    searcher: ExactCosine, query: Tensor, direction: Tensor, own: Kept
+    searcher: ExactCosine, query: Tensor, direction: Tensor, own: Kept, limit: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Similarity and row of the exact top-1 out of the kept rows; None where that is not proved."""
+    """Similarity and row of the exact top-1 out of the kept rows, or of the best of them where no row is
+    above `limit`; None where neither is proved."""
     if own.searcher is not searcher:
         return None
     best = amg.kernels.top1_cosine(query, searcher.rows[own.row])
     everything = len(own.row) == len(searcher.rows)
     if not everything:
         bound = outside_bound(own.least, searcher.largest_norm, own.direction, direction)
-        if not float(best.similarity) > bound:
-            return None
+        nearest = float(best.similarity)
+        if not nearest > bound:
+            if not max(nearest, bound) <= limit:
+                return None
+            own.closed += 1
+            return best.similarity[0], own.row[best.row[0]]
+    own.skipped += 1
     return best.similarity[0], own.row[best.row[0]]

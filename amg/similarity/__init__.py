@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -28,9 +29,12 @@ class Similarity(Protocol):
     """One metric over one index; x0_hat is [B, C, H, W] in the denoiser's own space (pixels in [-1, 1] or
     latents)."""
 
-    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+    def measure(
+        self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
+    ) -> Measured:
         """Similarity and nearest row of every sample; raises FloatingPointError on NaN or infinity.
-        `flights`, one per sample, may hold what saves work; they never change the result."""
+        `flights`, one per sample, may hold what saves work; they never change the result of a sample closer
+        than `limit`, and of another only which row at most that close is named."""
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
         """d sigma / d x0_hat."""

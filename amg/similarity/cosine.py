@@ -3,6 +3,7 @@ E(x0_hat)·E(n0))."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,13 +31,15 @@ class CosineSimilarity:
         self.index, self.decode, self.lazy = index, decode, lazy
 
     @torch.no_grad()
-    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+    def measure(
+        self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
+    ) -> Measured:
         require_finite("x0_hat", x0_hat)
         embedding = self.index.embedder(self.decode(x0_hat).clamp(0, 1))
         require_finite("embedding", embedding)
         unit = torch.nn.functional.normalize(embedding.float())
         kept = [flight.kept for flight in flights] if self.lazy and flights is not None else None
-        similarity, row, _ = self.index.nearest(unit, kept)
+        similarity, row, _ = self.index.nearest(unit, kept, limit)
         return Measured(similarity, row, {})
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:

@@ -5,6 +5,7 @@ nL2 = l2(x0_hat, n0) / D, D = alpha·mean of l2 over the k nearest rows, l2(a, b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ class NL2Similarity:
         self.index, self.decode, self.pixels = index, decode, pixels
 
     @torch.no_grad()
-    def measure(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+    def measure(
+        self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
+    ) -> Measured:
         require_finite("x0_hat", x0_hat)
         images = self.index.embed(self.decode(x0_hat).clamp(0, 1).float())
         similarity, row, extras = self.index.nearest(images)

@@ -122,6 +122,36 @@ def test_counts_and_what_is_kept():
     assert (own.full, own.skipped, own.row.tolist()) == (3, 5, list(range(10)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), limit=st.floats(-0.5, 1.0), angle=st.sampled_from(ANGLES[3:7]))
+def test_below_a_limit_only_the_named_row_may_differ(seed, limit, angle):
+    generator = torch.Generator().manual_seed(seed)
+    searcher = ExactCosine(unit(300, 6, generator=generator))
+    walkers, kept = unit(3, 6, generator=generator).double(), [Kept() for _ in range(3)]
+    for _ in range(8):
+        walkers = torch.stack([turned(one, angle, generator) for one in walkers])
+        expected = searcher.nearest(walkers.float())
+        found = nearest_lazily(searcher, walkers.float(), kept, 20, limit)
+        close = expected.similarity > limit
+        assert torch.equal(found.similarity > limit, close)
+        assert torch.equal(found.row[close], expected.row[close])
+        assert torch.equal(found.similarity[close], expected.similarity[close])
+        assert bool((found.similarity <= expected.similarity).all())
+    assert all(own.full + own.skipped + own.closed == 8 for own in kept)
+
+
+def test_what_no_row_can_reach_needs_no_search():
+    rows = unit(500, 16, generator=torch.Generator().manual_seed(3))
+    searcher, own = ExactCosine(rows), Kept()
+    query = unit(1, 16, generator=torch.Generator().manual_seed(4))
+    for step in range(4):
+        nearest_lazily(searcher, query + 1e-3 * step, [own], 2, limit=1.0)
+    assert (own.full, own.skipped + own.closed) == (1, 3)
+    before = own.full
+    nearest_lazily(searcher, -query, [own], 2, limit=0.0)
+    assert own.full == before + 1
+
+
 def test_a_sample_does_not_depend_on_its_mates():
     generator = torch.Generator().manual_seed(2)
     searcher = ExactCosine(unit(900, 12, generator=generator))
