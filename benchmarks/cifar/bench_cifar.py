@@ -22,9 +22,20 @@ from typing import Any
 
 import torch
 from data import Subset, training_subset
-from judging import Judges, figures, open_judges
+from judging import Judges, figures, open_judges, real_verdicts
 from report import rewrite
-from rows import SCALE, STEPS, Row, ablation_rows, draw, grid_rows, main_rows, open_index, open_pipeline
+from rows import (
+    SCALE,
+    STEPS,
+    Drawn,
+    Row,
+    ablation_rows,
+    draw,
+    grid_rows,
+    main_rows,
+    open_index,
+    open_pipeline,
+)
 from sheet import keep_pictures, write_sheet
 from trajectories import record_trajectories
 
@@ -47,6 +58,8 @@ MEASURED = (
 )
 KEY = ("table", "condition", "guidance", "config", "images", "steps", "first seed", "guidance scale")
 VALIDATION_SEED = 100_000
+LEFT_OUT = "off, its copies left out"
+REAL = "real, not trained on"
 
 
 @dataclass(frozen=True)
@@ -73,19 +86,55 @@ def run(bench: Bench, rows: Sequence[Row], images: int, arguments: argparse.Name
     """Draw, judge and record the rows that the CSV does not have yet."""
     for row in rows:
         scale = arguments.scale if row.condition == "class" else 1.0
-        key = dict(zip(KEY, (row.table, row.condition, row.name, row.config), strict=False))
-        place = (images, arguments.steps, arguments.seed, scale)
-        key |= {name: str(value) for name, value in zip(KEY[4:], place, strict=True)}
+        key = key_of(row, images, arguments, scale)
         if key in done(arguments.out):
             continue
         seeds = range(arguments.seed, arguments.seed + images)
         drawn = draw(bench.pipe, bench.index, row, seeds, arguments.steps, scale)
-        found = figures(drawn.images, drawn.verdicts, drawn.labels, bench.judges)
-        found["s/image"] = drawn.seconds / images
         if row.table == "main":
             keep_pictures(bench.work, row, drawn)
-        append(arguments.out, key, found)
-        print({name: round(value, 2) for name, value in found.items() if "low" not in name}, flush=True)
+        record(arguments.out, key, drawn, bench.judges)
+        if row.table == "main" and row.name == "off":
+            new = without_copies(drawn)
+            record(
+                arguments.out,
+                {**key, "guidance": LEFT_OUT, "images": str(len(new.images))},
+                new,
+                bench.judges,
+            )
+            real = real_pictures(bench, images, row.condition)
+            record(arguments.out, {**key, "guidance": REAL, "config": "{}", "steps": "0"}, real, bench.judges)
+
+
+def key_of(row: Row, images: int, arguments: argparse.Namespace, scale: float) -> dict[str, str]:
+    """What makes a CSV line the line of this row."""
+    values = (row.table, row.condition, row.name, row.config, images, arguments.steps, arguments.seed, scale)
+    return {name: str(value) for name, value in zip(KEY, values, strict=True)}
+
+
+def without_copies(drawn: Drawn) -> Drawn:
+    """What is left of unguided pictures when those below nL2 1.4 are thrown away: the quality that guidance
+    has to keep, free of the realism that copies lend."""
+    keep = torch.tensor([verdict.similarity <= -1.4 for verdict in drawn.verdicts])
+    verdicts = [verdict for verdict, kept in zip(drawn.verdicts, keep.tolist(), strict=True) if kept]
+    labels = None if drawn.labels is None else drawn.labels[keep]
+    return Drawn(drawn.images[keep], verdicts, labels, drawn.seconds * len(verdicts) / len(drawn.verdicts))
+
+
+def real_pictures(bench: Bench, images: int, condition: str) -> Drawn:
+    """Pictures of the same split that the model was not trained on, judged like generated ones."""
+    pictures, labels = bench.judges.held_out[:images], bench.judges.held_out_labels[:images]
+    verdicts = real_verdicts(pictures, bench.index)
+    return Drawn(pictures, verdicts, labels if condition == "class" else None, 0.0)
+
+
+def record(path: Path, key: dict[str, str], drawn: Drawn, judges: Judges) -> None:
+    """Judge one row's pictures, append its line and print it."""
+    found = figures(drawn.images, drawn.verdicts, drawn.labels, judges)
+    found["s/image"] = drawn.seconds / len(drawn.verdicts)
+    append(path, key, found)
+    shown = {name: round(value, 2) for name, value in found.items() if not name.endswith((" low", " high"))}
+    print(f"{key['condition']}, {key['guidance']}: {shown}", flush=True)
 
 
 def done(path: Path) -> list[dict[str, str]]:
@@ -145,11 +194,17 @@ def main() -> None:
             run(bench, grid_rows(condition), few, arguments)
         return
     for condition in arguments.conditions:
-        run(bench, main_rows(condition), arguments.images, arguments)
+        run(bench, named(main_rows(condition), arguments.only), arguments.images, arguments)
     if arguments.sheet:
         write_sheet(arguments.sheet, bench.work, bench.subset.images)
-    for condition in arguments.conditions:
-        run(bench, ablation_rows(condition), few, arguments)
+    if not arguments.no_ablations:
+        for condition in arguments.conditions:
+            run(bench, named(ablation_rows(condition), arguments.only), few, arguments)
+
+
+def named(rows: Sequence[Row], start: str | None) -> list[Row]:
+    """The rows whose name begins with `start`; all where it is None."""
+    return [row for row in rows if row.name.startswith(start or "")]
 
 
 def _arguments() -> argparse.Namespace:
@@ -165,6 +220,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="first seed (0; with --validation 100000)")
     parser.add_argument("--scale", type=float, default=SCALE, help="guidance scale of class-conditional rows")
     parser.add_argument("--conditions", nargs="+", default=["unconditional", "class"])
+    parser.add_argument("--only", help="only rows whose name begins so")
+    parser.add_argument("--no-ablations", action="store_true", help="only the main tables")
     parser.add_argument("--validation", action="store_true", help="the rows constants were chosen on")
     parser.add_argument("--trajectories", action="store_true", help="nL2 of x0_hat by step, unguided")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "cifar", help="index and pictures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import Subset, read_rows
@@ -12,6 +13,7 @@ from resnet20 import ResNet20, load_resnet20
 from torch import Tensor
 from torch.nn import functional
 
+from amg.config import AMGConfig
 from amg.evaluate import (
     MEMORIZED_CORRELATION,
     bootstrap_interval,
@@ -22,6 +24,8 @@ from amg.evaluate import (
     top1,
     top5,
 )
+from amg.flight import Flight
+from amg.promise import check
 from amg.verdict import Verdict
 
 HELD_OUT = slice(10_000, 14_000)  # rows of the Parquet that are in no training set
@@ -117,6 +121,12 @@ def figures(
         "retries/image": sum(verdict.retries for verdict in verdicts) / count,
         "evaluations/image": sum(verdict.evaluations for verdict in verdicts) / count,
     }
+
+
+def real_verdicts(images: Tensor, index: Any) -> list[Verdict]:
+    """The final check of pictures that nobody generated: how near real ones come to the training set."""
+    flights = [Flight.from_noise(image) for image in images]
+    return check(images, index, (), AMGConfig.preset("off").for_metric(index.metric), flights)
 
 
 def _share(name: str, values: Tensor, threshold: float) -> dict[str, float]:

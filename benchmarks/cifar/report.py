@@ -12,6 +12,7 @@ COLUMNS = (
     *("before the final check %", "rewinds/image", "retries/image", "evaluations/image", "s/image"),
 )
 DIGITS = {"Top5% nL2": 2, "Top1 nL2": 2, "FID": 2, "rewinds/image": 2, "retries/image": 2, "s/image": 2}
+ORDER = ("real", "off", "main", "strong", "paper's form", "ours")
 TITLES = {
     ("main", "unconditional"): "Unconditional (the paper's Table 2)",
     ("main", "class"): "Class-conditional (the paper's Table 3)",
@@ -29,7 +30,15 @@ def tables(csv_path: str | Path) -> str:
     for line in lines:
         group = groups.setdefault((line["table"], line["condition"]), {})
         group[line["guidance"]] = line
-    return "\n\n".join(_table(*place, list(group.values())) for place, group in groups.items()) + "\n"
+    places = sorted(groups, key=lambda place: list(TITLES).index(place) if place in TITLES else len(TITLES))
+    return "\n\n".join(_table(*place, _sorted(list(groups[place].values()))) for place in places) + "\n"
+
+
+def _sorted(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """In the order of ORDER by how names begin, otherwise as they stand in the CSV."""
+    starts = [[line["guidance"].startswith(start) for start in ORDER] for line in lines]
+    places = [start.index(True) if any(start) else len(ORDER) for start in starts]
+    return [line for _, line in sorted(zip(places, lines, strict=True), key=lambda pair: pair[0])]
 
 
 def _table(table: str, condition: str, lines: list[dict[str, str]]) -> str:
