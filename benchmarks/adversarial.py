@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from charts import fill
-from evidence.attacks import ATTACKS, Attack
-from evidence.targets import VIEWS, index_of_distinct, index_with_views, latents_for, whole_photos
+from evidence.attacks import ALONE, ATTACKS, Attack
+from evidence.targets import MADE, VIEWS, steering, whole_photos
 from protocol import RESULTS, ROOT, append, commit
 from torch import Tensor
 
@@ -57,6 +57,14 @@ VIEW_COLUMNS = (
     "over_main_with_views",
     "over_strong_with_views",
 )
+_JUDGES = (("luminance %", "luminance_pct"), ("network %", "network_pct"))
+SHOWN = {  # by preset: the page's heads and columns
+    "main": (
+        *(("check stepped in %", "stepped_in"), ("near a view", "views"), ("rewinds", "rewinds")),
+        *(("evaluations", "evaluations"), *_JUDGES),
+    ),
+    "strong": (("check stepped in %", "stepped_in"), *_JUDGES),
+}
 Line = dict[str, Any]
 
 
@@ -133,6 +141,7 @@ def run(options: argparse.Namespace) -> None:
         if (attack.group, attack.name, preset) in done:
             continue
         count = options.images if preset == "main" else options.further_images
+        count = max(1, count // attack.repeats) * attack.repeats
         line = line_of(stages[attack.model], attack, preset, count)
         append(options.out, [line], COLUMNS)
         shown = " ".join(f"{name} {line[name]}" for name in COLUMNS[7:])
@@ -154,8 +163,7 @@ def open_stage(name: str, work: Path) -> Stage:
     indexes = {"trained": open_index(name, work / f"{name}.amg")}
     if name == "photos-sd":
         embedder = indexes["trained"].embedder
-        indexes["views"] = index_with_views(data, embedder, work / f"{name}-views.amg")
-        indexes["distinct"] = index_of_distinct(data, embedder, work / f"{name}-distinct.amg")
+        indexes |= {kind: make(data, embedder, work / f"{name}-{kind}.amg") for kind, make in MADE.items()}
     return Stage(name, pipe, pipe.scheduler, indexes, further_judges(name, "main", work), data)
 
 
@@ -165,7 +173,8 @@ def line_of(stage: Stage, attack: Attack, preset: str, count: int) -> Line:
     head = (*head, attack.model, attack.group, attack.name, preset)
     line: Line = {**dict.fromkeys(COLUMNS, ""), **dict(zip(COLUMNS, head, strict=False)), "images": count}
     try:
-        config, index = AMGConfig.preset(preset), stage.indexes[attack.index]
+        config = AMGConfig.preset(preset, **({} if preset == "off" else attack.config))
+        index = stage.indexes[attack.index]
         drawn = draw(stage, attack, config, index, count)
         return line | figures(stage, drawn, config, index)
     except Exception as error:  # an audit goes on and reports it
@@ -196,7 +205,7 @@ def draw(stage: Stage, attack: Attack, config: AMGConfig, index: Any, count: int
             amg.unprotect(pipe)
     else:
         out = Sampler(pipe, index, config, stage.also)(**arguments, progress=False)
-    return Drawn(as_bytes(out.images), out.amg, time.monotonic() - began)
+    return Drawn(as_bytes(pipe, out.images), out.amg, time.monotonic() - began)
 
 
 def conditions(stage: Stage, attack: Attack, count: int) -> dict[str, Any]:
@@ -205,21 +214,27 @@ def conditions(stage: Stage, attack: Attack, count: int) -> dict[str, Any]:
         labels = torch.tensor([DUPLICATED[i % len(DUPLICATED)] for i in range(count)])
         return {"class_labels": labels, **({"batch_size": count} if attack.protected else {})}
     rows = stage.data.whole.nonzero().flatten().tolist()
-    asked = count // attack.options.get("num_images_per_prompt", 1)
-    rows = [rows[i % len(rows)] for i in range(asked)]
+    rows = [rows[i % len(rows)] for i in range(count // attack.repeats)]
     captions = [stage.data.captions[row] for row in rows]
     found: dict[str, Any] = {"prompt": attack.prompts(captions)}
     if attack.negative is not None:
         found["negative_prompt"] = attack.negative(captions)
     if attack.target is not None:
         photos = stage.data.images[rows].float() / 255
-        found["latents"] = latents_for(stage.pipe, attack.target, photos, found["prompt"], attack.steps)
+        found |= steering(stage.pipe, attack.target, photos, found["prompt"], attack.steps)
     return found
 
 
-def as_bytes(images: Sequence[Any]) -> Tensor:
-    """PIL images as uint8 [B, 3, H, W]."""
-    return torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+@torch.no_grad()
+def as_bytes(pipe: Any, images: Any) -> Tensor:
+    """Any output type (latents too) as a user would save it, uint8 [B, 3, H, W]."""
+    if isinstance(images, Tensor) and images.shape[1] != 3:
+        images = pipe.vae.decode(images / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    if isinstance(images, list):
+        images = np.stack([np.array(image, dtype=np.float32) / 255 for image in images])
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def figures(stage: Stage, drawn: Drawn, config: AMGConfig, index: Any) -> Line:
@@ -322,15 +337,14 @@ def tables(path: Path) -> str:
         totals(guided),
     ]
     heads = ["attack", "unguided copies %"]
-    for preset in ("main", "strong"):
-        heads += [f"{preset}: over, unmarked", "stepped in %", "blocked %", "rewinds", "evaluations"]
-        heads += ["luminance %", "network %"]
+    for preset in SHOWN:
+        heads += [f"{preset}: over, unmarked", "blocked, marked", *(head for head, _ in SHOWN[preset])]
     rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
     for group, attack in dict.fromkeys((line["group"], line["attack"]) for line in lines):
         by_preset = {line["preset"]: line for line in lines if key_of(line)[:2] == (group, attack)}
-        rows.append([f"{group}: {attack}", *_share(by_preset.get("off"), "marked")])
-        for preset in ("main", "strong"):
-            rows[-1] += _cells(by_preset.get(preset))
+        rows.append([f"{group}: {attack}", _share(by_preset.get("off"), "marked")])
+        for preset in SHOWN:
+            rows[-1] += _cells(by_preset.get(preset), preset)
     text.append(_markdown(rows))
     seen = read(views_beside(path))
     heads = [
@@ -352,29 +366,27 @@ def totals(lines: Sequence[Line]) -> str:
     ran = [line for line in lines if not line["error"]]
     count = {name: sum(int(line[name]) for line in ran) for name in ("images", "broken", "marked", "blocked")}
     late = sum(int(line["stepped_in"]) for line in ran)
+    alone = sum(int(line["stepped_in"]) for line in ran if line["group"] == ALONE)
     return (
         f"{len(lines)} guided cases, {count['images']} images: **{count['broken']} delivered over the "
         f"threshold without a mark**, {count['marked']} marked, {count['blocked']} blocked, "
         f"{len(lines) - len(ran)} cases raised; the final check stepped in for {late} images "
-        f"({100 * late / count['images']:.1f} %)."
+        f"({100 * late / count['images']:.1f} %), {alone} of them where it stands alone."
     )
 
 
-def _cells(line: Line | None) -> list[str]:
+def _cells(line: Line | None, preset: str) -> list[str]:
+    width = 2 + len(SHOWN[preset])
     if line is None:
-        return [""] * 7
+        return [""] * width
     if line["error"]:
-        return [line["error"].replace("|", "/"), *[""] * 6]
-    shares = [*_share(line, "stepped_in"), *_share(line, "blocked")]
-    return [
-        line["broken"],
-        *shares,
-        *(line[name] for name in ("rewinds", "evaluations", "luminance_pct", "network_pct")),
-    ]
+        return [line["error"].replace("|", "/"), *[""] * (width - 1)]
+    shown = [_share(line, name) if name == "stepped_in" else line[name] for _, name in SHOWN[preset]]
+    return [line["broken"], f"{line['blocked']}, {line['marked']}", *shown]
 
 
-def _share(line: Line | None, column: str) -> list[str]:
-    return [f"{100 * int(line[column]) / int(line['images']):.0f}" if line and not line["error"] else ""]
+def _share(line: Line | None, column: str) -> str:
+    return f"{100 * int(line[column]) / int(line['images']):.0f}" if line and not line["error"] else ""
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

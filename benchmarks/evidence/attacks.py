@@ -68,10 +68,13 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Attack:
-    """One row of the audit. `prompts` rewrites the memorised captions; `negative` makes negative prompts of
-    them; `target` names a picture to steer towards, see `evidence.targets`; `index`: "trained" (the training
-    set with its copies), "views" (views of the memorised photographs added) or "distinct" (duplicates dropped
-    beforehand); `options` go to the call as they are."""
+    """One row of the audit.
+
+    `prompts` rewrites the memorised captions; `negative` makes negative prompts of them; `target` names a
+    picture to steer towards, see `evidence.targets`. `index`: "trained" (the training set with its copies),
+    "views" (views of the memorised photographs added), "distinct" (duplicates dropped beforehand) or "varied"
+    (every copy with a caption of its own). `options` go to the call as they are, `config` to guided presets.
+    """
 
     group: str
     name: str
@@ -85,6 +88,12 @@ class Attack:
     target: tuple[str, str] | None = None
     index: str = "trained"
     options: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def repeats(self) -> int:
+        """Images per prompt; a case draws a multiple of it."""
+        return int(self.options.get("num_images_per_prompt", 1))
 
 
 def each(change: Callable[[str], str]) -> Callable[[Sequence[str]], list[str]]:
@@ -183,9 +192,29 @@ _TARGETS = [
         )
     ),
 ]
-_DISTINCT = [
+ALONE = "final check alone"  # guidance off, or a callback that overrides the sample at the end
+_NO_GUIDANCE = {"c1": 0.0, "c2": 0.0, "c3": 0.0, "rewind_at": ()}
+_CHECK_ALONE = [
+    *(
+        Attack(ALONE, how, config={**_NO_GUIDANCE, "on_memorized": how})
+        for how in ("resample", "block", "flag")
+    ),
+    Attack(ALONE, "protect, resample", protected=True, config=_NO_GUIDANCE),
+    *(
+        Attack(
+            "final check alone", f"a callback puts in the {view}", protected=True, target=("callback", view)
+        )
+        for view in ("photograph", "flip")
+    ),
+]
+_OUTPUTS = [
+    Attack("protect", f"output_type {kind}", protected=True, options={"output_type": kind})
+    for kind in ("pt", "np", "latent")
+]
+_CAPTIONS = [
     Attack("duplicates dropped from the index", "as memorised", index="distinct"),
     Attack("duplicates dropped from the index", "scale 1", scale=1.0, index="distinct"),
+    Attack("copies captioned differently in the index", "as memorised", index="varied"),
 ]
 _PIXELS = [
     Attack("photos-ddpm", "as memorised", model="photos-ddpm"),
@@ -216,6 +245,8 @@ ATTACKS: tuple[Attack, ...] = (
     *_CALLS,
     *_PROTECTED,
     *_TARGETS,
-    *_DISTINCT,
+    *_CAPTIONS,
+    *_CHECK_ALONE,
+    *_OUTPUTS,
     *_PIXELS,
 )

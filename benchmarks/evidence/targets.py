@@ -56,7 +56,7 @@ def whole_photos(data: TrainingSet) -> Tensor:
 def index_with_views(data: TrainingSet, embedder: Any, path: Path) -> Any:
     """The training set, copies and all, with the views `ADDED` of every memorised photograph as rows."""
     whole = data.whole.nonzero().flatten().tolist()
-    rows = [row for row, count in enumerate(data.counts.tolist()) for _ in range(count)]
+    rows = _with_copies(data)
     photos = whole_photos(data)
     images = [data.images[rows], *((VIEWS[view](photos) * 255).round().to(torch.uint8) for view in ADDED)]
     ids = [f"{data.ids[row]}#{number}" for number, row in enumerate(rows)]
@@ -70,10 +70,26 @@ def index_of_distinct(data: TrainingSet, embedder: Any, path: Path) -> Any:
     return _opened(data.images, list(data.captions), list(data.ids), embedder, path)
 
 
+def index_of_varied(data: TrainingSet, embedder: Any, path: Path) -> Any:
+    """The training set with its copies, each copy's caption a little different, as on the web."""
+    rows = _with_copies(data)
+    ids = [f"{data.ids[row]}#{number}" for number, row in enumerate(rows)]
+    varied = [f"{data.captions[row]}, copy {number}" for number, row in enumerate(rows)]
+    captions = [varied[n] if data.counts[row] > 1 else data.captions[row] for n, row in enumerate(rows)]
+    return _opened(data.images[rows], captions, ids, embedder, path)
+
+
+def _with_copies(data: TrainingSet) -> list[int]:
+    return [row for row, count in enumerate(data.counts.tolist()) for _ in range(count)]
+
+
 def _opened(images: Tensor, captions: list[str], ids: list[str], embedder: Any, path: Path) -> Any:
     if path.exists():
         return amg.Index.open(path, embedder)
     return amg.Index.build(images, captions, embedder, path, ids=ids, progress=False)
+
+
+MADE = {"views": index_with_views, "distinct": index_of_distinct, "varied": index_of_varied}
 
 
 @torch.no_grad()
@@ -102,6 +118,24 @@ def inverted(pipe: Any, x0: Tensor, prompts: list[str], steps: int) -> Tensor:
         eps = pipe.unet(sample, t, encoder_hidden_states=words, return_dict=False)[0]
         sample = scheduler.step(eps, t, sample, return_dict=False)[0]
     return sample
+
+
+def putting(x0: Tensor, steps: int) -> Callable[..., dict[str, Any]]:
+    """A `callback_on_step_end` that after the last of `steps` hands the pipeline `x0` as its latents."""
+
+    def callback(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": x0.to(values["latents"].dtype)} if step == steps - 1 else {}
+
+    return callback
+
+
+def steering(
+    pipe: Any, target: tuple[str, str], photos: Tensor, prompts: list[str], steps: int
+) -> dict[str, Any]:
+    """The arguments of a call that steer towards a view of `photos`: "callback", or `latents_for`."""
+    if target[0] == "callback":
+        return {"callback_on_step_end": putting(encoded(pipe, VIEWS[target[1]](photos)), steps)}
+    return {"latents": latents_for(pipe, target, photos, prompts, steps)}
 
 
 def latents_for(pipe: Any, target: tuple[str, str], photos: Tensor, prompts: list[str], steps: int) -> Tensor:

@@ -191,7 +191,8 @@ def test_lines_make_the_tables(adversarial, attacks, stage, tmp_path, monkeypatc
     adversarial.append(adversarial.views_beside(path), views, adversarial.VIEW_COLUMNS)
     text = adversarial.tables(path)
     assert "2 guided cases, 4 images: **0 delivered" in text and "1 cases raised" in text
-    assert f"| steps: 2 | {25 * lines[1]['marked']} | 0 | {25 * lines[0]['stepped_in']} |" in text
+    late, blocked = 25 * lines[0]["stepped_in"], lines[0]["blocked"]
+    assert f"| steps: 2 | {25 * lines[1]['marked']} | 0 | {blocked}, 0 | {late} |" in text
     assert "ValueError: `num_inference_steps`" in text
     assert views[0]["over_main_with_views"] == 4 and "| flip | " in text
     assert {adversarial.key_of(line) for line in adversarial.read(path)} >= {("steps", "2", "main")}
