@@ -215,7 +215,7 @@ def _generate(
         "alpha_bar": torch.tensor(levels).repeat_interleave(len(prompts)),
     }
     for name, kept in zip(("x0_hat", "picture", "embedding"), zip(*recorder.kept, strict=True), strict=True):
-        parts[name] = torch.cat(kept)
+        parts[name] = torch.cat(kept).contiguous()
     partial = path.with_suffix(".partial")
     save_file(parts, partial)
     partial.replace(path)
