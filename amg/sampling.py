@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     index = open_index(arguments.index, arguments.embedder, arguments.device)
     also = [open_index(path, None, arguments.device) for path in arguments.also]
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
-    overrides: dict[str, Any] = {"calibration": arguments.calibration}
+    overrides: dict[str, Any] = {"calibration": arguments.calibration, "student": arguments.student}
     if arguments.on_memorized:
         overrides["on_memorized"] = arguments.on_memorized
     sampler = Sampler(
@@ -148,6 +148,7 @@ def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
         "seed",
         "on_memorized",
         "calibration",
+        "student",
     )
     request = {**{name: str(getattr(arguments, name)) for name in names}, "guidance_scale": scale}
     arguments.out.mkdir(parents=True, exist_ok=True)
