@@ -17,15 +17,13 @@ from amg.checkpoint import is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
-from amg.ordinary import FREQUENT_CAPTION
+from amg.ordinary import deduplicated
 from amg.predict import Conditions, Denoiser, predict, predict_neighbours
 from amg.schedule import Prediction, alpha_bar_at, eps_coefficients, threshold_at
 from amg.signals import note_moves
 from amg.similarity import Judge, Measured, Similarity
 from amg.similarity.student import Screen
 from amg.verdict import TraceStep
-
-HELD_STEPS = 10  # the released code goes on de-duplicating a frequent caption for this many steps
 
 
 class Step(NamedTuple):
@@ -325,20 +323,12 @@ class _Step:
             s1, s2, _ = guidance.released_scales(
                 measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3, float(self.step.t)
             )
-            return s1, torch.where(self.deduplicating(rows, measured, opened), s2, 0.0)
+            flights = [self.flights[row] for row in rows.tolist()]
+            held = deduplicated(self.guide.index, flights, measured.row, opened, self.step.position)
+            return s1, torch.where(held.to(s2.device), s2, 0.0)
         s1, s2, _ = guidance.scales(measured.similarity, scale, cfg.c1, cfg.c2, cfg.c3)
         low = torch.tensor([self.despecified(self.flights[row]) for row in rows.tolist()], device=s1.device)
         return torch.where(low, 0.0, s1), torch.where(low, 0.0, s2)
-
-    def deduplicating(self, rows: Tensor, measured: Measured, opened: Tensor) -> Tensor:
-        """[R] bool: the released form de-duplicates a frequent caption of an open row and goes on for ten
-        steps."""
-        counts = self.guide.index.caption_counts()
-        for row, nearest, is_open in zip(rows.tolist(), measured.row.tolist(), opened.tolist(), strict=True):
-            if is_open and counts[nearest] > FREQUENT_CAPTION:
-                self.flights[row].deduplicated_until = self.step.position + HELD_STEPS
-        held = [self.step.position < self.flights[row].deduplicated_until for row in rows.tolist()]
-        return torch.tensor(held, device=rows.device)
 
     def dissimilarity(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> Tensor:
         """G_sim of the open rows: exact length, or s3·sqrt(1 - alpha_bar)·grad_{x_t} sigma."""

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.predict import Denoiser
 
 FREQUENT_CAPTION = 20  # the released code calls a caption that occurs more often than this duplicated
+HELD_STEPS = 10  # and goes on de-duplicating one for this many steps
 ORDINARY_SEARCHED = 1024  # nearest rows looked through for captions that are not duplicated
 
 STOP_WORDS = frozenset(
@@ -42,6 +44,18 @@ STOP_WORDS = frozenset(
         "with",
     ]
 )  # rare in some caption sets, yet they name nothing
+
+
+def deduplicated(
+    index: Any, flights: Sequence[Flight], near: Tensor, opened: Tensor, position: int
+) -> Tensor:
+    """[B] bool: the samples whose neighbour's caption the released form de-duplicates at step `position`: an
+    open one (`opened` [B]) with a frequent caption at its nearest row `near` [B], and on for ten steps."""
+    counts = index.caption_counts()
+    for flight, nearest, is_open in zip(flights, near.tolist(), opened.tolist(), strict=True):
+        if is_open and counts[nearest] > FREQUENT_CAPTION:
+            flight.deduplicated_until = position + HELD_STEPS
+    return torch.tensor([position < flight.deduplicated_until for flight in flights])
 
 
 def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight, row: int) -> None:
