@@ -30,6 +30,7 @@ from rows import (
     Drawn,
     Row,
     ablation_rows,
+    choice_rows,
     draw,
     grid_rows,
     main_rows,
@@ -191,7 +192,8 @@ def main() -> None:
         return
     if arguments.validation:
         for condition in arguments.conditions:
-            run(bench, grid_rows(condition), few, arguments)
+            run(bench, named(grid_rows(condition), arguments.only), max(few // 2, 2), arguments)
+            run(bench, named(choice_rows(condition), arguments.only), few, arguments)
         return
     for condition in arguments.conditions:
         run(bench, named(main_rows(condition), arguments.only), arguments.images, arguments)
