@@ -36,8 +36,10 @@ from rows import (
     main_rows,
     open_index,
     open_pipeline,
+    open_second,
 )
-from sheet import keep_pictures, write_sheet
+from sheet import write_sheet
+from torch import Tensor
 from trajectories import record_trajectories
 
 HERE = Path(__file__).resolve().parent
@@ -59,6 +61,7 @@ MEASURED = (
 )
 KEY = ("table", "condition", "guidance", "config", "images", "steps", "first seed", "guidance scale")
 VALIDATION_SEED = 100_000
+SHOWN = 20  # pictures in a line of the sheet
 LEFT_OUT = "off, its copies left out"
 REAL = "real, not trained on"
 
@@ -71,7 +74,7 @@ class Bench:
     index: Any
     subset: Subset
     judges: Judges
-    work: Path
+    second: Any = None  # the second index
 
 
 def open_bench(arguments: argparse.Namespace) -> Bench:
@@ -80,7 +83,8 @@ def open_bench(arguments: argparse.Namespace) -> Bench:
     index = open_index(subset, arguments.work / "cifar.amg")
     judges = open_judges(subset, arguments.data, arguments.resnet)
     print(f"ResNet-20 judge: a copy has a cosine > {judges.copies.threshold:.3f}", flush=True)
-    return Bench(open_pipeline(arguments.model), index, subset, judges, arguments.work)
+    second = open_second(subset, arguments.work / "cifar-embeddings.amg")
+    return Bench(open_pipeline(arguments.model), index, subset, judges, second)
 
 
 def run(bench: Bench, rows: Sequence[Row], images: int, arguments: argparse.Namespace) -> None:
@@ -91,9 +95,7 @@ def run(bench: Bench, rows: Sequence[Row], images: int, arguments: argparse.Name
         if key in done(arguments.out):
             continue
         seeds = range(arguments.seed, arguments.seed + images)
-        drawn = draw(bench.pipe, bench.index, row, seeds, arguments.steps, scale)
-        if row.table == "main":
-            keep_pictures(bench.work, row, drawn)
+        drawn = draw(bench.pipe, bench.index, row, seeds, arguments.steps, scale, bench.second)
         record(arguments.out, key, drawn, bench.judges)
         if row.table == "main" and row.name == "off":
             new = without_copies(drawn)
@@ -198,10 +200,23 @@ def main() -> None:
     for condition in arguments.conditions:
         run(bench, named(main_rows(condition), arguments.only), arguments.images, arguments)
     if arguments.sheet:
-        write_sheet(arguments.sheet, bench.work, bench.subset.images)
+        write_sheet(arguments.sheet, [pictures(bench, name, arguments) for name in arguments.conditions])
     if not arguments.no_ablations:
         for condition in arguments.conditions:
             run(bench, named(ablation_rows(condition), arguments.only), few, arguments)
+
+
+def pictures(bench: Bench, condition: str, arguments: argparse.Namespace) -> list[Tensor]:
+    """The first pictures of each main row that the sheet shows, after the unguided ones their nearest."""
+    rows = {row.name: row for row in main_rows(condition)}
+    seeds, lines = range(arguments.seed, arguments.seed + SHOWN), []
+    for name in ("off", "main", "strong", "main, paper's terms"):
+        scale = arguments.scale if condition == "class" else 1.0
+        drawn = draw(bench.pipe, bench.index, rows[name], seeds, arguments.steps, scale)
+        lines.append(drawn.images)
+        if name == "off":
+            lines.append(bench.subset.distinct[[verdict.neighbour.row for verdict in drawn.verdicts]])
+    return lines
 
 
 def named(rows: Sequence[Row], start: str | None) -> list[Row]:

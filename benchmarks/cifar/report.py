@@ -12,7 +12,11 @@ COLUMNS = (
     *("before the final check %", "rewinds/image", "retries/image", "evaluations/image", "s/image"),
 )
 DIGITS = {"Top5% nL2": 2, "Top1 nL2": 2, "FID": 2, "rewinds/image": 2, "retries/image": 2, "s/image": 2}
-ORDER = ("real", "off", "main", "strong", "paper's form", "ours")
+ORDER = (
+    *("real, not trained on", "off", "off, its copies left out", "main", "strong", "main, a second index"),
+    *("main, paper's terms", "strong, paper's terms", "main, the preset as it is"),
+    *("paper's form", "paper's terms and rewinds", "rewinds only", "ours"),
+)
 TITLES = {
     ("main", "unconditional"): "Unconditional (the paper's Table 2)",
     ("main", "class"): "Class-conditional (the paper's Table 3)",
@@ -35,10 +39,15 @@ def tables(csv_path: str | Path) -> str:
 
 
 def _sorted(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """In the order of ORDER by how names begin, otherwise as they stand in the CSV."""
-    starts = [[line["guidance"].startswith(start) for start in ORDER] for line in lines]
-    places = [start.index(True) if any(start) else len(ORDER) for start in starts]
-    return [line for _, line in sorted(zip(places, lines, strict=True), key=lambda pair: pair[0])]
+    """In ORDER, a row's variants ("NAME, with that") after it as they stand in the CSV."""
+    return sorted(lines, key=lambda line: _place(line["guidance"]))
+
+
+def _place(name: str) -> int:
+    if name in ORDER:
+        return ORDER.index(name)
+    starts = [place for place, start in enumerate(ORDER) if name.startswith(f"{start}, ")]
+    return starts[-1] if starts else len(ORDER)
 
 
 def _table(table: str, condition: str, lines: list[dict[str, str]]) -> str:
@@ -51,12 +60,14 @@ def _table(table: str, condition: str, lines: list[dict[str, str]]) -> str:
 
 
 def _protocol(lines: list[dict[str, str]]) -> str:
-    first = lines[0]
+    first = max(lines, key=lambda line: (int(line["steps"]), int(line["images"])))
     scale = f", guidance scale {first['guidance scale']}" if first["condition"] == "class" else ""
-    seeds = sorted({f"{line['images']} images from seed {line['first seed']}" for line in lines})
+    seeds = f"{first['images']} images from seed {first['first seed']}"
+    left = {int(line["images"]) for line in lines} - {int(first["images"])}
+    seeds += f" ({', '.join(map(str, sorted(left)))} with the copies left out)" if left else ""
     dates, commits = ({line[name][:10] for line in lines} for name in ("date", "commit"))
     return (
-        f"{'; '.join(seeds)}; {first['steps']} steps{scale}; torch {first['torch']}, {first['machine']}, "
+        f"{seeds}; {first['steps']} steps{scale}; torch {first['torch']}, {first['machine']}, "
         f"{first['threads']} thread; {', '.join(sorted(dates))}, commit {', '.join(sorted(commits))}."
     )
 

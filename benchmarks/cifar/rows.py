@@ -25,10 +25,12 @@ C3 = 100.0  # of the paper's form, chosen from the grid on other seeds
 # checkpoints from step 32 of 50 on, and a threshold that ordinary pictures at that step seldom reach.
 CHECKPOINTS = (0.65, 0.8, 1.0)
 LATE: dict[str, Any] = {"check_at": CHECKPOINTS, "rewind_at": CHECKPOINTS, "terms_from": 0.66}
-LATE_TERMS: dict[str, dict[str, Any]] = {
+OURS: dict[str, dict[str, Any]] = {
+    "off": {},
     "main": {**LATE, "rewind_threshold": -1.45, "lambda_min": -1.5, "lambda_max": -1.45},
     "strong": {**LATE, "rewind_threshold": -1.5, "lambda_min": -1.7, "lambda_max": -1.65},
 }
+# The paper's constant c3 from early on, with our rewinds: the better FID and the worse pictures.
 EARLY: dict[str, Any] = {
     "check_at": (),
     "terms_from": 0.0,
@@ -36,9 +38,7 @@ EARLY: dict[str, Any] = {
     "c3": C3,
     "rewind_at": CHECKPOINTS,
 }
-LATE_NAME = "exact terms from the first checkpoint"
-OURS: dict[str, dict[str, Any]] = {
-    "off": {},
+EARLY_TERMS: dict[str, dict[str, Any]] = {
     "main": {**EARLY, "rewind_threshold": -1.45},
     # with the preset's lambda_min of -1.8 gates open at step 0, where the constant c3 is divided by
     # sqrt(alpha_bar) = 0.006 and the sample overflows
@@ -63,11 +63,13 @@ class Row:
     name: str
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    second: bool = False  # held to a second index too, of photos-embedder
 
     @property
     def config(self) -> str:
         """Preset and overrides as JSON, the same text for the same config."""
-        return json.dumps({"preset": self.preset, **self.overrides}, sort_keys=True)
+        also = {"also": "photos-embedder"} if self.second else {}
+        return json.dumps({"preset": self.preset, **self.overrides, **also}, sort_keys=True)
 
 
 def paper_form(c3: float = C3, **overrides: Any) -> dict[str, Any]:
@@ -90,39 +92,43 @@ def every(steps: int, total: int = STEPS) -> tuple[float, ...]:
 
 
 def main_rows(condition: str) -> list[Row]:
-    """The paper's Tables 2 and 3; last, main in its exact form and as the preset has it."""
+    """The paper's Tables 2 and 3; then main held to a second index, the presets with the paper's terms, and
+    main as its preset has it."""
     return [
         *[Row("main", condition, name, name, more) for name, more in OURS.items()],
-        Row("main", condition, f"main, {LATE_NAME}", "main", LATE_TERMS["main"]),
+        Row("main", condition, "main, a second index", "main", OURS["main"], second=True),
+        *[Row("main", condition, f"{name}, paper's terms", name, more) for name, more in EARLY_TERMS.items()],
         Row("main", condition, "main, the preset as it is", "main"),
     ]
 
 
 def ablation_rows(condition: str) -> list[Row]:
-    """The paper's Table 5 in its form, then in ours (which without rewinds is the paper's form)."""
+    """The paper's Table 5 in its form, with our rewinds, and ours."""
     paper: dict[str, dict[str, Any]] = {
         "paper's form": {},
-        # from the first step on it overflows, see OURS
+        # from the first step on it overflows, see EARLY_TERMS
         "paper's form, ungated from step 10": {"gated": False, "terms_from": 0.2},
         "paper's form, constant lambda": {"threshold_schedule": "constant"},
         "paper's form, full gradient": {"gradient": "full"},
         "paper's form, check every 5th step": {"check_at": every(5)},
         "paper's form, check every 10th step": {"check_at": every(10)},
     }
-    main, late = {**OURS["main"], **FLAGGED}, {**LATE_TERMS["main"], **FLAGGED}
-    ours: dict[str, dict[str, Any]] = {
+    early, main = {**EARLY_TERMS["main"], **FLAGGED}, {**OURS["main"], **FLAGGED}
+    others: dict[str, dict[str, Any]] = {
+        "paper's terms and rewinds": early,
+        "paper's terms and rewinds, check every 5th step": {**early, "check_at": every(5)},
+        "paper's terms and rewinds, checkpoints only": {**early, "check_at": CHECKPOINTS},
+        "paper's terms and rewinds, full gradient": {**early, "gradient": "full"},
+        "rewinds only": {**early, "c3": 0.0},
         "ours": main,
-        "ours, rewinds only": {**main, "c3": 0.0},
-        "ours, check every 5th step": {**main, "check_at": every(5)},
-        "ours, checkpoints only": {**main, "check_at": CHECKPOINTS},
+        "ours, no rewinds": {**main, **NO_REWINDS},
         "ours, full gradient": {**main, "gradient": "full"},
-        f"ours, {LATE_NAME}": late,
-        f"ours, {LATE_NAME}, no rewinds": {**late, **NO_REWINDS},
+        "ours, check every step": {**main, "check_at": ()},
     }
     return [
         Row("ablation", condition, "off", "off"),
         *[Row("ablation", condition, name, "main", paper_form(**more)) for name, more in paper.items()],
-        *[Row("ablation", condition, name, "main", more) for name, more in ours.items()],
+        *[Row("ablation", condition, name, "main", more) for name, more in others.items()],
     ]
 
 
@@ -136,20 +142,11 @@ def grid_rows(condition: str) -> list[Row]:
 
 def choice_rows(condition: str) -> list[Row]:
     """What the presets' fields for this model were chosen from, on the same other seeds."""
-    exact = {**OURS["main"], "step_length": "exact"}
     return [
         Row("choice", condition, "off", "off"),
-        Row("choice", condition, f"main, {LATE_NAME}", "main", LATE_TERMS["main"]),
-        Row("choice", condition, "main, exact terms from the first step", "main", exact),
-        Row("choice", condition, "main, c3 = 100 from the first step", "main", OURS["main"]),
-        Row(
-            "choice",
-            condition,
-            f"strong, {LATE_NAME}",
-            "strong",
-            LATE_TERMS["strong"],
-        ),
-        Row("choice", condition, "strong, c3 = 100 from step 10", "strong", OURS["strong"]),
+        Row("choice", condition, "main, ours", "main", OURS["main"]),
+        Row("choice", condition, "main, paper's terms", "main", EARLY_TERMS["main"]),
+        Row("choice", condition, "strong, paper's terms", "strong", EARLY_TERMS["strong"]),
     ]
 
 
@@ -196,12 +193,31 @@ def open_index(subset: Subset, path: Path) -> amg.Index:
     return amg.Index.build(subset.images[places], None, None, path, ids=ids)
 
 
-def draw(pipe: Any, index: Any, row: Row, seeds: Sequence[int], steps: int, scale: float = SCALE) -> Drawn:
+def open_second(subset: Subset, path: Path) -> amg.Index:
+    """A cosine index of the distinct training images under photos-embedder, which was trained on other
+    pictures; built on first use."""
+    from amg.embed.photos import load_photos
+
+    if path.exists():
+        return amg.Index.open(path, load_photos())
+    return amg.Index.build(subset.images, None, load_photos(), path)
+
+
+def draw(
+    pipe: Any,
+    index: Any,
+    row: Row,
+    seeds: Sequence[int],
+    steps: int,
+    scale: float = SCALE,
+    second: Any = None,
+) -> Drawn:
     """Draw one picture per seed under a row's config; classes take turns. An image depends on its seed and
     class alone, not on its batch."""
     from tqdm import tqdm
 
-    sampler = amg.Sampler(pipe, index, amg.AMGConfig.preset(row.preset, **row.overrides))
+    also = (second,) if row.second else ()
+    sampler = amg.Sampler(pipe, index, amg.AMGConfig.preset(row.preset, **row.overrides), also)
     labels = torch.arange(len(seeds)) % len(CLASSES) if row.condition == "class" else None
     images, verdicts = [], []
     began = time.process_time()
