@@ -241,7 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-ablations", action="store_true", help="only the main tables")
     parser.add_argument("--validation", action="store_true", help="the rows constants were chosen on")
     parser.add_argument("--trajectories", action="store_true", help="nL2 of x0_hat by step, unguided")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "cifar", help="index and pictures")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "cifar", help="folder of the indexes")
     parser.add_argument("--out", type=Path, help="the CSV")
     parser.add_argument("--sheet", type=Path, help="write the first pictures as one PNG")
     parser.add_argument("--tables", action="store_true", help="rewrite docs/cifar.md and stop")

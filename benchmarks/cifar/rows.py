@@ -17,7 +17,7 @@ import amg
 from amg.verdict import Verdict
 
 BATCH = 32
-SCALE = 1.0  # of the class-conditional rows: as in the paper, no classifier-free guidance
+SCALE = 1.0  # of the class-conditional rows: no classifier-free guidance
 STEPS = 50
 C3_GRID = (30.0, 100.0, 300.0, 1000.0)
 C3 = 100.0  # of the paper's form, chosen from the grid on other seeds
@@ -41,7 +41,7 @@ EARLY: dict[str, Any] = {
 EARLY_TERMS: dict[str, dict[str, Any]] = {
     "main": {**EARLY, "rewind_threshold": -1.45},
     # with the preset's lambda_min of -1.8 gates open at step 0, where the constant c3 is divided by
-    # sqrt(alpha_bar) = 0.006 and the sample overflows
+    # sqrt(alpha_bar) = 0.008 and the sample overflows
     "strong": {
         **EARLY,
         "terms_from": 0.2,
