@@ -161,7 +161,7 @@ METHODS = (
         "paper's AMG",
         ABLATION,
         lambda point, context: paper(context.index, ("spe", "dup", "sim"), **point),
-        tuple({"c3": c3} for c3 in (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)),
+        tuple({"c3": c3} for c3 in (1.0, 10.0, 30.0, 100.0, 300.0, 500.0, 1000.0)),
     ),
     _ablation(("spe",), "paper's form: despecification"),
     _ablation(("dup",), "paper's form: caption de-duplication"),
