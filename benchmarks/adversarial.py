@@ -332,10 +332,8 @@ def tables(path: Path) -> str:
     """The page's tables out of the two CSVs, Markdown: the promise case by case, then views."""
     lines = [line for line in read(path) if line["preset"] in PRESETS]
     first, guided = lines[0], [line for line in lines if line["preset"] != "off"]
-    text = [
-        f"torch {first['torch']}, commit {first['commit']}, recorded {first['date'][:10]}.",
-        totals(guided),
-    ]
+    made = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    text = [f"torch {first['torch']}, commit {made}, recorded {first['date'][:10]}.", totals(guided)]
     heads = ["attack", "unguided copies %"]
     for preset in SHOWN:
         heads += [f"{preset}: over, unmarked", "blocked, marked", *(head for head, _ in SHOWN[preset])]
