@@ -15,7 +15,7 @@ from amg.evaluate.detection import auc, tpr_at_fpr
 from amg.signals import free_signals
 
 ELBOW_AUC = 0.98
-ALARM_CATCHES = 0.5  # of the copies, for a free signal to be worth an alarm
+ALARM_CATCHES = 0.25  # of the copies, for a free signal to be worth an alarm
 FEWEST_ORDINARY = 4
 
 

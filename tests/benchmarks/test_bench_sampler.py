@@ -103,4 +103,4 @@ def test_lines_have_every_column_and_make_the_tables(bench, course):
     assert [line["contestant"] for line in lines] == ["plain", "final check only"]
     assert all(tuple(line) == bench.COLUMNS for line in lines)
     assert lines[1]["changed_pct"] == "0" and lines[0]["unet_evaluations"] == str(2 * STEPS)
-    assert "final check only" in bench.waterfall(lines) and "not measured yet" in bench.judged(lines)
+    assert "final check only" in bench.waterfall(lines) and "not run" in bench.judged(lines)
