@@ -62,15 +62,23 @@ def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight,
     """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
 
     One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
-    shares no word with them, chosen by the sample's own generator; captions that occur often are passed over.
+    shares no word with them, chosen by the sample's own generator. Passed over are captions and images that
+    occur often, the memorised image itself, its caption and the prompt.
     """
     if config.rewind_caption != "ordinary" or denoiser.encode_captions is None:
         return
     if index.captions[row] is None or index.metric != "cosine":
         return
-    counts, vector = index.caption_counts(), index.rows[row][None].float()
-    found = index.search(vector, k=min(ORDINARY_SEARCHED, index.count))
-    near = [other for other in found.row[0].tolist() if counts[other] <= FREQUENT_CAPTION]
+    found = index.search(index.rows[row][None].float(), k=min(ORDINARY_SEARCHED, index.count)).row[0]
+    often = torch.maximum(
+        index.caption_counts().to(found.device)[found], index.counts.to(found.device)[found]
+    )
+    refused = {index.captions[row], flight.prompt}  # the memorised caption need not repeat to bring it back
+    near = [
+        other
+        for other, count in zip(found.tolist(), often.tolist(), strict=True)
+        if other != row and count <= FREQUENT_CAPTION and index.captions[other] not in refused
+    ]
     captions = [caption for caption in (index.captions[other] for other in near) if caption is not None]
     alike = closest_captions(flight.prompt or "", captions) or closest_captions(index.captions[row], captions)
     if alike:

@@ -10,7 +10,9 @@ from diffusers import DDPMScheduler
 
 import amg
 from amg.config import AMGConfig
+from amg.flight import Flight
 from amg.guide import Guide
+from amg.ordinary import despecify
 from amg.schedule import Prediction, threshold_at
 from amg.similarity import similarity_for
 
@@ -209,6 +211,29 @@ def test_every_parameterisation_is_guided_alike(
     assert torch.equal(found.changed, expected.changed)
     eps = Prediction(kind, case.step.alpha_bar).to_eps(found.output, case.sample)
     torch.testing.assert_close(eps, expected.output, rtol=2e-4, atol=2e-4)
+
+
+def test_later_tries_never_take_the_memorised_caption_though_it_is_rare(tmp_path: Path) -> None:
+    """Copies with captions of their own, or dropped before indexing: the caption is in the index once."""
+    index = toy.build("cosine", tmp_path / "index")  # "picture i", each once
+    denoiser = toy.denoiser(toy.ToyNetwork())
+    for row in range(0, index.count, 7):
+        flight = Flight(torch.Generator().manual_seed(row), prompt=index.captions[row + 1])
+        despecify(preset().for_metric("cosine"), index, denoiser, flight, row)
+        assert flight.caption is not None
+        assert flight.caption not in (index.captions[row], index.captions[row + 1])
+
+
+def test_an_image_seen_often_is_passed_over_whatever_its_caption(tmp_path: Path) -> None:
+    index = toy.build("cosine", tmp_path / "index")
+    near = int(index.search(index.rows[5][None].float(), k=2).row[0, 1])
+    index.__dict__["_meta"] = {
+        **index._meta,
+        "count": [100 if row != near else 1 for row in range(index.count)],
+    }
+    flight = Flight(torch.Generator(), prompt=index.captions[5])
+    despecify(preset().for_metric("cosine"), index, toy.denoiser(toy.ToyNetwork()), flight, 5)
+    assert flight.caption == index.captions[near]
 
 
 def test_later_tries_take_the_ordinary_caption_with_the_rarest_shared_words() -> None:

@@ -219,6 +219,10 @@ class Index:
 
     def caption_counts(self) -> torch.Tensor:
         """How often each row's caption occurs among all training images, int64 [count]; 0 for none."""
+        return self._caption_counts
+
+    @functools.cached_property
+    def _caption_counts(self) -> torch.Tensor:
         return torch.tensor(self._meta["caption_count"], dtype=torch.int64)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
