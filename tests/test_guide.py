@@ -226,7 +226,7 @@ def test_later_tries_never_take_the_memorised_caption_though_it_is_rare(tmp_path
 def test_an_image_seen_often_is_passed_over_whatever_its_caption(tmp_path: Path) -> None:
     index = toy.build("cosine", tmp_path / "index")
     others = [row for row in range(index.count) if row != 5]
-    captions = [f"a red dog {row}" for row in range(index.count)]
+    captions = ["big red dog"] * index.count
     captions[5], captions[others[0]], captions[others[1]] = "Rex the red dog", "a red dog", "stairs"
     counts = [100 if row in others[2:] else 1 for row in range(index.count)]
     index.__dict__["_meta"] = {**index._meta, "caption": captions, "count": counts}
