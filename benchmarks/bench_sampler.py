@@ -178,7 +178,8 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     cases = [*CASES[options.device], *(MORE if options.all and options.device == "cpu" else ())]
     if options.share:
         three = (PLAIN, LITERAL, OURS)
-        cases += [Case("photos-sd", kind, 16, options.share, 1, three) for kind in KINDS[:2]]
+        cases.append(Case("photos-sd", "memorised", 16, options.share, 1, three))
+        cases.append(Case("photos-sd", "ordinary", 16, options.share, 1, (PLAIN, OURS)))
     return [
         case
         for case in cases
