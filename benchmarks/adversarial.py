@@ -1,7 +1,7 @@
 """Adversarial audit: does the promise hold however the sampler is asked?
 
     python benchmarks/adversarial.py            # results/adversarial{,_views}.csv, docs/adversarial.md
-    python benchmarks/adversarial.py --again    # every case anew
+    python benchmarks/adversarial.py --again    # chosen cases anew
     python benchmarks/adversarial.py --tables   # the page again, from the CSVs alone
 
 Each case draws images of memorised prompts and checks what was delivered once more, by itself: the 8-bit
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the indexes")
     parser.add_argument("--out", type=Path, default=CSV, help="the views' table goes beside it")
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--again", action="store_true", help="discard earlier results")
+    parser.add_argument("--again", action="store_true", help="draw the chosen cases anew")
     parser.add_argument("--tables", action="store_true", help="only fill the page from --out")
     options = parser.parse_args()
     if not options.tables:
@@ -126,15 +126,14 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Every case that `options.out` does not hold yet."""
+    """Every chosen case that `options.out` does not hold yet; with `--again` all of them, line by line."""
     if options.again:
-        for path in (options.out, views_beside(options.out)):
-            path.unlink(missing_ok=True)
+        views_beside(options.out).unlink(missing_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     stages = {name: open_stage(name, options.work) for name in ("photos-sd", "photos-ddpm")}
     if not views_beside(options.out).exists():
         append(views_beside(options.out), view_lines(stages["photos-sd"]), VIEW_COLUMNS)
-    done = {key_of(line) for line in read(options.out)}
+    done = set() if options.again else {key_of(line) for line in read(options.out)}
     chosen = [one for one in ATTACKS if re.search(options.only, f"{one.group}: {one.name}")]
     todo = [(preset, attack) for preset in options.preset or PRESETS for attack in chosen]
     for number, (preset, attack) in enumerate(todo, 1):
@@ -143,9 +142,18 @@ def run(options: argparse.Namespace) -> None:
         count = options.images if preset == "main" else options.further_images
         count = max(1, count // attack.repeats) * attack.repeats
         line = line_of(stages[attack.model], attack, preset, count)
-        append(options.out, [line], COLUMNS)
+        put(options.out, line)
         shown = " ".join(f"{name} {line[name]}" for name in COLUMNS[7:])
         print(f"[{number}/{len(todo)}] {attack.group}: {attack.name}, {preset}: {shown}", flush=True)
+
+
+def put(path: Path, line: Line) -> None:
+    """Write one case's line in place of an earlier one of the same case."""
+    kept = [one for one in read(path) if key_of(one) != key_of(line)]
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    append(partial, [*kept, line], COLUMNS)
+    partial.replace(path)
 
 
 def key_of(line: Line) -> tuple[str, str, str]:

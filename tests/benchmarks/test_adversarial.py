@@ -196,3 +196,11 @@ def test_lines_make_the_tables(adversarial, attacks, stage, tmp_path, monkeypatc
     assert "ValueError: `num_inference_steps`" in text
     assert views[0]["over_main_with_views"] == 4 and "| flip | " in text
     assert {adversarial.key_of(line) for line in adversarial.read(path)} >= {("steps", "2", "main")}
+
+
+def test_a_case_drawn_again_replaces_its_line_alone(adversarial, tmp_path):
+    path, line = tmp_path / "a.csv", dict.fromkeys(adversarial.COLUMNS, "")
+    for number, attack in enumerate(("one", "two", "one")):
+        adversarial.put(path, {**line, "attack": attack, "images": number})
+    assert [(row["attack"], row["images"]) for row in adversarial.read(path)] == [("two", "1"), ("one", "2")]
+    assert list(tmp_path.iterdir()) == [path]
