@@ -8,8 +8,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from amg.cli import main
 
@@ -64,7 +66,8 @@ def audit(model, indexes, prompts, out, *more):
 
 
 def pictures(out):
-    return {path.relative_to(out): path.read_bytes() for path in sorted(out.glob("*/*.png"))}
+    paths = sorted(out.glob("*/*.png"))
+    return {path.relative_to(out): np.asarray(Image.open(path)).astype(int) for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,10 @@ def test_an_interrupted_audit_goes_on_and_ends_alike(
     assert audit(model, indexes, prompts, out, *more) == 0
     redrawn = {path for path, time in first.items() if path.stat().st_mtime_ns != time}
     assert redrawn == {out / "off/000001.png", out / "main/000002.png"}
-    assert pictures(out) == pictures(audited) and not list(out.glob("**/*.tmp"))
+    now, whole = pictures(out), pictures(audited)
+    assert list(now) == list(whole) and not list(out.glob("**/*.tmp"))
+    for path, picture in now.items():  # drawn in another batch, sums may round to the next of 256 levels
+        assert abs(picture - whole[path]).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,9 @@ def test_a_folder_of_other_settings_is_refused_by_name(audited, model, indexes, 
     more = [indexes / "pixels.amg" if word == "PIXELS" else word for word in more]
     assert audit(model, indexes, prompts, audited, *more) == 2
     assert name in capsys.readouterr().err
-    assert pictures(audited) == before
+    after = pictures(audited)
+    assert list(after) == list(before)
+    assert all(np.array_equal(after[path], picture) for path, picture in before.items())
 
 
 def test_another_prompt_or_another_config_of_the_same_name_is_refused(

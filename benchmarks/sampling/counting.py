@@ -23,14 +23,14 @@ COUNTED = ("unet_evaluations", "vae_decodes", "embeddings", "searches", "gradien
 class CountedIndex(Index):
     """An index that counts its queries, those of the copies made by `with_searcher` included."""
 
-    counts: Counter[str]
+    counter: Counter[str]
 
     def nearest(self, vectors: Tensor, *rest: Any) -> Any:
-        self.counts["searches"] += len(vectors)
+        self.counter["searches"] += len(vectors)
         return super().nearest(vectors, *rest)
 
     def search(self, queries: Any, k: int = 1) -> Any:
-        self.counts["searches"] += len(queries)
+        self.counter["searches"] += len(queries)
         return super().search(queries, k)
 
 
@@ -53,7 +53,7 @@ class CountedEmbedder:
 def counted_index(index: Index, counts: Counter[str]) -> CountedIndex:
     """A copy of `index` that shares its rows and counts into `counts`."""
     counted: Any = copy.copy(index)
-    counted.__class__, counted.counts = CountedIndex, counts
+    counted.__class__, counted.counter = CountedIndex, counts
     if index.embedder is not None:
         counted.embedder = CountedEmbedder(index.embedder, counts)
     return counted

@@ -42,8 +42,8 @@ def served(bench, tmp_path_factory):
     captions = [f"caption {i % 20}" for i in range(60)]
     path = tmp_path_factory.mktemp("bench") / "index.amg"
     index = amg.Index.build(pictures, captions, embedder, path, progress=False)
-    texts, seeds = {"ordinary": ["cat", "dog"], "memorised": ["hat", "cup"]}, {"ordinary": 0, "memorised": 5}
-    model = Model("tiny", tiny.tiny_sd(), index, 4.0, texts, seeds)
+    jobs = {"ordinary": [("cat", 0), ("dog", 1)], "memorised": [("hat", 5), ("cup", 6)]}
+    model = Model("tiny", tiny.tiny_sd(), index, 4.0, jobs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "STEPS", (3, 4, 5))
         return bench.run(model, COUNT, COUNT, 1)

@@ -1,6 +1,7 @@
 """`amg calibrate` from prompts to the gate, on tiny pipelines."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -82,6 +83,10 @@ def assert_skipped_by_rule(verdicts, result):
             cosine = inner / (gap_squared * uncond_squared) ** 0.5
             values = {"gap": gaps[-1], "mean_gap": sum(gaps) / len(gaps), "cosine": cosine}
             values |= {"move": move, "region": worst}
+            if rule["signal"] == "combined":
+                bias, *weights = rule["weights"]
+                logs = [v if name == "cosine" else math.log(max(v, 1e-12)) for name, v in values.items()]
+                values["combined"] = bias + sum(w * v for w, v in zip(weights, logs, strict=True))
             score = rule["sign"] * values[rule["signal"]]
             assert (step.similarity is None) == (score < rule["threshold"] - 1e-9)
             skipped += step.similarity is None
