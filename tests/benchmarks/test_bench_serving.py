@@ -95,5 +95,6 @@ def test_the_tables_say_what_the_csv_holds(bench, served, tmp_path):
         assert text.count(cells) == 1, "only the last run's"
     solo, joined = (own.seconds[0] for own in (served[bench.ONE_BY_ONE], served[bench.SUBMIT]))
     assert float(line["throughput"]) == pytest.approx(solo / joined, rel=1e-3)
-    assert f"{float(line['throughput']):.2f}×" in text and f"{joined:.2f}" in text
+    assert float(line["p50"]) == pytest.approx(joined, rel=1e-3)
+    assert f"{float(line['throughput']):.2f}×" in text and f"{float(line['p50']):.2f}" in text
     assert f"at most {float(line['most_levels']):g} level of 255" in text
