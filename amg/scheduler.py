@@ -38,11 +38,12 @@ class AMGScheduler:
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
         config = (config or AMGConfig.preset("main")).for_metric(index.metric)
-        if config.calibration is not None:
-            raise ValueError(
-                "`calibration` must be None: a scheduler does not know the model it was made for; "
-                f"use `amg.Sampler` or `amg.protect`, got {config.calibration}"
-            )
+        for name in ("calibration", "student"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"`{name}` must be None: a scheduler does not know the model it was made for; "
+                    f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
+                )
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output

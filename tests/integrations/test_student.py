@@ -201,3 +201,10 @@ def test_bad_numbers_are_refused_by_name(distilled, option, capsys):
     assert f"`{option}` must be >= " in capsys.readouterr().err
     assert distilled("--miss-rate", "1") == 2
     assert "`--miss-rate` must lie in (0, 1), got 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["calibration", "student"])
+def test_a_scheduler_refuses_what_was_made_for_a_model(embedding_index, name):
+    config = AMGConfig.preset("main", **{name: "file"})
+    with pytest.raises(ValueError, match=f"`{name}` must be None: a scheduler does not know the model"):
+        amg.AMGScheduler(diffusers.DDIMScheduler(), embedding_index, config)
