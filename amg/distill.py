@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="s0")
     parser.add_argument("--train-steps", type=int, default=3000, help="of the student, 64 x0_hat each")
     parser.add_argument(
-        "--miss-rate", type=float, default=0.05, help="share of images the margin may fall short of"
+        "--miss-rate", type=float, default=0.05, help="share of close images a cut may pass over"
     )
     parser.add_argument("--batch-size", type=int, default=16, help="images sampled together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
@@ -64,11 +64,17 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Distill as the command line asks; returns the exit status."""
     from amg.embed.student import save_student
+    from amg.integrations.denoiser import is_latent
     from amg.sampling import open_index, open_model
 
     _check(arguments)
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
+    if not is_latent(pipe) or index.metric != "cosine":
+        raise ValueError(
+            f"`MODEL` must denoise latents and `--index` be a cosine one, got {arguments.model} and "
+            f"{arguments.index} ({index.metric})"
+        )
     pairs = collect(pipe, index, arguments)
     student = train(pairs, pipe, index, arguments)
     names = ("images", "steps", "scheduler", "guidance_scale", "train_steps", "miss_rate", "seed")
@@ -130,6 +136,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _settle(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder, or refuse to go on in one that other settings made."""
+    from amg.index.store import write_atomically
+
     record = folder / "settings.json"
     if record.exists():
         made = json.loads(record.read_text(encoding="utf-8"))
@@ -141,7 +149,7 @@ def _settle(folder: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     folder.mkdir(exist_ok=True)
-    record.write_text(json.dumps(settings), encoding="utf-8")
+    write_atomically(record, json.dumps(settings))
 
 
 def _prompts(index: Any, arguments: argparse.Namespace) -> list[str]:

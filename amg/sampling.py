@@ -120,7 +120,18 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")
-    return [json.loads(line)["caption"] if line.lstrip().startswith("{") else line.strip() for line in lines]
+    return [_caption(line, option) for line in lines]
+
+
+def _caption(line: str, option: str) -> str:
+    if not line.lstrip().startswith("{"):
+        return line.strip()
+    try:
+        return str(json.loads(line)["caption"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"`{option}` must hold JSON with `caption` in each such line, got {line!r}"
+        ) from error
 
 
 def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -208,3 +208,18 @@ def test_a_scheduler_refuses_what_was_made_for_a_model(embedding_index, name):
     config = AMGConfig.preset("main", **{name: "file"})
     with pytest.raises(ValueError, match=f"`{name}` must be None: a scheduler does not know the model"):
         amg.AMGScheduler(diffusers.DDIMScheduler(), embedding_index, config)
+
+
+def test_a_pixel_model_is_refused_before_anything_is_drawn(ddpm, pixel_index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sampling, "open_model", lambda *_: ddpm)
+    monkeypatch.setattr(sampling, "open_index", lambda *_: pixel_index)
+    command = ["distill", "tiny", "--index", "p.amg", "--embedder", "tiny", "--out", str(tmp_path / "s")]
+    assert main(command) == 2
+    assert "`MODEL` must denoise latents" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", ['{"text": "a cat"}', '{"caption": '])
+def test_a_prompt_line_without_a_caption_is_named(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="`--ordinary` must hold JSON with `caption`.*got"):
+        sampling.read_prompts(tmp_path / "p.jsonl", "--ordinary")
