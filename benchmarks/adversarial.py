@@ -4,9 +4,8 @@
     python benchmarks/adversarial.py --again    # chosen cases anew
     python benchmarks/adversarial.py --tables   # the page again, from the CSVs alone
 
-Each case draws images of memorised prompts and checks what was delivered once more, by itself: the 8-bit
-pictures are embedded again and searched in float64 by brute force. Resumes case by case; the exit status is 1
-where an unmarked image over the threshold was delivered or a case raised.
+Each case draws images of memorised prompts; the delivered 8-bit pictures are embedded again and searched in
+float64 by brute force. Resumes case by case; exit status 1 where an unmarked one is over or a case raised.
 """
 
 from __future__ import annotations
@@ -109,9 +108,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=12, help="per case with the preset main")
     parser.add_argument("--further-images", type=int, default=6, help="per case with every other preset")
     parser.add_argument("--preset", action="append", choices=PRESETS, help="may be given again; default: all")
-    parser.add_argument(
-        "--only", default="", help="regular expression: only cases whose 'group: name' it finds"
-    )
+    parser.add_argument("--only", default="", help="cases whose 'group: name' this regular expression finds")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the indexes")
     parser.add_argument("--out", type=Path, default=CSV, help="the views' table goes beside it")
     parser.add_argument("--page", type=Path, default=PAGE)
