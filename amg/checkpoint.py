@@ -22,6 +22,16 @@ def is_checkpoint(config: AMGConfig, position: int, total: int) -> bool:
     return position in steps_of(config.rewind_at or (), total)
 
 
+def restart(config: AMGConfig, total: int) -> int:
+    """The step of `total` that samples sent back start from."""
+    return round(config.rewind_to * (total - 1))
+
+
+def hears_alarms(config: AMGConfig, position: int, total: int) -> bool:
+    """Whether an alarm at step `position` sends samples back: none does before the step they would go to."""
+    return config.early_rewind and bool(config.rewind_at) and position >= restart(config, total)
+
+
 def screens(config: AMGConfig) -> bool:
     """Whether nothing happens to samples that are not close enough: not where terms act whatever sigma is."""
     return config.gated and config.form != "released"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import amg.kernels as kernels
 from amg import guidance
-from amg.checkpoint import is_checkpoint, screens, send_back, too_close
+from amg.checkpoint import hears_alarms, is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
@@ -120,7 +120,7 @@ class _Step:
             note_moves(self.flights, self.sample, step.position)
             self.predicted = self.predict_x0(torch.arange(len(self.flights), device=output.device))
         checked = rows_to_check(self.config, step.position, step.total, self.flights, gate, self.signals)
-        if gate is not None and self.config.early_rewind and self.config.rewind_at:
+        if gate is not None and hears_alarms(self.config, step.position, step.total):
             self.alarmed = gate.alarmed(step.position, self.flights, self.signals)
         if checked and guide.screen is not None and self.limit > -math.inf:
             checked = self.near(guide.screen, checked, output)

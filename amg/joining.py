@@ -15,7 +15,7 @@ class Call:
     """`function(*arguments, **keywords)`, to be made alone or together with others of the same `key`.
 
     The first argument is a tensor with one row per sample, and so is the result. Other tensors either have as
-    many rows or are numbers (0-d: a timestep), which become one per row when calls of different ones meet.
+    many rows or are numbers (0-d: a timestep), which become one per row when calls meet.
     What else is among the arguments (or nested in mappings) must be equal for calls to be joined.
     """
 
@@ -59,18 +59,21 @@ def _key(value: Any, rows: int) -> Hashable:
     if not isinstance(value, Tensor):
         return (type(value), value) if isinstance(value, Hashable) else id(value)
     if value.ndim == 0:
-        return ("number", value.dtype, value.device)
+        return ("rows", value.shape, value.dtype, value.device)
     if len(value) == rows:
         return ("rows", value.shape[1:], value.dtype, value.device)
     return id(value)
 
 
 def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
+    """`values` of one kind, as `_key` tells kinds apart, as one."""
     first = values[0]
     if isinstance(first, Mapping):
         return {name: _join([value[name] for value in values], rows) for name in first}
     if not isinstance(first, Tensor):
         return first
-    if first.ndim == 0:
-        return torch.cat([value.expand(count) for value, count in zip(values, rows, strict=True)])
-    return first if len(first) != rows[0] else torch.cat(list(values))
+    if first.ndim and len(first) != rows[0]:
+        return first
+    return torch.cat(
+        [value if value.ndim else value.expand(n) for value, n in zip(values, rows, strict=True)]
+    )

@@ -33,9 +33,10 @@ class Conditions:
 class Denoiser:
     """A network and what surrounds it, free of any pipeline.
 
-    `network(sample, t, **conditions)` returns the raw output [B, C, H, W]; `decode(x0)` an image [B, 3, H, W]
-    in [0, 1] (differentiable, unclamped); `encode_captions(captions)` the keyword arguments of a condition,
-    or None where the model takes no text; `pixels` says that x0 is the picture itself in [-1, 1].
+    `network(sample, t, **conditions)` returns the raw output [B, C, H, W], t being one timestep or [B];
+    `decode(x0)` an image [B, 3, H, W] in [0, 1] (differentiable, unclamped); `encode_captions(captions)` the
+    keyword arguments of a condition, or None where the model takes no text; `pixels` says that x0 is the
+    picture itself in [-1, 1].
     """
 
     network: Callable[..., Tensor]
@@ -66,13 +67,14 @@ def predict(
     denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions
 ) -> tuple[Tensor | None, Tensor]:
     """(unconditional, conditional) raw outputs, [B, C, H, W] each, unconditional first in one call of 2B
-    rows.
+    rows. `t` is one timestep, or one per row, [B].
 
     Without classifier-free guidance the first is None and the second the plain output.
     """
     if conditions.uncond is None:
         return None, denoiser.network(sample, t, **conditions.cond, **conditions.shared)
     both = _join(conditions.uncond, conditions.cond)
+    t = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
     output_uncond, output_cond = denoiser.network(
         torch.cat([sample, sample]), t, **both, **conditions.shared
     ).chunk(2)

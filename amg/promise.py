@@ -12,10 +12,12 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.group import Group
 from amg.guidance import require_finite
 from amg.ordinary import despecify
 from amg.predict import Conditions
-from amg.sampler import Run, start_over
+from amg.rewind import pristine
+from amg.sampler import Run, denoise
 from amg.verdict import MemorizedError, Neighbour, Verdict
 
 
@@ -99,6 +101,22 @@ def deliver(
         images[row], sample[row] = 0.0, 0.0
         verdicts[row] = replace(verdicts[row], blocked=True)
     return Delivery(images, sample, verdicts, replaced)
+
+
+def start_over(
+    run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig
+) -> Tensor:
+    """Whole re-runs with fresh noise under `strong`, ungated, one per row of `like`; despecified up to the
+    first checkpoint."""
+    guide = replace(run.guide, config=strong, gate=None)
+    again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
+    checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
+    for flight in flights:
+        flight.suspected = False
+        flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
+    noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
+    group = Group(scheduler, noise * scheduler.init_noise_sigma, [*range(len(flights))])
+    return denoise(again, group, conditions, flights)
 
 
 @torch.no_grad()

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.group import Group, Predicted, predict_together
 from amg.guide import Guide
-from amg.predict import Conditions, predict, replace_captions
-from amg.rewind import pending_rows, pristine, rewind
+from amg.predict import Conditions, replace_captions
+from amg.rewind import rewound
 
 
 @dataclass(frozen=True)
@@ -31,49 +31,53 @@ class Run:
         return len(self.scheduler.timesteps)
 
 
-@torch.no_grad()
 def denoise(
-    run: Run,
-    scheduler: Any,
-    sample: Tensor,
-    conditions: Conditions,
-    flights: Sequence[Flight],
-    first: int = 0,
-    last: int | None = None,
-    generator: Any = None,
-    progress: Any = None,
+    run: Run, group: Group, conditions: Conditions, flights: Sequence[Flight], progress: Any = None
 ) -> Tensor:
-    """Run steps first..last-1 and return the sample, [B, C, H, W]. `scheduler` is stepped in place."""
-    for index in range(first, run.count if last is None else last):
-        step = run.guide.at(scheduler, index)
-        model_input = scheduler.scale_model_input(sample, step.t)
-        conditions = replace_captions(run.guide.denoiser, conditions, [flight.caption for flight in flights])
-        output_uncond, output_cond = predict(run.guide.denoiser, model_input, step.t, conditions)
-        output = run.guide(step, model_input, output_uncond, output_cond, conditions, flights).output
-        noise = generator if generator is not None else [flight.generator for flight in flights]
-        sample = scheduler.step(
-            output, step.t, sample, **arguments_for(scheduler, run.step_arguments, noise)
-        )[0]
-        sample = send_back(run, scheduler, index, sample, conditions, flights)
-        if progress is not None:
-            progress.update()
+    """Run all that is left of a whole batch's steps and return the finished sample, [B, C, H, W].
+    `group.scheduler` is stepped in place."""
+    sample = torch.empty_like(group.sample)
+    for done in advance(run, group, run.count, conditions, flights, progress):
+        sample[done.rows] = done.sample[done.rows]
     return sample
 
 
-def send_back(
-    run: Run, scheduler: Any, index: int, sample: Tensor, conditions: Conditions, flights: Sequence[Flight]
-) -> Tensor:
-    """After step `index`: rewind the rows a checkpoint marked, in one batch of their own."""
-    rows = pending_rows(flights)
-    if not rows:
-        return sample
+@torch.no_grad()
+def advance(
+    run: Run,
+    group: Group,
+    last: int,
+    conditions: Conditions,
+    flights: Sequence[Flight],
+    progress: Any = None,
+) -> list[Group]:
+    """Run a group up to step last-1. The samples that a checkpoint sends back go on from there as a group of
+    their own, in the same network calls: the groups that the samples ended in."""
+    going, finished = [group], []
+    while going:
+        conditions = replace_captions(run.guide.denoiser, conditions, [flight.caption for flight in flights])
+        for one, found in zip(going, predict_together(run.guide.denoiser, going, conditions), strict=True):
+            step_group(run, one, found, conditions, flights)
+        if back := rewound(going, run.scheduler, run.guide.config, flights):
+            going.append(back)
+        finished += [one for one in going if one.rows and one.position == last]
+        going = [one for one in going if one.rows and one.position < last]
+        if progress is not None:
+            progress.total = progress.n + 1 + max((last - one.position for one in going), default=0)
+            progress.update()
+    return finished
 
-    def again(inner: Any, start: Tensor, rows: list[int], first: int, last: int) -> Tensor:
-        where = torch.tensor(rows, device=start.device)
-        return denoise(run, inner, start, conditions.take(where), [flights[row] for row in rows], first, last)
 
-    first = round(run.guide.config.rewind_to * (run.count - 1))
-    return rewind(rows, index, first, sample, scheduler, run.scheduler, flights, again)
+def step_group(
+    run: Run, group: Group, found: Predicted, conditions: Conditions, flights: Sequence[Flight]
+) -> None:
+    """Guide a group's samples and make its scheduler's step."""
+    scheduler, step = group.scheduler, run.guide.at(group.scheduler, group.position)
+    mine = [flights[row] for row in group.rows]
+    output = run.guide(step, *found, group.of_rows(conditions), mine).output
+    arguments = arguments_for(scheduler, run.step_arguments, group.noise(flights))
+    group.sample = scheduler.step(group.everywhere(output), step.t, group.sample, **arguments)[0]
+    group.position += 1
 
 
 def arguments_for(scheduler: Any, extra: dict[str, Any], generator: Any) -> dict[str, Any]:
@@ -83,19 +87,3 @@ def arguments_for(scheduler: Any, extra: dict[str, Any], generator: Any) -> dict
     if "generator" in known:
         arguments["generator"] = generator
     return {**arguments, "return_dict": False}
-
-
-def start_over(
-    run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig
-) -> Tensor:
-    """Whole re-runs with fresh noise under `strong`, ungated, one per row of `like`; despecified up to the
-    first checkpoint."""
-    guide = replace(run.guide, config=strong, gate=None)
-    again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
-    checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
-    for flight in flights:
-        flight.suspected = False
-        flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
-    noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
-    sample = noise * scheduler.init_noise_sigma
-    return denoise(again, scheduler, sample, conditions, flights)

@@ -15,10 +15,11 @@ from torch import Tensor
 import amg
 from amg.config import AMGConfig
 from amg.flight import Flight
+from amg.group import Group
 from amg.guide import Guide
 from amg.predict import Conditions
 from amg.rewind import merge_history, pristine
-from amg.sampler import Run, denoise
+from amg.sampler import Run, advance, denoise
 from amg.schedule import alpha_bar_at
 from amg.similarity import similarity_for
 
@@ -101,7 +102,8 @@ def run(
     flights = [Flight.from_noise(row) for row in noise]
     mine = Run(guide, pristine(scheduler), {})
     sample = noise * float(scheduler.init_noise_sigma)
-    return Outcome(denoise(mine, pristine(scheduler), sample, conditions, flights), flights, network)
+    group = Group(pristine(scheduler), sample, [*range(len(rows))])
+    return Outcome(denoise(mine, group, conditions, flights), flights, network)
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
@@ -173,14 +175,14 @@ def by_hand(
     conditions, flight = conditions_for("nl2").take(torch.tensor([row])), Flight.from_noise(noise[0])
     once, sample = pristine(scheduler), noise * float(scheduler.init_noise_sigma)
     mine = Run(guide, pristine(scheduler), {})
-    sample = denoise(mine, once, sample, conditions, [flight], 0, checkpoint)
+    advance(mine, Group(once, sample, [0]), checkpoint, conditions, [flight])
     if name_takes_noise(once):  # the checkpoint's own step draws before the rewind does
         torch.randn(3, 8, 8, generator=flight.generator)
     again, low = pristine(scheduler), alpha_bar_at(scheduler, first)
     begun = torch.randn(1, 3, 8, 8, generator=flight.generator)
     if "Euler" in type(again).__name__:
         begun = begun / low**0.5  # sqrt(1 + sigma²) = 1 / sqrt(alpha_bar)
-    return denoise(mine, again, begun, conditions, [flight], first, None)[0]
+    return denoise(mine, Group(again, begun, [0], first), conditions, [flight])[0]
 
 
 def name_takes_noise(scheduler: Any) -> bool:
@@ -212,12 +214,42 @@ def test_without_checkpoints_nothing_rewinds(indexes: dict) -> None:
     assert all(len(flight.trace) == STEPS for flight in outcome.flights)
 
 
-def test_only_the_rewound_rows_are_run_again(indexes: dict) -> None:
-    """The recorded calls: five rows a step of the batch, fewer in the inner loop."""
-    outcome = run(make_scheduler("ddim"), config_for("nl2", rewind_at=(0.5,)), indexes["nl2"], range(5))
+def test_rewound_rows_go_on_in_the_calls_of_the_others(indexes: dict) -> None:
+    """The recorded calls: all rows as long as the batch needs, then the rewound ones that are behind."""
+    config = config_for("nl2", rewind_at=(0.5,), max_rewinds=1, lambda_min=0.0, lambda_max=0.0)
+    outcome = run(make_scheduler("ddim"), config, indexes["nl2"], range(5))
     rewound = sum(flight.rewinds > 0 for flight in outcome.flights)
-    assert outcome.network.calls.count(5) == STEPS
-    assert max(calls for calls in outcome.network.calls if calls != 5) == rewound < 5
+    assert 0 < rewound < 5
+    checkpoint, first = round(0.5 * (STEPS - 1)), round(0.12 * (STEPS - 1))
+    assert outcome.network.calls == [5] * STEPS + [rewound] * (checkpoint + 1 - first)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler-a"])
+@pytest.mark.parametrize("one_generator", [True, False])
+def test_rows_that_stay_do_not_notice_those_sent_back(indexes: dict, name: str, one_generator: bool) -> None:
+    """Bit for bit what they are where no row is sent back, whatever generators the caller gave."""
+
+    def sample(most: int) -> tuple[Tensor, list[Flight]]:
+        config = config_for("nl2", rewind_at=(0.5,), max_rewinds=most, lambda_min=0.0, lambda_max=0.0)
+        denoiser, noise = toy.denoiser(toy.ToyNetwork()), start(range(5))
+        guide = Guide(config, indexes["nl2"], similarity_for(indexes["nl2"], denoiser), denoiser, S0)
+        flights = [Flight.from_noise(row) for row in noise]
+        scheduler = make_scheduler(name)
+        seeds = [torch.Generator().manual_seed(row) for row in range(5)]
+        group = Group(
+            pristine(scheduler),
+            noise * float(scheduler.init_noise_sigma),
+            [*range(5)],
+            generator=seeds[0] if one_generator else seeds,
+        )
+        return denoise(Run(guide, pristine(scheduler), {}), group, conditions_for("nl2"), flights), flights
+
+    (with_rewinds, flights), (without, _) = sample(1), sample(0)
+    stay = [row for row, flight in enumerate(flights) if not flight.rewinds]
+    assert 0 < len(stay) < 5
+    assert torch.equal(with_rewinds[stay], without[stay])
+    gone = [row for row in range(5) if row not in stay]
+    assert not torch.isclose(with_rewinds[gone], without[gone]).flatten(1).all(1).any()
 
 
 def test_the_neighbours_captions_are_asked_for_open_rows_only(indexes: dict) -> None:
@@ -289,8 +321,8 @@ def test_merge_history_copies_rows_of_every_list_and_tensor() -> None:
         n=2,
     )
     inner = SimpleNamespace(
-        model_outputs=[torch.ones(2, 3, 2, 2), torch.full((2, 3, 2, 2), 2.0)],
-        last_sample=torch.ones(2, 3, 2, 2),
+        model_outputs=[torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 2.0)],
+        last_sample=torch.ones(4, 3, 2, 2),
         n=9,
     )
     assert merge_history(outer, inner, [1, 3], 4)
@@ -300,13 +332,13 @@ def test_merge_history_copies_rows_of_every_list_and_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    "shorter", [{"ets": [torch.ones(1, 3, 2, 2)]}, {"ets": [torch.ones(1, 3, 2, 2), None]}, {}]
+    "shorter", [{"ets": [torch.ones(4, 3, 2, 2)]}, {"ets": [torch.ones(4, 3, 2, 2), None]}, {}]
 )
 def test_a_history_that_cannot_be_merged_leaves_all_as_it_was(shorter: dict) -> None:
     outer = SimpleNamespace(
         first=torch.zeros(4, 3, 2, 2), ets=[torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)]
     )
-    inner = SimpleNamespace(first=torch.ones(1, 3, 2, 2), **shorter)
+    inner = SimpleNamespace(first=torch.ones(4, 3, 2, 2), **shorter)
     assert not merge_history(outer, inner, [2], 4)
     assert float(outer.first.abs().max()) == 0
     assert all(float(part.abs().max()) == 0 for part in outer.ets)

@@ -1,6 +1,5 @@
 """A small, deterministic denoiser that memorises what its condition says; indexes of the same pictures."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +74,9 @@ class ToyNetwork:
         share = weight.to(self.dtype).view(-1, 1, 1, 1)
         free = 0.8 * torch.tanh(torch.nn.functional.conv2d(sample, self.kernel, padding=1))
         x0 = share * picture.to(self.dtype) + (1 - share) * free
-        alpha_bar = self.alpha_bar(t)
-        return (sample - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+        numbers = [self.alpha_bar(one) for one in torch.as_tensor(t).reshape(-1)]  # one, or one per row
+        alpha_bar = torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1, 1)
+        return (sample - alpha_bar.sqrt().to(sample) * x0) / (1 - alpha_bar).sqrt().to(sample)
 
 
 def picture_condition(rows: Sequence[int], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -21,12 +21,13 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.flight import Flight, texts_of
 from amg.gate import Gate
+from amg.group import Group
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
-from amg.rewind import pending_rows, pristine
-from amg.sampler import Run, send_back
+from amg.rewind import merge_history, pending_rows, pristine, rewound
+from amg.sampler import Run, advance
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
 
@@ -152,6 +153,26 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
             return (replaced, *result[1:])
         result.sample = replaced
         return result
+
+
+def send_back(
+    run: Run, scheduler: Any, index: int, sample: Tensor, conditions: Conditions, flights: Sequence[Flight]
+) -> Tensor:
+    """After the loop's `scheduler` made step `index`: run the rows that a checkpoint marked up to and
+    including that step again, and merge them into `sample` [B, C, H, W].
+
+    The scheduler's multistep history is merged row by row. Rows whose history cannot be merged exactly are
+    left as they were, for the re-run at the end.
+    """
+    here = Group(scheduler, sample, [*range(len(flights))], index + 1)
+    back = rewound([here], run.scheduler, run.guide.config, flights)
+    if back is None:
+        return sample
+    for done in advance(run, back, index + 1, conditions, flights):
+        if merge_history(scheduler, done.scheduler, done.rows, len(flights)):
+            sample = sample.clone()
+            sample[done.rows] = done.sample[done.rows]
+    return sample
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 from amg.batching import Batcher
 from amg.config import AMGConfig
 from amg.flight import Flight, texts_of
+from amg.group import Group
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
 from amg.integrations.identity import gate_of, key_for, screen_of
@@ -210,10 +211,9 @@ class Sampler:
     @torch.no_grad()
     def _finish(self, prepared: Prepared, progress: Any = None) -> SamplerOutput:
         run, conditions, flights = prepared.run, prepared.conditions, prepared.flights
-        scheduler, generator = pristine(run.scheduler), prepared.generator
-        sample = denoise(
-            run, scheduler, prepared.sample, conditions, flights, generator=generator, progress=progress
-        )
+        rows, generator = [*range(len(flights))], prepared.generator
+        group = Group(pristine(run.scheduler), prepared.sample, rows, generator=generator)
+        sample = denoise(run, group, conditions, flights, progress)
         delivery = deliver(decode(run, sample), sample, run, conditions, flights, self.also)
         return SamplerOutput(_as(delivery.images, delivery.sample, prepared.output_type), delivery.verdicts)
 

@@ -160,15 +160,22 @@ def test_open_gates_and_rewinds_act_per_sample(sd, embedding_index, scheduler):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_protect_equals_sampler(sd, embedding_index, scheduler):
     sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config)
+    # a sampler's rewound samples draw noise of their own to the end, a loop's from the loop's generators
+    draws = scheduler in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
     config = amg.AMGConfig.preset(
-        "main", **OPEN, rewind_at=(0.6,), rewind_threshold=-1.0, max_rewinds=1, on_memorized="flag"
+        "main",
+        **OPEN,
+        rewind_at=() if draws else (0.6,),
+        rewind_threshold=-1.0,
+        max_rewinds=1,
+        on_memorized="flag",
     )
     ours = amg.Sampler(sd, embedding_index, config)(
         ["abc", "cat, red"], generator=generators(2), num_inference_steps=10, output_type="pt", progress=False
     )
     hooked = call(amg.protect(sd, embedding_index, config), steps=10)
     assert torch.allclose(ours.images, hooked.images, atol=0.5 / 255 + 1e-4)
-    assert [v.rewinds for v in ours.amg] == [v.rewinds for v in hooked.amg] == [1, 1]
+    assert [v.rewinds for v in ours.amg] == [v.rewinds for v in hooked.amg] == [0 if draws else 1] * 2
 
 
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
