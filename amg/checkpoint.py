@@ -59,7 +59,7 @@ def send_back(
     """
     marked = torch.zeros(len(flights), dtype=torch.bool)
     for at, (flight, row, wanted) in enumerate(zip(flights, near.tolist(), chosen.tolist(), strict=True)):
-        if wanted and flight.rewinds < config.max_rewinds:
+        if wanted and flight.rewinds < (config.max_rewinds or 0):
             marked[at] = flight.pending = True
             if row >= 0:
                 despecify(config, index, denoiser, flight, row)

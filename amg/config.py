@@ -88,8 +88,8 @@ class AMGConfig:
     """The fraction of the trajectory it goes back to, from fresh noise of its own."""
     rewind_threshold: float | None = None
     """Similarity of x0_hat at a checkpoint above which a sample goes back."""
-    max_rewinds: int = 8
-    """How often one sample may go back in one run."""
+    max_rewinds: int | None = None
+    """How often one sample may go back in one run. None takes the preset's."""
     rewind_guidance: float | None = None
     """Guidance scale of a sample's last allowed try, up to the checkpoint it came back from; earlier tries
     step down to it evenly from s0, so that most pictures keep their condition. None takes the preset's, and
@@ -126,7 +126,7 @@ class AMGConfig:
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"`{name}` must be finite, got {value}")
         for name in ("max_rewinds", "max_retries"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
         for name in ("c1", "c2", "c3"):
             value = getattr(self, name)
@@ -164,6 +164,7 @@ class AMGConfig:
             "threshold_decay": 0.005,
             "terms_from": 0.0,
             "check_at": (),
+            "max_rewinds": 8,
             **PRESETS[self.preset_name][metric],
         }
         open_fields = {name: value for name, value in preset.items() if getattr(self, name) is None}
@@ -182,7 +183,7 @@ class AMGConfig:
         """Guidance scale of a sample that went back `rewinds` times in this run, after `retries` re-runs."""
         if self.rewind_guidance is None:
             return guidance_scale
-        share = 1.0 if retries else rewinds / max(self.max_rewinds, 1)
+        share = 1.0 if retries else rewinds / (self.max_rewinds or 1)
         return guidance_scale + (self.rewind_guidance - guidance_scale) * min(share, 1.0)
 
     def warn_without_guidance(self, guidance_scale: float | None) -> None:
@@ -221,8 +222,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
-            "check_at": (0.2, 0.4, 0.9),
-            "rewind_at": (0.2, 0.4, 0.9),
+            "terms_from": 0.55,
+            "check_at": (0.2, 0.4, 0.6, 0.9),
+            "rewind_at": (0.2, 0.4, 0.6, 0.9),
+            "max_rewinds": 4,
             "rewind_guidance": 1.0,
             "rewind_threshold": 0.5,
         },
@@ -250,8 +253,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "c2": 3.0,
             "c3": 1.0,
             "step_length": "exact",
-            "check_at": (0.2, 0.4, 0.9),
-            "rewind_at": (0.2, 0.4, 0.9),
+            "terms_from": 0.55,
+            "check_at": (0.2, 0.4, 0.6, 0.9),
+            "rewind_at": (0.2, 0.4, 0.6, 0.9),
+            "max_rewinds": 4,
             "rewind_guidance": 1.0,
             "rewind_threshold": 0.4,
         },

@@ -255,7 +255,9 @@ class _Step:
             eps = self.despecify_and_deduplicate(rows, eps, measured, opened)
             if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
-                measured = self.guide.similarity.measure(x0_hat, [self.flights[row] for row in rows.tolist()])
+                similarity = self.guide.similarity
+                again = similarity.measure_with_gradient if self.config.c3 else similarity.measure
+                measured = again(x0_hat, [self.flights[row] for row in rows.tolist()])
                 opened = self.opened(measured)
         if not self.config.c3 or not bool(opened.any()):
             return eps

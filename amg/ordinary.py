@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
@@ -103,5 +104,6 @@ def closest_captions(caption: str, others: Sequence[str]) -> list[str]:
     return [other for other, score in zip(others, scores, strict=True) if best > 0 and score >= 0.8 * best]
 
 
-def _words(caption: str) -> set[str]:
-    return set(re.findall(r"\w+", caption.lower())) - STOP_WORDS
+@functools.lru_cache(maxsize=2**16)
+def _words(caption: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", caption.lower())) - STOP_WORDS

@@ -160,8 +160,8 @@ def _strong(config: AMGConfig) -> AMGConfig:
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
         check_at=(),
-        max_rewinds=max(config.max_rewinds, AMGConfig.max_rewinds),
     ).for_metric(config.metric)
+    strong = replace(strong, max_rewinds=max(config.max_rewinds or 0, strong.max_rewinds or 0))
     if not config.active:
         return strong
     names = ("threshold", "lambda_min", "lambda_max", "rewind_threshold")

@@ -3,6 +3,7 @@ sampler on it."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,9 +54,11 @@ def advance(
 ) -> list[Group]:
     """Run a group up to step last-1. The samples that a checkpoint sends back go on from there as a group of
     their own, in the same network calls: the groups that the samples ended in."""
-    going, finished = [group], []
+    going, finished, given = [group], [], None
     while going:
-        conditions = replace_captions(run.guide.denoiser, conditions, [flight.caption for flight in flights])
+        captions = [flight.caption for flight in flights]
+        if captions != given:
+            conditions, given = replace_captions(run.guide.denoiser, conditions, captions), captions
         for one, found in zip(going, predict_together(run.guide.denoiser, going, conditions), strict=True):
             step_group(run, one, found, conditions, flights)
         if back := rewound(going, run.scheduler, run.guide.config, flights):
@@ -82,8 +85,13 @@ def step_group(
 
 def arguments_for(scheduler: Any, extra: dict[str, Any], generator: Any) -> dict[str, Any]:
     """The keyword arguments this scheduler's `step` takes, out of `extra` and the generator."""
-    known = inspect.signature(scheduler.step).parameters
+    known = _parameters(type(scheduler).step)
     arguments = {name: value for name, value in extra.items() if name in known}
     if "generator" in known:
         arguments["generator"] = generator
     return {**arguments, "return_dict": False}
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

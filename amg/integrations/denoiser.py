@@ -46,12 +46,12 @@ class CaptionCache:
         self.pipe, self.kept = pipe, OrderedDict[str, Tensor]()
 
     def __call__(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.kept]
+        if new:
+            with torch.no_grad():
+                states = self.pipe.encode_prompt(new, self.pipe._execution_device, 1, False)[0]
+            self.kept.update(zip(new, states, strict=True))
         for caption in captions:
-            if caption not in self.kept:
-                with torch.no_grad():
-                    self.kept[caption] = self.pipe.encode_prompt(
-                        caption, self.pipe._execution_device, 1, False
-                    )[0][0]
             self.kept.move_to_end(caption)
         states = torch.stack([self.kept[caption] for caption in captions])
         while len(self.kept) > CAPTIONS_KEPT:

@@ -36,6 +36,9 @@ class Similarity(Protocol):
         `flights`, one per sample, may hold what saves work; they never change the result of a sample closer
         than `limit`, and of another only which row at most that close is named."""
 
+    def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+        """`measure`, and in one go what `gradient` and `shift` need next."""
+
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
         """d sigma / d x0_hat."""
 

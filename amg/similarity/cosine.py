@@ -34,23 +34,47 @@ class CosineSimilarity:
     def measure(
         self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
     ) -> Measured:
+        embedding = self._embed(x0_hat)
+        return self._nearest(embedding, flights, limit)
+
+    def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+        with torch.enable_grad():
+            leaf = x0_hat.detach().requires_grad_()
+            embedding = self._embed(leaf)
+        measured = self._nearest(embedding.detach(), flights)
+        return measured._replace(extras={"gradient": self._back(embedding, leaf, measured)})
+
+    def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
+        if "gradient" in measured.extras:
+            return measured.extras["gradient"]
+        with torch.enable_grad():
+            leaf = x0_hat.detach().requires_grad_()
+            embedding = self._embed(leaf)
+        return self._back(embedding, leaf, measured)
+
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+        return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
+
+    def _embed(self, x0_hat: Tensor) -> Tensor:
+        """E(decode(x0_hat)), the picture clamped to [0, 1]; clamping is an identity to gradients, so that a
+        saturated pixel can still come back."""
         require_finite("x0_hat", x0_hat)
-        embedding = self.index.embedder(self.decode(x0_hat).clamp(0, 1))
+        images = self.decode(x0_hat)
+        embedding: Tensor = self.index.embedder(images + (images.clamp(0, 1) - images).detach())
         require_finite("embedding", embedding)
+        return embedding
+
+    def _nearest(
+        self, embedding: Tensor, flights: Sequence[Flight] | None, limit: float = -math.inf
+    ) -> Measured:
         unit = torch.nn.functional.normalize(embedding.float())
         kept = [flight.kept for flight in flights] if self.lazy and flights is not None else None
         similarity, row, _ = self.index.nearest(unit, kept, limit)
         return Measured(similarity, row, {})
 
-    def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
-        neighbour = self.index.rows[measured.row.to(self.index.rows.device)].to(x0_hat.device, torch.float32)
-        with torch.enable_grad():
-            leaf = x0_hat.detach().requires_grad_()
-            embedding = self.index.embedder(self.decode(leaf))
-            cotangent = embedding_gradient(embedding.detach().float(), neighbour).to(embedding.dtype)
-            (gradient,) = torch.autograd.grad(embedding, leaf, cotangent)
+    def _back(self, embedding: Tensor, leaf: Tensor, measured: Measured) -> Tensor:
+        neighbour = self.index.rows[measured.row.to(self.index.rows.device)].to(leaf.device, torch.float32)
+        cotangent = embedding_gradient(embedding.detach().float(), neighbour).to(embedding.dtype)
+        (gradient,) = torch.autograd.grad(embedding, leaf, cotangent)
         require_finite("similarity_grad", gradient)
         return gradient
-
-    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
-        return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)

@@ -51,6 +51,9 @@ class NL2Similarity:
         similarity, row, extras = self.index.nearest(images)
         return Measured(similarity, row, {"distance": extras.distance, "denominator": extras.denominator})
 
+    def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+        return self.measure(x0_hat, flights)
+
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
         with torch.enable_grad():
             leaf = x0_hat.detach().requires_grad_()

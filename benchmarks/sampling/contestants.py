@@ -79,6 +79,7 @@ LITERALLY = {
     "form": "paper",
     "check_at": (),
     "rewind_at": (),
+    "terms_from": 0.0,
     "step_length": "constant",
     "on_memorized": "flag",
     **WITHOUT,
