@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from amg.joining import Call, together
+from amg.kernels import release_threads
 
 
 def _taken() -> threading.Lock:
@@ -119,6 +120,7 @@ class Batcher:
         closed.
         """
         job = Job(work, images, late_at, Future())
+        release_threads()  # of the caller's own computing: the engine's are to be the only ones
         with self._changed:
             room = self._changed.wait_for(
                 lambda: self._closed or len(self._pending) < self.max_pending, timeout if block else 0
@@ -157,6 +159,7 @@ class Batcher:
         """Wait, inside a request, for the result of a joined call."""
         hash(call.key())  # an argument that cannot be compared is this request's own error
         job.call, job.patient = call, patient
+        release_threads()
         self._turn_back.release()
         job.turn.acquire()
         if job.thrown is not None:

@@ -1,6 +1,10 @@
 // Python entry points: raw addresses in, everything validated by amg.kernels beforehand.
 #include <pybind11/pybind11.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include <cstdint>
 #include <string>
 
@@ -69,6 +73,13 @@ void nl2(Address queries, Address rows, Address value, Address row, Address dist
   amg::nl2(args);
 }
 
+// GCC has had this call of OpenMP 5.0 since version 9, and still calls itself 4.5.
+void release_threads() {
+#if defined(_OPENMP) && (_OPENMP >= 201811 || __GNUC__ >= 9)
+  omp_pause_resource_all(omp_pause_soft);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -79,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_cosine", &topk_cosine);
   m.def("encode_rows", &encode_rows);
   m.def("nl2", &nl2);
+  m.def("release_threads", &release_threads);
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

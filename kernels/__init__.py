@@ -6,6 +6,7 @@ counts as absent.
 """
 
 if __name__ != "kernels":
+    from .extension import release_threads
     from .guided_step.contract import COEFFICIENTS, GuidedStep, PredictX0
     from .nl2.contract import NL2
     from .ops import encode_rows, guided_step, nl2, predict_x0, top1_cosine, topk_cosine
@@ -23,6 +24,7 @@ if __name__ != "kernels":
         "guided_step",
         "nl2",
         "predict_x0",
+        "release_threads",
         "top1_cosine",
         "topk_cosine",
     ]

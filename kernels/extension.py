@@ -21,3 +21,15 @@ def extension() -> ModuleType:
     if EXTENSION is None:
         raise RuntimeError(f"impl='cpp' is not available: {REASON}")
     return EXTENSION
+
+
+def release_threads() -> None:
+    """End the calling thread's idle OpenMP workers; its next parallel region starts new ones. Without the
+    extension: nothing.
+
+    Every thread that ran a parallel region of torch keeps workers. As soon as all threads together have more
+    of them than there are cores, GNU's runtime stops waiting for work actively and every parallel region of
+    every thread gets slower, although the others only sleep.
+    """
+    if EXTENSION is not None:
+        EXTENSION.release_threads()

@@ -30,6 +30,7 @@ from amg.promise import decode, deliver
 from amg.rewind import pristine
 from amg.sampler import Run, denoise
 from amg.similarity import judges_for, similarity_for
+from amg.similarity.student import Screen
 from amg.verdict import Verdict
 
 
@@ -103,7 +104,7 @@ class Sampler:
         self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
         self.gate = gate_of(self.config)
-        self.screen = screen_of(self.config, pipe, index)
+        self.screen = self._shared_screen(screen_of(self.config, pipe, index))
 
     @torch.no_grad()
     def __call__(
@@ -249,6 +250,12 @@ class Sampler:
         shared = copy.copy(index)
         shared.embedder = self._batcher.share(index.embedder)
         return shared
+
+    def _shared_screen(self, screen: Screen | None) -> Screen | None:
+        """The student, joining the calls of `submit`'s requests as its teacher's embedder does."""
+        if screen is None:
+            return None
+        return Screen(self._batcher.share(screen.student), self.index)
 
     def _conditions(
         self, prompt: Any, negative: Any, labels: Any, batch: int | None, scale: float, repeats: int

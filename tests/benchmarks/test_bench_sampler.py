@@ -59,7 +59,7 @@ def draw(bench, course, **overrides):
     return course.first(bench.Contestant("this", "", guided("main", **options)))
 
 
-OPEN = {"lambda_min": -1.0, "lambda_max": -1.0, "c1": 0.0, "c2": 0.0}
+OPEN = {"terms_from": 0.0, "lambda_min": -1.0, "lambda_max": -1.0, "c1": 0.0, "c2": 0.0}
 CLOSED = {"lambda_min": 1.0, "lambda_max": 1.0}
 
 

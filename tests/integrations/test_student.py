@@ -56,6 +56,20 @@ def drawn(pipe, index, path, way="Sampler", **more):
     return amg.Sampler(pipe, index, config)(PROMPTS, output_type="pt", progress=False, **arguments)
 
 
+def test_requests_share_the_student_s_calls(sd, embedding_index, written, monkeypatch):
+    rows = []
+    forward = Student.forward
+    monkeypatch.setattr(Student, "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
+    config = AMGConfig.preset("main", student=written(0.5), check_at=(), rewind_at=(), on_memorized="flag")
+    with amg.Sampler(sd, embedding_index, config) as sampler:
+        futures = [
+            sampler.submit(amg.Request(prompt, num_inference_steps=STEPS, output_type="pt"))
+            for prompt in PROMPTS
+        ]
+        assert all(len(future.result().amg[0].trace) == STEPS for future in futures)
+    assert sum(rows) == STEPS * len(PROMPTS) and len(rows) < sum(rows)
+
+
 @pytest.mark.parametrize("way", ["Sampler", "protect"])
 def test_the_teacher_looks_exactly_where_the_student_may_find_more(sd, embedding_index, written, way):
     options = {"lambda_min": 0.9, "lambda_max": 0.9, "c1": 0.0, "c2": 0.0, "c3": 0.0}

@@ -1,5 +1,8 @@
 """The torch.library registrations: opcheck, fullgraph compilation, and dispatch."""
 
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +139,38 @@ def test_an_unknown_cpu_level_is_refused():
     )
     assert result.returncode != 0
     assert "AMG_CPU_LEVEL must be scalar, avx2 or avx512, got sse9" in result.stderr
+
+
+@needs_extension
+@pytest.mark.skipif(
+    torch.get_num_threads() == 1 or not Path("/proc/self/task").is_dir(), reason="needs threads to count"
+)
+def test_released_threads_are_gone_and_come_back():
+    """On a thread of its own, whose parallel regions have workers of their own."""
+    found = []
+
+    def work() -> None:
+        values = torch.zeros(2**22)
+        for _ in range(2):
+            values.add_(1)
+            before = threads()
+            kernels.release_threads()
+            found.append((before, wait_for_fewer(before)))
+        found.append(values.unique().tolist())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    (first, fewer), (again, fewer_again), values = found
+    assert fewer < first and fewer_again < again and values == [2.0]
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def wait_for_fewer(count: int) -> int:
+    deadline = time.monotonic() + 5
+    while threads() >= count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threads()
