@@ -1,5 +1,6 @@
 """Alignment under an open_clip model against open_clip; runs where tests/embed/open_clip_env.sh does."""
 
+import importlib.util
 import json
 
 import pytest
@@ -15,6 +16,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def open_clip():
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed; see tests/embed/open_clip_env.sh")
     library = None
     if torch.version.cuda is None:  # two schemas that only torchvision's GPU build defines
         library = torch.library.Library("torchvision", "DEF")
