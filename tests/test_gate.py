@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amg.checkpoint import hears_alarms, restart
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, Key, Rule, rows_to_check, steps_of
@@ -97,6 +98,15 @@ def test_suspected_rewound_and_repeated_samples_are_never_skipped() -> None:
     batch[2].rewinds, batch[3].retries = 1, 1
     signals = {row: (1.0, 0.0, 1.0) for row in range(4)}
     assert rows_to_check(asked, 5, 11, batch, calibrated(9.0), signals) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("position", "heard"), [(1, False), (2, True), (9, True)])
+def test_alarms_count_from_the_step_that_samples_go_back_to(position: int, heard: bool) -> None:
+    config = AMGConfig.preset("main", rewind_to=0.2, rewind_at=(0.5,))
+    assert restart(config, 10) == 2
+    assert hears_alarms(config, position, 10) is heard
+    for silent in ({"early_rewind": False}, {"rewind_at": ()}):
+        assert not hears_alarms(replace(config, **silent), position, 10)
 
 
 def test_an_alarm_names_first_tries_alone_at_its_step_and_a_combination_is_weighed() -> None:

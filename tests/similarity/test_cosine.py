@@ -66,6 +66,29 @@ def test_gradient_runs_through_embedder_and_decoder(index: amg.Index, similarity
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_measuring_with_the_gradient_is_measuring_and_the_gradient(similarity: CosineSimilarity) -> None:
+    for x0_hat in (inside(), inside() * 2):
+        plain, both = similarity.measure(x0_hat), similarity.measure_with_gradient(x0_hat)
+        assert torch.equal(both.row, plain.row) and torch.equal(both.similarity, plain.similarity)
+        gradient = similarity.gradient(x0_hat, plain)
+        some = torch.tensor([3, 0])
+        torch.testing.assert_close(similarity.gradient(x0_hat[some], both.take(some)), gradient[some])
+        shifts = [similarity.shift(x0_hat, one, 0.1) for one in (plain, both)]
+        torch.testing.assert_close(*shifts)
+
+
+def test_a_saturated_pixel_is_measured_clamped_and_keeps_its_gradient(similarity: CosineSimilarity) -> None:
+    """The gradient where sigma is measured, at the clamped picture, without clamping's zeros."""
+    x0_hat = inside() * 2
+    assert bool((x0_hat.abs() > 1).any())
+    clamped = x0_hat.clamp(-1, 1)
+    measured, expected = similarity.measure(x0_hat), similarity.measure(clamped)
+    torch.testing.assert_close(measured.similarity, expected.similarity)
+    torch.testing.assert_close(
+        similarity.gradient(x0_hat, measured), similarity.gradient(clamped, expected), rtol=1e-4, atol=1e-6
+    )
+
+
 def test_the_newton_step_comes_close_to_lambda(index: amg.Index, similarity: CosineSimilarity) -> None:
     x0_hat = inside()
     measured = similarity.measure(x0_hat)
