@@ -41,14 +41,17 @@ def plain(
 
 def guided(preset: str, searcher: str = "exact", files: Sequence[str] = (), **overrides: Any) -> Draw:
     """`amg.Sampler` with a preset, fields overridden by keyword; `files` of "calibration" and "student" are
-    the model's own, where it has them."""
+    the model's own, where it has them. Like the pipeline, a sampler is made once, in the untimed turn."""
+    made: dict[int, tuple[Any, Sampler]] = {}  # by the index, which is kept: its id is not given away
 
     def draw(
         pipe: Any, index: Any, model: Model, prompts: list[str], noise: list[torch.Generator], steps: int
     ) -> Drawing:
-        own = {name: getattr(model, name) for name in files}
-        config = AMGConfig.preset(preset, **{**overrides, **own})
-        out = Sampler(pipe, index.with_searcher(searcher), config)(
+        if id(index) not in made:
+            own = {name: getattr(model, name) for name in files}
+            config = AMGConfig.preset(preset, **{**overrides, **own})
+            made[id(index)] = (index, Sampler(pipe, index.with_searcher(searcher), config))
+        out = made[id(index)][1](
             prompts,
             num_inference_steps=steps,
             guidance_scale=model.guidance_scale,
