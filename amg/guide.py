@@ -197,8 +197,10 @@ class _Step:
 
     def halves(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, eps_uncond (eps_cond where there is none) and eps_cond of `rows`, float32 or wider."""
-        sample, uncond = self.sample[rows], self.output_uncond
-        parts = ((self.output_cond if uncond is None else uncond)[rows], self.output_cond[rows])
+        uncond = self.output_cond if self.output_uncond is None else self.output_uncond
+        sample, *parts = self.sample, uncond, self.output_cond
+        if len(rows) < len(self.flights):  # else they are all, in order
+            sample, *parts = (tensor[rows] for tensor in (sample, *parts))
         wide = torch.promote_types(sample.dtype, torch.float32)
         eps_uncond, eps_cond = (self.prediction.to_eps(part, sample).to(wide) for part in parts)
         return sample.to(wide), eps_uncond, eps_cond
@@ -255,9 +257,8 @@ class _Step:
             eps = self.despecify_and_deduplicate(rows, eps, measured, opened)
             if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
-                similarity = self.guide.similarity
-                again = similarity.measure_with_gradient if self.config.c3 else similarity.measure
-                measured = again(x0_hat, [self.flights[row] for row in rows.tolist()])
+                flights = [self.flights[row] for row in rows.tolist()]
+                measured = self.guide.similarity.measure_with_gradient(x0_hat, flights)
                 opened = self.opened(measured)
         if not self.config.c3 or not bool(opened.any()):
             return eps
@@ -300,11 +301,7 @@ class _Step:
         if not bool(act.any()):
             return None
         chosen, denoiser = rows[act], self.guide.denoiser
-        said = [
-            caption
-            for caption, used in zip(captions, act.tolist(), strict=True)
-            if used and caption is not None
-        ]
+        said = [str(captions[at]) for at in act.nonzero().flatten().tolist()]  # s2 > 0 only where one is told
         conditions = self.conditions.take(chosen)
         output = predict_neighbours(denoiser, self.sample[chosen], self.step.t, conditions, said)
         eps = self.prediction.to_eps(output, self.sample[chosen])

@@ -96,7 +96,7 @@ def _half(own: Mapping[str, Any], batch: int, first: bool) -> dict[str, Any]:
 
 
 def class_conditions(
-    unet: Any, labels: Tensor | None, batch: int, null_class: int | None, scale: float
+    unet: Any, labels: Tensor | Sequence[int] | None, batch: int, null_class: int | None, scale: float
 ) -> Conditions:
     """Conditions of a class-conditional U-Net: `labels` int64 [B] against the null class; None means
     unconditional."""

@@ -179,14 +179,8 @@ class Sampler:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
         scale = self.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        conditions, batch = self._conditions(
-            request.prompt,
-            request.negative_prompt,
-            request.class_labels,
-            request.batch_size,
-            scale,
-            request.num_images_per_prompt,
-        )
+        device = self.pipe._execution_device  # once: the pipeline walks through all its modules for it
+        conditions, batch = self._conditions(request, scale, device)
         guide = Guide(
             self.config,
             self.index,
@@ -199,11 +193,11 @@ class Sampler:
             self.screen,
         )
         scheduler = pristine(self.pipe.scheduler)
-        scheduler.set_timesteps(steps, device=self.pipe._execution_device)
+        scheduler.set_timesteps(steps, device=device)
         if self.gate is not None:
             self.gate.require(key_for(self.pipe, self.index, scheduler, scale, self.config))
         run = Run(guide, pristine(scheduler), {"eta": request.eta})
-        sample = self._noise(batch, generator, request.latents) * scheduler.init_noise_sigma
+        sample = self._noise(batch, generator, request.latents, device) * scheduler.init_noise_sigma
         noise = scheduler.scale_model_input(sample, scheduler.timesteps[0])
         texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
         flights = [Flight.from_noise(row, text) for row, text in zip(noise, texts, strict=True)]
@@ -257,9 +251,9 @@ class Sampler:
             return None
         return Screen(self._batcher.share(screen.student), self.index)
 
-    def _conditions(
-        self, prompt: Any, negative: Any, labels: Any, batch: int | None, scale: float, repeats: int
-    ) -> tuple[Conditions, int]:
+    def _conditions(self, request: Request, scale: float, device: Any) -> tuple[Conditions, int]:
+        prompt, negative = request.prompt, request.negative_prompt
+        labels, batch = request.class_labels, request.batch_size
         if not is_latent(self.pipe):
             if prompt is not None:
                 raise ValueError(
@@ -277,23 +271,22 @@ class Sampler:
         guided = scale > 1
         if isinstance(negative, str):
             negative = [negative] * len(prompt)
-        device = self.pipe._execution_device
         with self._texts:
-            cond, uncond = self.pipe.encode_prompt(prompt, device, repeats, guided, negative)
+            cond, uncond = self.pipe.encode_prompt(
+                prompt, device, request.num_images_per_prompt, guided, negative
+            )
         own = {"encoder_hidden_states": cond}
         return Conditions(own, {"encoder_hidden_states": uncond} if guided else None, {}), len(cond)
 
-    def _noise(self, batch: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _noise(self, batch: int, generator: Any, latents: Tensor | None, device: Any) -> Tensor:
         unet = self.pipe.unet
         size = unet.config.sample_size
         shape = (batch, unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         if latents is None:
-            return randn_tensor(
-                shape, generator=generator, device=self.pipe._execution_device, dtype=unet.dtype
-            )
+            return randn_tensor(shape, generator=generator, device=device, dtype=unet.dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must be {list(shape)}, got {list(latents.shape)}")
-        return latents.to(self.pipe._execution_device, unet.dtype)
+        return latents.to(device, unet.dtype)
 
 
 def _scale_of(prepared: Prepared) -> float | None:
