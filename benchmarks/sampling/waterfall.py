@@ -29,11 +29,12 @@ Line = dict[str, str]
 
 
 def cases(lines: list[Line]) -> dict[tuple[str, ...], list[Line]]:
-    """Lines by model, prompts, batch and images, only those with a plain contestant to compare with."""
+    """Lines by model, prompts, batch and images, in order, only those with a plain contestant."""
     found: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         found.setdefault(tuple(line[name] for name in KEY[:-1]), []).append(line)
-    return {key: own for key, own in found.items() if any(line["contestant"] == PLAIN for line in own)}
+    keys = sorted(found, key=lambda key: (key[0], int(key[2]), int(key[3]), key[1]))
+    return {key: found[key] for key in keys if any(line["contestant"] == PLAIN for line in found[key])}
 
 
 def multiples(own: list[Line]) -> list[float]:
@@ -43,7 +44,7 @@ def multiples(own: list[Line]) -> list[float]:
 
 
 def title(key: tuple[str, ...]) -> str:
-    return f"{key[0]}, {key[1]} prompts, batch {key[2]}"
+    return f"{key[0]}, {key[1]} prompts, batch {key[2]}, {key[3]} images"
 
 
 def draw(lines: list[Line], path: Path) -> None:
@@ -87,7 +88,7 @@ def table(lines: list[Line], chart: Path) -> str:
     made = f"torch {first['torch']}, {first['threads']} threads, {first['steps']} steps"
     text = [f"### {first['device']}\n\n{made}, recorded {first['date'][:10]}\n\n![Waterfall]({chart.name})"]
     for key, own in cases(lines).items():
-        text.append(f"\n**{title(key)}**, {key[3]} images, {own[0]['note']}\n")
+        text.append(f"\n**{title(key)}**, {own[0]['note']}\n")
         text.append(f"| contestant | s/image | 20–80 % | × plain | {' | '.join(SHOWN.values())} |")
         text.append(f"|---|{'--:|' * (3 + len(SHOWN))}")
         for line, ratio in zip(own, multiples(own), strict=True):
