@@ -128,7 +128,8 @@ class Sampler:
 
         The same arguments and the same generator give the pictures of the plain pipeline wherever no gate
         opens. `generator`: one, or a list with one per image (then an image never depends on its
-        batch-mates); a sample that goes back draws from one of its own, made of its first noise. `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent".
+        batch-mates); a sample that goes back draws from one of its own, made of its first noise.
+        `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent".
         Errors: ValueError naming the argument.
         """
         request = Request(
