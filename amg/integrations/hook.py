@@ -26,7 +26,7 @@ from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
-from amg.rewind import merge_history, pending_rows, pristine, rewound
+from amg.rewind import merge_history, pristine, rewound
 from amg.sampler import Run, advance
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
@@ -196,7 +196,7 @@ def _wrapped_step(session: Session, scheduler: Any, original: Any) -> Any:
         session.step_arguments.update(known)
         result = original(model_output, timestep, sample, *args, **kwargs)
         index, session.index_of_step = session.index_of_step, session.index_of_step + 1
-        if session.run is None or session.conditions is None or not pending_rows(session.flights):
+        if session.run is None or session.conditions is None:
             return result
         previous = result[0] if isinstance(result, tuple) else result.prev_sample
         replaced = send_back(session.run, scheduler, index, previous, session.conditions, session.flights)
