@@ -70,13 +70,21 @@ record() {
   [[ $2 == passed || $2 == skipped ]] || FAILED=1
 }
 
+# Where PYTHON is itself a virtual environment, one made from it does not see that one's packages.
+see_packages_of_python() {
+  local target
+  target=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') &&
+    "$PYTHON" -c 'import site; print("\n".join(site.getsitepackages()))' >"$target/parent.pth"
+}
+
 # shellcheck disable=SC2086  # PACKAGES is a list
 install_amg() {
-  "$PYTHON" -m venv --system-site-packages "$VENV" &&
+  "$PYTHON" -m venv --system-site-packages "$VENV" && see_packages_of_python &&
     "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-index --find-links "$WHEELS" \
       $PACKAGES &&
     cd "$ROOT" &&
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
+    CMAKE_PREFIX_PATH=$("$VENV/bin/python" -m pybind11 --cmakedir) \
+      "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet --no-index --no-deps \
       --no-build-isolation -e . &&
     "$VENV/bin/python" -c '
 import torch, triton
@@ -110,7 +118,7 @@ check() {
   trap 'rm -rf "$(dirname "$VENV")"' EXIT
   unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE  # they slow the rivals
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WHEELS VENV ROOT OUT PYTHON PACKAGES
-  export -f install_amg run_tests run_sanitizer run_benchmarks
+  export -f see_packages_of_python install_amg run_tests run_sanitizer run_benchmarks
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 
