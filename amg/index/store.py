@@ -64,7 +64,9 @@ class Manifest:
 
     count: rows after folding. images: training images folded into them. skipped: unreadable images.
     near_duplicate: fold threshold (cosine similarity, or RMS distance on [0, 1] for pixels), None if off.
-    preprocessing: what happened to an image before it became a row (or entered the embedder).
+    preprocessing: what happened to an image before it became a row (or entered the embedder). passed_over:
+    how many entries of the source were not taken for images, by reason. notes: how many images something
+    noteworthy was done to, by what. Fields with a default are absent from indexes of earlier versions.
     """
 
     metric: str
@@ -79,6 +81,8 @@ class Manifest:
     skipped: tuple[Skipped, ...]
     files: dict[str, FileRecord]
     version: int = FORMAT_VERSION
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def rows_file(self) -> str:
@@ -137,7 +141,11 @@ def _missing_message(directory: Path) -> str:
 
 def _manifest_of(record: dict[str, Any], path: Path) -> Manifest:
     try:
-        fields = {field.name: record[field.name] for field in dataclasses.fields(Manifest)}
+        fields = {
+            field.name: record[field.name]
+            for field in dataclasses.fields(Manifest)
+            if field.name in record or not _has_default(field)
+        }
         if fields["metric"] not in METRICS or fields["dtype"] not in DTYPES:
             raise ValueError(f"metric {fields['metric']!r}, dtype {fields['dtype']!r}")
         size = fields["image_size"]
@@ -148,6 +156,11 @@ def _manifest_of(record: dict[str, Any], path: Path) -> Manifest:
         return Manifest(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise IndexCorrupt(f"{path} lacks a field or holds an unknown one ({error!r})") from error
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
 
 
 def partial_path(path: Path) -> Path:
