@@ -37,16 +37,40 @@ def screens(config: AMGConfig) -> bool:
     return config.gated and config.form != "released"
 
 
-def too_close(config: AMGConfig, judges: Sequence[Judge], x0_hat: Tensor, measured: Measured) -> Tensor:
-    """[B] bool: above the rewind threshold, under the index or a further judge of x0_hat [B, C, H, W]."""
+def affords(config: AMGConfig, flight: Flight, needed: int, plain: int) -> bool:
+    """Whether `needed` more network evaluations keep a sample within `max_evaluations` times the `plain`
+    number of them."""
+    return config.max_evaluations is None or flight.evaluations + needed <= config.max_evaluations * plain
+
+
+def too_close(
+    config: AMGConfig, index: Any, judges: Sequence[Judge], x0_hat: Tensor, measured: Measured
+) -> tuple[Tensor, Tensor]:
+    """[B] bool: above the rewind threshold or the guard's, under the index or a further judge of x0_hat [B,
+    C, H, W]; and [B] the row of the index that was found close, -1 where it found none."""
     assert config.rewind_threshold is not None
     close = measured.similarity > config.rewind_threshold
+    near = torch.where(close, measured.row.to(close.device), -1)
+    alike, row = guarded(config, index, measured)
+    near = torch.where(alike & ~close, row, near)
+    close = close | alike
     for judge in judges:
         asked = config.under(judge.metric)
         limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
         assert limit is not None
-        close = close | (judge.similarity.measure(x0_hat).similarity > limit).to(close.device)
-    return close
+        found = judge.similarity.measure(x0_hat)
+        alike, _ = guarded(config, judge.index, found)
+        close = close | (found.similarity > limit).to(close.device) | alike.to(close.device)
+    return close, near
+
+
+def guarded(config: AMGConfig, index: Any, measured: Measured) -> tuple[Tensor, Tensor]:
+    """[B] bool: more alike to a training image than `guard_threshold`, by the index's guard; [B] its row."""
+    if index.guard is None or config.guard_threshold is None or measured.images is None:
+        return torch.zeros_like(measured.similarity, dtype=torch.bool), torch.full_like(measured.row, -1)
+    alike = index.guard.nearest(measured.images)
+    device = measured.similarity.device
+    return (alike.similarity > config.guard_threshold).to(device), alike.row.to(device)
 
 
 def send_back(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import amg.kernels as kernels
 from amg import guidance
-from amg.checkpoint import hears_alarms, is_checkpoint, screens, send_back, too_close
+from amg.checkpoint import affords, hears_alarms, is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
@@ -111,7 +111,7 @@ class _Step:
     def run(self) -> Guided:
         output, changed = self.classifier_free()
         for flight in self.flights:
-            flight.evaluations += 1 if self.output_uncond is None else 2
+            flight.evaluations += self.cost
         guidance.require_finite("output", output)  # images drop NaN silently when they become bytes
         if not self.config.active:
             return Guided(output, changed)
@@ -191,6 +191,22 @@ class _Step:
         return output, changed
 
     @property
+    def cost(self) -> int:
+        """Network evaluations of one sample at a step."""
+        return 1 if self.output_uncond is None else 2
+
+    @property
+    def rest(self) -> int:
+        """Network evaluations of one sample in the steps that follow."""
+        return (self.step.total - self.step.position - 1) * self.cost
+
+    def affords(self, rows: Tensor, needed: int) -> Tensor:
+        """[R] bool: the samples that stay within `max_evaluations` with `needed` more of them."""
+        plain = self.step.total * self.cost
+        fits = [affords(self.config, self.flights[row], needed, plain) for row in rows.tolist()]
+        return torch.tensor(fits, device=rows.device)
+
+    @property
     def plainly_guided(self) -> bool:
         """Whether the output is classifier-free guidance of two halves and nothing more."""
         return self.output_uncond is not None and self.guide.guidance_rescale == 0
@@ -262,6 +278,8 @@ class _Step:
                 opened = self.opened(measured)
         if not self.config.c3 or not bool(opened.any()):
             return eps
+        if self.config.gradient == "full":
+            opened = opened & self.affords(rows, self.rest + self.cost).to(opened.device)
         inner = opened.nonzero().flatten()
         for row in rows[inner].tolist():
             self.terms[row].append("dissimilarity")
@@ -275,10 +293,9 @@ class _Step:
         assert self.output_uncond is not None
         s1, s2 = self.strengths(rows, measured, opened)
         repeated = [self.guide.index.captions[row] for row in measured.row.tolist()]
-        told = [caption is not None for caption in repeated]
-        if self.guide.denoiser.encode_captions is None:
-            told = [False] * len(told)
-        s2 = torch.where(torch.tensor(told, device=s2.device), s2, 0.0)
+        texts = self.guide.denoiser.encode_captions is not None
+        told = torch.tensor([texts and caption is not None for caption in repeated], device=s2.device)
+        s2 = torch.where(told & self.affords(rows, self.rest + 1).to(s2.device), s2, 0.0)
         acting = (s1 > 0) | (s2 > 0)
         if not bool(acting.any()):
             return eps
@@ -362,7 +379,7 @@ class _Step:
             x0_hat = self.prediction.x0_hat(self.prediction.to_eps(output, leaf), leaf)
             (gradient,) = torch.autograd.grad(x0_hat, leaf, x0_grad)
         for row in rows.tolist():
-            self.flights[row].evaluations += 1 if self.output_uncond is None else 2
+            self.flights[row].evaluations += self.cost
         return gradient
 
     def sent_back(self, rows: Tensor, x0_hat: Tensor, measured: Measured) -> Tensor:
@@ -371,10 +388,10 @@ class _Step:
         chosen = torch.tensor([row in self.alarmed for row in rows.tolist()], device=rows.device)
         near = torch.where(chosen, measured.row.to(rows.device), -1)
         if is_checkpoint(cfg, self.step.position, self.step.total):
-            chosen = chosen | too_close(cfg, guide.judges, x0_hat, measured).to(rows.device)
-            assert cfg.rewind_threshold is not None
-            own = (measured.similarity > cfg.rewind_threshold).to(rows.device)
-            near = torch.where(own, measured.row.to(rows.device), near)
+            close, found = too_close(cfg, guide.index, guide.judges, x0_hat, measured)
+            chosen, found = chosen | close.to(rows.device), found.to(rows.device)
+            near = torch.where(found >= 0, found, near)
+        chosen = chosen & self.affords(rows, self.step.total * self.cost)
         marked = send_back(cfg, guide.index, guide.denoiser, flights, chosen, near).to(rows.device)
         for row in rows[marked].tolist():
             self.terms[row].append("rewind")

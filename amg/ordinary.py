@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,17 @@ def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight,
     alike = closest_captions(flight.prompt or "", captions) or closest_captions(index.captions[row], captions)
     if alike:
         flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
+
+
+def warn_without_captions(index: Any) -> None:
+    """Say to the caller's caller that a text model's later tries can only go back to the memorised prompt."""
+    if index.captioned:
+        return
+    warnings.warn(
+        f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only be tried "
+        "again with the same prompt, and is blocked where that brings the copy back; build it with `captions=`",
+        stacklevel=4,
+    )
 
 
 def closest_captions(caption: str, others: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amg.checkpoint import affords
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.group import Group
@@ -18,7 +19,9 @@ from amg.ordinary import despecify
 from amg.predict import Conditions
 from amg.rewind import pristine
 from amg.sampler import Run, denoise
-from amg.verdict import MemorizedError, Neighbour, Verdict
+from amg.verdict import GuardVerdict, MemorizedError, Neighbour, Verdict
+
+RANGE_TOLERANCE = 1e-3
 
 
 class Delivery(NamedTuple):
@@ -35,12 +38,15 @@ class Delivery(NamedTuple):
 def check(
     images: Tensor, index: Any, also: Sequence[Any], config: AMGConfig, flights: Sequence[Flight]
 ) -> list[Verdict]:
-    """One verdict per image, from the full embedder and exact search, under `index` and each of `also`.
+    """One verdict per image, from the full embedder, exact search and the guard, under `index` and each of
+    `also`.
 
-    `images` float [B, 3, H, W] in [0, 1]. `also` are held to their metric's threshold of the same preset.
-    Raises where a check cannot be made (non-finite values, a corrupt index): never an unchecked image.
+    `images` float [B, 3, H, W] in [0, 1]; each is looked at as it is and rounded to 8 bits, the closer
+    counts. `also` are held to their metric's threshold of the same preset. Raises where a check cannot be
+    made (values that are not finite or not in [0, 1], a corrupt index): never an unchecked image.
     """
     require_finite("images", images)
+    _require_range(images)
     verdicts = _under(images, index, config)
     others = [_under(images, judge, config.under(judge.metric)) for judge in also]
     finished = []
@@ -71,8 +77,8 @@ def deliver(
     """Check finished images and do what `on_memorized` says with those that break the promise.
 
     "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most
-    `max_retries` times, then blocked; "block": a blank image; "flag": delivered, marked; "raise":
-    `MemorizedError`.
+    `max_retries` times and while `max_evaluations` allows, then blocked; "block": a blank image; "flag":
+    delivered, marked; "raise": `MemorizedError`.
     """
     config, index = run.guide.config, run.guide.index
     verdicts = check(images, index, also, config, flights)
@@ -83,23 +89,26 @@ def deliver(
         return Delivery(images, sample, verdicts, [])
     images, sample, replaced = images.clone(), sample.clone(), list(bad)
     attempts = config.max_retries if config.on_memorized == "resample" else 0
+    plain = run.count * (1 if conditions.uncond is None else 2)
     for _ in range(attempts):
-        where, mine = torch.tensor(bad, device=sample.device), [flights[row] for row in bad]
-        for row in bad:
-            if verdicts[row].similarity > verdicts[row].threshold:
-                despecify(config, index, run.guide.denoiser, flights[row], verdicts[row].neighbour.row)
+        again = [
+            row for row in bad if verdicts[row].memorized and affords(config, flights[row], plain, plain)
+        ]
+        if not again:
+            break
+        where, mine = torch.tensor(again, device=sample.device), [flights[row] for row in again]
+        for row in again:
+            _despecify(run, flights[row], verdicts[row])
         sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
             sample.dtype
         )
         images[where] = decode(run, sample[where]).to(images.dtype)
-        for row, verdict in zip(bad, check(images[where], index, also, config, mine), strict=True):
+        for row, verdict in zip(again, check(images[where], index, also, config, mine), strict=True):
             verdicts[row] = verdict
-        bad = [row for row in bad if verdicts[row].memorized]
-        if not bad:
-            break
     for row in bad:
-        images[row], sample[row] = 0.0, 0.0
-        verdicts[row] = replace(verdicts[row], blocked=True)
+        if verdicts[row].memorized:
+            images[row], sample[row] = 0.0, 0.0
+            verdicts[row] = replace(verdicts[row], blocked=True)
     return Delivery(images, sample, verdicts, replaced)
 
 
@@ -124,7 +133,7 @@ def decode(run: Run, sample: Tensor) -> Tensor:
     """The finished picture, float32 [B, 3, H, W] in [0, 1], rounded to the 8 bits it will be delivered in."""
     images = run.guide.denoiser.decode(sample).float()
     require_finite("images", images)  # before clamping turns an infinity into white
-    return (images.clamp(0, 1) * 255).round() / 255
+    return _to_8_bits(images)
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
@@ -137,20 +146,67 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     )
 
 
+def _require_range(images: Tensor) -> None:
+    """What is checked must be what is seen: a copy in other units is far from every training image."""
+    low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"`images` must be in [0, 1] to be checked, got values from {low:g} to {high:g}")
+
+
 def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:
-    similarity, row, _ = index.with_searcher("exact").nearest(index.embed(images.float()))
+    """Verdicts of `images` under one index: whichever is closer, the image or its rounding to 8 bits."""
+    images = images.float()
+    rounded = _to_8_bits(images)
+    shown = [images] if torch.equal(images, rounded) else [images, rounded]
+    looks = [index.closest(one) for one in shown]
+    similarity, row = _largest([(look.similarity, look.row) for look in looks])
     require_finite("similarity", similarity)
     assert config.threshold is not None
+    guards: Sequence[GuardVerdict | None] = [None] * len(images)
+    if config.guard_threshold is not None and index.guard is not None:
+        alike = _largest([look.guard for look in looks])
+        require_finite("guard", alike[0])
+        guards = [
+            GuardVerdict(value, config.guard_threshold, _neighbour(index, found))
+            for value, found in zip(*(part.tolist() for part in alike), strict=True)
+        ]
     return [
         Verdict(
             index.metric,
             value,
             config.threshold,
-            Neighbour(found, index.ids[found], index.captions[found]),
-            memorized=value > config.threshold,
+            _neighbour(index, found),
+            memorized=value > config.threshold or (guard is not None and guard.memorized),
+            guard=guard,
         )
-        for value, found in zip(similarity.tolist(), row.tolist(), strict=True)
+        for value, found, guard in zip(similarity.tolist(), row.tolist(), guards, strict=True)
     ]
+
+
+def _largest(looks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The largest similarity [B] of several looks at the same images, and its row [B]."""
+    similarity, which = torch.stack([similarity for similarity, _ in looks]).max(dim=0)
+    row = torch.stack([row for _, row in looks]).gather(0, which[None])[0]
+    return similarity, row
+
+
+def _neighbour(index: Any, row: int) -> Neighbour:
+    return Neighbour(row, index.ids[row], index.captions[row])
+
+
+def _despecify(run: Run, flight: Flight, verdict: Verdict) -> None:
+    """Give a sample's re-run an ordinary caption near the image that the metric, or else the guard, named."""
+    row = None
+    if verdict.similarity > verdict.threshold:
+        row = verdict.neighbour.row
+    elif verdict.guard is not None and verdict.guard.memorized:
+        row = verdict.guard.neighbour.row
+    if row is not None:
+        despecify(run.guide.config, run.guide.index, run.guide.denoiser, flight, row)
+
+
+def _to_8_bits(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def _strong(config: AMGConfig) -> AMGConfig:
@@ -160,6 +216,8 @@ def _strong(config: AMGConfig) -> AMGConfig:
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
         check_at=(),
+        guard_threshold=config.guard_threshold,
+        max_evaluations=config.max_evaluations,
     ).for_metric(config.metric)
     strong = replace(strong, max_rewinds=max(config.max_rewinds or 0, strong.max_rewinds or 0))
     if not config.active:

@@ -37,11 +37,27 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class GuardVerdict:
+    """What an index's guard says of one image: `similarity` of its structure, in [-1, 1], to the training
+    image most alike, and the `guard_threshold` it was held to."""
+
+    similarity: float
+    threshold: float
+    neighbour: Neighbour
+
+    @property
+    def memorized(self) -> bool:
+        """Whether the guard calls it a copy."""
+        return self.similarity > self.threshold
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The final check of one delivered image.
 
     `similarity` is the exact similarity to the nearest training image (cosine in [-1, 1], or -nL2) and
-    `threshold` the promise; `memorized` is `similarity > threshold` under this index or any of `also`.
+    `threshold` the promise; `guard` is what the index's guard says, None where it has none or was not asked;
+    `memorized`: `similarity > threshold`, or `guard.memorized`, under this index or any of `also`.
     `rewinds` counts returns to an early step, `retries` whole re-runs, `evaluations` denoiser evaluations of
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
     `similarity` is that of the image withheld).
@@ -58,6 +74,17 @@ class Verdict:
     evaluations: int = 0
     trace: tuple[TraceStep, ...] = ()
     also: tuple[Verdict, ...] = ()
+    guard: GuardVerdict | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """What says that the image is memorised, and of which training image; None where nothing does."""
+        if self.similarity > self.threshold:
+            return f"{self.metric} {self.similarity:.3f} > {self.threshold:g} to {self.neighbour.id!r}"
+        if self.guard is not None and self.guard.memorized:
+            guard = self.guard
+            return f"guard {guard.similarity:.3f} > {guard.threshold:g} to {guard.neighbour.id!r}"
+        return next((other.reason for other in self.also if other.reason), None)
 
     def as_dict(self, trace: bool = True) -> dict[str, Any]:
         """The verdict as plain JSON values; `trace=False` leaves the per-step trace out."""
@@ -78,9 +105,10 @@ class Verdict:
             for step in values["trace"]
         )
         also = tuple(Verdict.from_dict(other) for other in values["also"])
-        return Verdict(
-            **{**values, "neighbour": Neighbour(**values["neighbour"]), "trace": trace, "also": also}
-        )
+        found = values.get("guard")  # verdicts of earlier versions have none
+        guard = found and GuardVerdict(**{**found, "neighbour": Neighbour(**found["neighbour"])})
+        neighbour = Neighbour(**values["neighbour"])
+        return Verdict(**{**values, "neighbour": neighbour, "trace": trace, "also": also, "guard": guard})
 
 
 class MemorizedError(RuntimeError):
@@ -88,9 +116,8 @@ class MemorizedError(RuntimeError):
 
     def __init__(self, verdicts: list[Verdict]):
         rows = [row for row, verdict in enumerate(verdicts) if verdict.memorized]
-        worst = max((verdicts[row] for row in rows), key=lambda verdict: verdict.similarity)
+        worst = verdicts[rows[0]]
         super().__init__(
-            f"{len(rows)} of {len(verdicts)} images are memorised (rows {rows}): similarity "
-            f"{worst.similarity:.3f} > {worst.threshold} to training image {worst.neighbour.id!r}"
+            f"{len(rows)} of {len(verdicts)} images are memorised (rows {rows}), first {worst.reason}"
         )
         self.verdicts = verdicts

@@ -173,7 +173,7 @@ def test_a_resampled_image_is_what_it_would_be_alone(indexes: dict) -> None:
 def test_resample_ends_in_a_block(indexes: dict) -> None:
     """A model that can only draw its picture: guidance recolours it, and the second judge still knows it."""
     for retries in (0, 1, 2):
-        config = AMGConfig.preset("main", max_retries=retries, max_rewinds=0)
+        config = AMGConfig.preset("main", max_retries=retries, max_rewinds=0, max_evaluations=None)
         delivery, network = settle(config, indexes["nl2"], [indexes["cosine"]], rows=[0, 2], weight=1.0)
         assert delivery.replaced == [0, 1]
         for row, verdict in enumerate(delivery.verdicts):
@@ -206,7 +206,7 @@ def test_one_judge_is_enough_to_block(indexes: dict) -> None:
     picture = toy.training_pictures()[3].float() / 255
     recoloured = ((picture - picture.mean()) * 0.35 + 0.15)[None].clamp(0, 1)
     index, judge = indexes["nl2"], indexes["cosine"]
-    strict = AMGConfig.preset("main", on_memorized="block", threshold=-0.2)
+    strict = AMGConfig.preset("main", on_memorized="block", threshold=-0.2, guard_threshold=None)
     run, _ = make_run(strict, index)
     conditions = toy.conditions([3], [0.0], guided=False)
     without = deliver(recoloured, recoloured * 2 - 1, run, conditions, flights_of([0]))
@@ -214,6 +214,54 @@ def test_one_judge_is_enough_to_block(indexes: dict) -> None:
     assert not without.verdicts[0].memorized
     expected = verdict_of(recoloured[0], judge)[0] > 0.5
     assert with_judge.verdicts[0].memorized == with_judge.verdicts[0].blocked == expected is True
+
+
+def test_the_guard_alone_is_enough_to_block(indexes: dict) -> None:
+    """The same recoloured copy, with no other index: its structure is the training image's."""
+    picture = toy.training_pictures()[3].float() / 255
+    recoloured = ((picture - picture.mean()) * 0.35 + 0.15)[None].clamp(0, 1)
+    run, _ = make_run(AMGConfig.preset("main", on_memorized="block", threshold=-0.2), indexes["nl2"])
+    conditions = toy.conditions([3], [0.0], guided=False)
+    delivery = deliver(recoloured, recoloured * 2 - 1, run, conditions, flights_of([0]))
+    (verdict,) = delivery.verdicts
+    assert verdict.similarity < verdict.threshold and verdict.guard is not None
+    assert verdict.guard.memorized and verdict.guard.threshold == 0.8 and verdict.guard.neighbour.row == 3
+    assert verdict.memorized and verdict.blocked and float(delivery.images.abs().max()) == 0
+    assert verdict.reason is not None and verdict.reason.startswith("guard 0.99")
+    assert amg.Verdict.from_dict(json.loads(json.dumps(verdict.as_dict()))) == verdict
+
+
+@pytest.mark.parametrize("ceiling", [1.0, 2.0, 3.0, 4.5])
+def test_no_image_costs_more_than_its_ceiling(indexes: dict, ceiling: float) -> None:
+    """A model that can only draw its picture, with every return allowed: blocked before it costs more."""
+    config = AMGConfig.preset("main", max_retries=9, max_rewinds=9, max_evaluations=ceiling, c3=0.0)
+    delivery, _ = settle(config, indexes["nl2"], [indexes["cosine"]], rows=[0, 2], weight=1.0)
+    for verdict in delivery.verdicts:
+        assert verdict.blocked and verdict.evaluations <= ceiling * 6
+        assert verdict.evaluations > (ceiling - 2) * 6, "what the ceiling allows was tried"
+
+
+def test_pictures_in_other_units_are_refused(indexes: dict) -> None:
+    """A copy in [-1, 1] or [0, 255] is far from every training image, and nobody would be told."""
+    images, config = toy.decode(finished()), AMGConfig.preset("main").for_metric("nl2")
+    for other in (images * 2 - 1, images * 255, images - 0.5):
+        with pytest.raises(ValueError, match=r"`images` must be in \[0, 1\] .*, got values from"):
+            check(other, indexes["nl2"], (), config, flights_of(range(4)))
+    nearly = check(images * 1.001, indexes["nl2"], (), config, flights_of(range(4)))
+    assert [verdict.memorized for verdict in nearly] == [True, False, True, False]
+
+
+def test_the_picture_that_is_stored_is_checked_too(indexes: dict) -> None:
+    """Whoever takes an array stores 8 bits: the similarity is that of the array or of its rounding, the
+    larger."""
+    index, config = indexes["cosine"], AMGConfig.preset("main").for_metric("cosine")
+    raw = (toy.decode(finished()) + 0.4 / 255).clamp(0, 1)  # what rounding brings back to the training image
+    rounded = (raw * 255).round() / 255
+    found = check(raw, index, (), config, flights_of(range(4)))
+    for row, verdict in enumerate(found):
+        closest = max(verdict_of(one[row], index)[0] for one in (raw, rounded))
+        assert verdict.similarity == pytest.approx(closest, abs=1e-6)
+    assert found[0].similarity > verdict_of(raw[0], index)[0] + 1e-6
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -1,5 +1,6 @@
 """The training set on disk: build, open, search, verify."""
 
+from amg.index.add_guard import add_guard
 from amg.index.errors import (
     EmbedderMismatch,
     IndexBuildError,
@@ -21,4 +22,5 @@ __all__ = [
     "IndexNotFound",
     "IndexStorageError",
     "IndexVersionError",
+    "add_guard",
 ]

@@ -97,13 +97,13 @@ def _run(
     journal = None
     if state.shards:
         journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
-    with _progress_bar(source.length, state.position, progress) as bar:
+    with progress_bar(source.length, state.position, progress) as bar:
         reader = ShardReader(_resume_stream(source, state), captions, plan, state.image_size, bar)
         while shard := reader.read():
             if journal is None:
                 state = dataclasses.replace(state, dimension=reader.dimension(), image_size=reader.image_size)
                 journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
-            journal.commit(shard.rows, shard.entries, shard.last_digest)
+            journal.commit(shard.rows, shard.guard, shard.entries, shard.last_digest)
     if journal is None:
         raise IndexBuildError("`images` is empty")
     if journal.state.kept == 0:
@@ -133,7 +133,7 @@ def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]
 
 
 @contextmanager
-def _progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]:
+def progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]:
     if not shown:
         yield None
         return

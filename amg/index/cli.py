@@ -1,4 +1,4 @@
-"""`amg index build | info | verify | search`."""
+"""`amg index build | info | verify | guard | search`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from amg.index.add_guard import add_guard
 from amg.index.errors import IndexFault
 from amg.index.index import Index
 
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   amg index build train.parquet --out laion.amg --embedder sscd:sscd.safetensors --captions text
   amg index info laion.amg
   amg index verify laion.amg
+  amg index guard old.amg photos/                                 for an index of an earlier version
   amg index search picture.png --index laion.amg --embedder sscd:sscd.safetensors -k 5
 """
 EMBEDDER_HELP = "pixels (default), photos, sscd:PATH or open_clip:MODEL:PATH"
@@ -41,6 +43,15 @@ def add_parser(subparsers: Any) -> None:
     verify = commands.add_parser("verify", help="check the sha256 of every file; reads all of them")
     verify.add_argument("path", metavar="INDEX", help="directory of the index")
     verify.set_defaults(run=_reporting(run_verify))
+    guard = commands.add_parser(
+        "guard",
+        help="add the guard that an index of an earlier version lacks",
+        description="Add a guard to an index that was built without one, from the pictures it was built of.",
+    )
+    guard.add_argument("path", metavar="INDEX", help="directory of the index")
+    guard.add_argument("images", metavar="IMAGES", help="what it was built of: a folder or Parquet")
+    guard.add_argument("--quiet", action="store_true", help="no progress bar")
+    guard.set_defaults(run=_reporting(run_guard))
     _add_search(commands)
 
 
@@ -171,6 +182,12 @@ def run_verify(arguments: argparse.Namespace) -> None:
     print(f"{index.path}: {len(index.manifest.files)} files, {total:,} bytes, every sha256 as it should be")
 
 
+def run_guard(arguments: argparse.Namespace) -> None:
+    """amg index guard."""
+    add_guard(arguments.path, arguments.images, progress=not arguments.quiet)
+    print_info(Index.open(arguments.path))
+
+
 def run_search(arguments: argparse.Namespace) -> None:
     """amg index search."""
     from amg.index.images import UnreadableImage, import_pil
@@ -209,6 +226,12 @@ def print_hit(index: Index, image: str, rank: int, similarity: float, row: int, 
     print(f"{image}  {rank}.  {measure}  row {row}  {hit['id']}{copies}{caption}")
 
 
+def _guard_line(index: Index) -> str:
+    if index.guard is None:
+        return "none: built by an earlier version, see `amg index guard`"
+    return f"{len(index.guard.rows):,} sketches ({index.manifest.guard})"
+
+
 def print_info(index: Index) -> None:
     """What an index holds, a line each."""
     manifest = index.manifest
@@ -219,6 +242,8 @@ def print_info(index: Index) -> None:
         "rows": f"{manifest.count:,} of {manifest.dimension:,} {manifest.dtype}",
         "images": f"{manifest.images:,} ({manifest.images - manifest.count:,} folded as duplicates)",
         "skipped": f"{len(manifest.skipped):,} unreadable",
+        "captions": f"{index.captioned:,} of {manifest.count:,} rows",
+        "guard": _guard_line(index),
         "embedder": manifest.embedder.name if manifest.embedder else "none (pixels)",
         "embedder sha256": manifest.embedder.sha256 if manifest.embedder else None,
         "preprocessing": manifest.preprocessing,

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from amg.index.guard import SKETCH
 from amg.index.journal import Journal, read_logs
 from amg.index.plan import BuildPlan
 from amg.index.store import (
     CODE_ERRORS,
     CODE_SCALES,
     CODES,
+    GUARD,
     META,
     ROWS_FILE,
     Manifest,
@@ -44,7 +46,8 @@ def finish_index(journal: Journal, plan: BuildPlan) -> None:
     partial, state = journal.partial, journal.state
     folding = fold_captions(partial, state.shards, state.kept)
     _write_meta(partial, state.shards, folding)
-    names = [ROWS_FILE[plan.dtype], META, *_write_codes(journal, plan.metric)]
+    names = [ROWS_FILE[plan.dtype], META, GUARD, *_write_codes(journal, plan.metric)]
+    names += journal.members.finish(partial)
     skipped = tuple(_skipped(partial, state.shards))
     assert state.dimension is not None
     manifest = Manifest(
@@ -59,6 +62,7 @@ def finish_index(journal: Journal, plan: BuildPlan) -> None:
         near_duplicate=plan.near_duplicate,
         skipped=skipped,
         files={name: file_record(partial / name) for name in sorted(names)},
+        guard=SKETCH,
     )
     write_manifest(partial, manifest)
     journal.clear()

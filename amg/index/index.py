@@ -10,13 +10,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
 from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
+from amg.index.guard import Alike, Guard, map_guard
 from amg.index.lazy import Kept, nearest_lazily
+from amg.index.members import Members, map_members, member_rows
+from amg.index.seal import Seal
 from amg.index.store import (
     CODE_ERRORS,
     CODE_SCALES,
@@ -55,17 +58,31 @@ def _pick(values: list, rows: list) -> list:
     return [_pick(values, row) if isinstance(row, list) else values[row] for row in rows]
 
 
+class Closest(NamedTuple):
+    """Of each picture: similarity [B] to the closest training image and its row [B], over every picture
+    indexed; and the guard's answer, None where the index has none."""
+
+    similarity: torch.Tensor
+    row: torch.Tensor
+    guard: Alike | None
+
+
 class Index:
     """A training set on disk, memory-mapped. Build or open one with Index.build and Index.open.
 
     metric: "cosine" (unit vectors of an embedder) or "nl2" (pixels). rows: [count, dimension] on `device`,
     fp16 or fp32 unit vectors, or uint8 pixels in CHW order. image_size: (H, W) of a pixel index, else None.
-    manifest: what the index says of itself (store.Manifest). similarity is larger = closer everywhere: the
-    cosine, or −nL2. Nothing in it changes after opening, so threads may share one.
+    manifest: what the index says of itself (store.Manifest). guard: sketches of every picture (guard.Guard),
+    None in an index of an earlier version. members: folded pictures, None where there are none. similarity is
+    larger = closer everywhere: the cosine, or −nL2. Nothing in it changes after opening, so threads may share
+    one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
         self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
+        self.guard: Guard | None = map_guard(path, manifest, member_rows(path, manifest))
+        self.members: Members | None = map_members(path, manifest)
+        self.seal = Seal(path, manifest)
         self.embedder: Any = None
         self.searcher_spec = "exact"
         self.searcher: Searcher = _make_searcher("exact", rows, manifest.metric, codes)
@@ -135,6 +152,13 @@ class Index:
                 "with fewer, its usual threshold of 1.4 does not mean the same",
                 stacklevel=2,
             )
+        if manifest.guard is None:
+            warnings.warn(
+                f"{directory} has no guard (it was built by an earlier version): copies that guidance pushed "
+                "just under the metric's threshold pass its final check; "
+                f"`amg index guard {directory} IMAGES` adds one",
+                stacklevel=2,
+            )
         index = Index(directory, manifest, map_rows(directory, manifest), _map_codes(directory, manifest))
         index = index.to(device)
         if embedder is not None:
@@ -165,6 +189,8 @@ class Index:
         moved = copy.copy(self)
         moved.rows = self.rows.to(target)
         moved.codes = None if self.codes is None else Codes(*(part.to(target) for part in self.codes))
+        moved.guard = None if self.guard is None else self.guard.to(target)
+        moved.members = None if self.members is None else self.members.to(target)
         moved.searcher = _make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)
         return moved
 
@@ -206,6 +232,11 @@ class Index:
     def captions(self) -> list[str | None]:
         """Caption of each row: the most frequent among the images folded into it."""
         return self._meta["caption"]
+
+    @functools.cached_property
+    def captioned(self) -> int:
+        """Rows that have a caption with a word in it."""
+        return sum(caption is not None and bool(caption.strip()) for caption in self.captions)
 
     @property
     def sources(self) -> list[str]:
@@ -261,6 +292,25 @@ class Index:
         if kept is not None and isinstance(self.searcher, ExactCosine) and self.device.type == "cpu":
             return nearest_lazily(self.searcher, vectors, kept, limit=limit)
         return self.searcher.nearest(vectors)
+
+    @torch.no_grad()
+    def closest(self, images: torch.Tensor) -> Closest:
+        """The closest of *all* training images to each of `images`, float [B, 3, H, W] in [0, 1].
+
+        The call of the final check, by exact search: folded pictures are looked through as well as the rows
+        that stand for them, and the guard is asked. Raises as embed(), and IndexCorrupt where a file changed
+        (see `seal`).
+        """
+        self.seal.check()
+        vectors = self._check(self.embed(images))
+        found = self.with_searcher("exact").searcher.nearest(vectors)
+        similarity, row = found.similarity, found.row
+        if self.members is not None:
+            denominator = None if found.extras is None else found.extras.denominator
+            folded, owner = self.members.nearest(vectors, self.metric, denominator)
+            nearer = folded > similarity
+            similarity, row = torch.where(nearer, folded, similarity), torch.where(nearer, owner, row)
+        return Closest(similarity, row, None if self.guard is None else self.guard.nearest(images))
 
     def search(self, queries: Any, k: int = 1) -> Hits:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from amg.index.errors import IndexBuildError
@@ -28,7 +27,18 @@ from amg.index.fold import (
     sketch_dimension,
     sketch_rows,
 )
-from amg.index.store import DTYPES, ROWS_FILE, import_parquet, map_file, write_atomically
+from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH
+from amg.index.members import MemberLog, differing
+from amg.index.store import (
+    DTYPES,
+    GUARD,
+    ROWS_FILE,
+    append,
+    import_parquet,
+    map_file,
+    truncate,
+    write_atomically,
+)
 
 STATE, SHARDS, SKETCHES = "state.json", "shards", "sketches.f32"
 HASH_BLOCK_BYTES = 1 << 26
@@ -36,7 +46,8 @@ HASH_BLOCK_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class State:
-    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W)."""
+    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W), and
+    folded images kept beside their rows."""
 
     identity: dict[str, Any]
     position: int = 0
@@ -45,6 +56,7 @@ class State:
     last_digest: str = ""
     image_size: tuple[int, int] | None = None
     dimension: int | None = None
+    members: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,8 @@ class Journal:
         self.partial, self.state, self.rule = partial, state, rule
         self.dtype, self.dimension = DTYPES[dtype], state.dimension
         self.rows_path, self.sketch_path = partial / ROWS_FILE[dtype], partial / SKETCHES
+        self.guard_path = partial / GUARD
+        self.members = MemberLog(partial, dtype, state.dimension, state.members)
         self.table = HashTable()
         (partial / SHARDS).mkdir(exist_ok=True)
         self._cut_back()
@@ -106,8 +120,9 @@ class Journal:
     def _cut_back(self) -> None:
         """Drop what lies beyond the state, and hash the rows that stay."""
         row_bytes = self.dimension * torch.empty((), dtype=self.dtype).element_size()
-        _truncate(self.rows_path, self.state.kept * row_bytes)
-        _truncate(self.sketch_path, self.state.kept * 4 * sketch_dimension(self.dimension, self.rule))
+        truncate(self.rows_path, self.state.kept * row_bytes)
+        truncate(self.guard_path, self.state.kept * SKETCH_LENGTH * SKETCH_DTYPE.itemsize)
+        truncate(self.sketch_path, self.state.kept * 4 * sketch_dimension(self.dimension, self.rule))
         rows, step = self.rows(), max(1, HASH_BLOCK_BYTES // row_bytes)
         for start in range(0, self.state.kept, step):
             self.table.add(row_hashes(rows[start : start + step]), start)
@@ -125,14 +140,25 @@ class Journal:
             return torch.empty(0, width)
         return map_file(self.sketch_path, torch.float32, self.state.kept, width)
 
-    def commit(self, rows: torch.Tensor, entries: list[LogEntry], last_digest: str) -> None:
-        """Fold a shard in and flush it: rows [n, D] of the n of its entries whose reason is None."""
+    def guard(self) -> torch.Tensor:
+        """The guard's sketches of the rows kept so far [kept, 2048], memory-mapped."""
+        if self.state.kept == 0:
+            return torch.empty(0, SKETCH_LENGTH, dtype=SKETCH_DTYPE)
+        return map_file(self.guard_path, SKETCH_DTYPE, self.state.kept, SKETCH_LENGTH)
+
+    def commit(
+        self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], last_digest: str
+    ) -> None:
+        """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
+        whose reason is None."""
         hashes, kept = row_hashes(rows), self.rows()
         sketches = sketch_rows(rows, self.rule) if len(rows) else torch.empty(0, self.sketches().shape[1])
         duplicate_of = same_content(hashes, rows, self.table, kept)
         assigned, keep = fold_shard(rows, sketches, duplicate_of, kept, self.sketches(), self.rule)
-        _append(self.rows_path, rows[keep])
-        _append(self.sketch_path, sketches[keep])
+        append(self.rows_path, rows[keep])
+        append(self.guard_path, guard[keep])
+        append(self.sketch_path, sketches[keep])
+        self._add_members(rows, guard, assigned, keep)
         row_of = iter(assigned)
         numbered = [
             entry if entry.reason else dataclasses.replace(entry, row=next(row_of)) for entry in entries
@@ -141,10 +167,29 @@ class Journal:
         self.table.add(hashes[keep], self.state.kept)
         self._advance(entries[-1].position + 1, self.state.kept + len(keep), last_digest)
 
+    def _add_members(
+        self, rows: torch.Tensor, guard: torch.Tensor, assigned: list[int], keep: list[int]
+    ) -> None:
+        """Keep the folded images of a shard that are not their row's bit for bit."""
+        kept, own = {*keep}, torch.tensor(assigned, dtype=torch.int64)
+        folded = torch.tensor([at for at in range(len(rows)) if at not in kept], dtype=torch.int64)
+        if not len(folded):
+            return
+        own_rows, own_guard = (
+            _of_rows(old, new[keep], own[folded]) for old, new in ((self.rows(), rows), (self.guard(), guard))
+        )
+        other = folded[differing(rows[folded], guard[folded], own_rows, own_guard)]
+        self.members.add(rows[other], guard[other], own[other].tolist())
+
     def _advance(self, position: int, kept: int, last_digest: str) -> None:
         shards = self.state.shards + 1
         state = dataclasses.replace(
-            self.state, position=position, kept=kept, shards=shards, last_digest=last_digest
+            self.state,
+            position=position,
+            kept=kept,
+            shards=shards,
+            last_digest=last_digest,
+            members=self.members.count,
         )
         write_atomically(self.partial / STATE, json.dumps(dataclasses.asdict(state)))
         self.state = state
@@ -153,23 +198,17 @@ class Journal:
         """Remove everything that is not part of the finished index; the state first."""
         (self.partial / STATE).unlink(missing_ok=True)
         self.sketch_path.unlink(missing_ok=True)
+        self.members.clear()
         shutil.rmtree(self.partial / SHARDS)
 
 
-def _truncate(path: Path, size: int) -> None:
-    if size and (not path.is_file() or path.stat().st_size < size):
-        raise IndexBuildError(
-            f"{path} is shorter than the build's state says: pass resume=False to discard it"
-        )
-    with open(path, "ab") as file:
-        file.truncate(size)
-
-
-def _append(path: Path, values: torch.Tensor) -> None:
-    with open(path, "ab") as file:
-        file.write(np.ascontiguousarray(values.numpy()).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+def _of_rows(old: torch.Tensor, new: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Lines `numbers` [n] of `old` [m, D] followed by `new`, without joining the two."""
+    taken = torch.empty(len(numbers), new.shape[1], dtype=new.dtype)
+    before = numbers < len(old)
+    taken[before] = old[numbers[before]]
+    taken[~before] = new[numbers[~before] - len(old)]
+    return taken
 
 
 def _write_log(path: Path, entries: list[LogEntry]) -> None:

@@ -14,6 +14,7 @@ from amg.index.captions import Captions
 from amg.index.encode import embedder_record
 from amg.index.errors import IndexBuildError
 from amg.index.fold import DEFAULT_NEAR_DUPLICATE, FoldRule
+from amg.index.guard import SKETCH
 from amg.index.images import ImageSource
 from amg.index.store import DTYPES, EmbedderRecord
 
@@ -65,6 +66,7 @@ class BuildPlan:
             "batch_size": self.batch_size,
             "shard": [SHARD_IMAGES, SHARD_BYTES],
             "near_duplicate": self.near_duplicate,
+            "guard": SKETCH,
         }
 
 

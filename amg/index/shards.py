@@ -13,6 +13,7 @@ import torch
 from amg.index.captions import Captions
 from amg.index.encode import resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
+from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH, sketch
 from amg.index.images import TrainingImage, UnreadableImage
 from amg.index.journal import LogEntry
 from amg.index.plan import BuildPlan
@@ -21,9 +22,11 @@ from amg.index.store import DTYPES
 
 @dataclass(frozen=True)
 class Shard:
-    """rows [n, D] of the n readable images; a log entry for each image; digest of the last one's pixels."""
+    """rows [n, D] and guard sketches [n, 2048] of the n readable images; a log entry for each image; digest
+    of the last one's pixels."""
 
     rows: torch.Tensor
+    guard: torch.Tensor
     entries: list[LogEntry]
     last_digest: str
 
@@ -45,6 +48,7 @@ class ShardReader:
     def read(self) -> Shard | None:
         """The next shard, None at the end. Raises IndexBuildError."""
         rows: list[torch.Tensor] = []
+        guard: list[torch.Tensor] = [torch.empty(0, SKETCH_LENGTH, dtype=SKETCH_DTYPE)]
         entries: list[LogEntry] = []
         digest = ""
         while len(entries) < self._shard_images():
@@ -57,6 +61,7 @@ class ShardReader:
             readable = [pixels for pixels in loaded if isinstance(pixels, torch.Tensor)]
             if readable:
                 rows.append(self._encode(readable, entries[-len(window) :]))
+                guard += [sketch(to_float(pixels)[None]) for pixels in readable]
             if self.bar is not None:
                 self.bar.update(len(window))
         if not entries:
@@ -66,7 +71,7 @@ class ShardReader:
                 f"`images`: none of the first {len(entries)} could be read "
                 f"(first: {entries[0].id}: {entries[0].reason})"
             )
-        return Shard(torch.cat(rows) if rows else self._no_rows(), entries, digest)
+        return Shard(torch.cat(rows) if rows else self._no_rows(), torch.cat(guard), entries, digest)
 
     def _shard_images(self) -> int:
         known = self.plan.embedder is not None or self.image_size is not None

@@ -6,6 +6,9 @@ codes.i8              [count, dimension] int8 codes of the rows        } optiona
 codes.scales.f32      [count] one scale per row                       }
 codes.errors.f32      [count] norm of each row's rounding error       }
 meta.parquet          id, caption, count, source, caption_count: one line per row
+guard.f16             [count + M, 2048] sketches of the rows' pictures, then of M folded ones, see guard.py
+members.rows.i64      [M] the row that each of these was folded into           } where M > 0
+members.f16|f32|u8    [M, dimension] their vectors or pixels, as in rows.*     }
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from typing import Any
 
 import torch
 
-from amg.index.errors import IndexCorrupt, IndexNotFound, IndexVersionError
+from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
 
 FORMAT = "amg-index"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 META = "meta.parquet"
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
+GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
+SKETCH_BYTES = 4096  # of one picture in the guard
+MEMBERS_FILE = {"float16": "members.f16", "float32": "members.f32", "uint8": "members.u8"}
 ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 METRICS = ("cosine", "nl2")
@@ -66,7 +72,8 @@ class Manifest:
     near_duplicate: fold threshold (cosine similarity, or RMS distance on [0, 1] for pixels), None if off.
     preprocessing: what happened to an image before it became a row (or entered the embedder). passed_over:
     how many entries of the source were not taken for images, by reason. notes: how many images something
-    noteworthy was done to, by what. Fields with a default are absent from indexes of earlier versions.
+    noteworthy was done to, by what. guard: how the pictures' sketches were made, None without. Fields with a
+    default are absent from indexes of earlier versions.
     """
 
     metric: str
@@ -83,6 +90,7 @@ class Manifest:
     version: int = FORMAT_VERSION
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    guard: str | None = None
 
     @property
     def rows_file(self) -> str:
@@ -91,6 +99,15 @@ class Manifest:
     @property
     def has_codes(self) -> bool:
         return CODES in self.files
+
+    @property
+    def members_file(self) -> str:
+        return MEMBERS_FILE[self.dtype]
+
+    @property
+    def members(self) -> int:
+        """M: folded pictures that are kept beside the row they were folded into."""
+        return self.files[MEMBER_ROWS].size // 8 if MEMBER_ROWS in self.files else 0
 
 
 def _digest_of(record: dict[str, Any]) -> str:
@@ -153,6 +170,8 @@ def _manifest_of(record: dict[str, Any], path: Path) -> Manifest:
         fields["embedder"] = None if fields["embedder"] is None else EmbedderRecord(**fields["embedder"])
         fields["skipped"] = tuple(Skipped(**entry) for entry in fields["skipped"])
         fields["files"] = {name: FileRecord(**entry) for name, entry in fields["files"].items()}
+        if strange := [name for name in fields["files"] if os.path.basename(name) != name]:
+            raise ValueError(f"a file outside the index, {strange[0]!r}")
         return Manifest(**fields)
     except (KeyError, TypeError, ValueError) as error:
         raise IndexCorrupt(f"{path} lacks a field or holds an unknown one ({error!r})") from error
@@ -178,6 +197,24 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def truncate(path: Path, size: int) -> None:
+    """Cut a file of a build to `size` bytes. Raises IndexBuildError where it is shorter."""
+    if size and (not path.is_file() or path.stat().st_size < size):
+        raise IndexBuildError(
+            f"{path} is shorter than the build's state says: pass resume=False to discard it"
+        )
+    with open(path, "ab") as file:
+        file.truncate(size)
+
+
+def append(path: Path, values: torch.Tensor) -> None:
+    """Append a tensor's bytes to a file and flush them to disk."""
+    with open(path, "ab") as file:
+        file.write(values.contiguous().numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def file_record(path: Path) -> FileRecord:
     """Size and sha256 of a file, read in blocks."""
     digest = hashlib.sha256()
@@ -189,7 +226,7 @@ def file_record(path: Path) -> FileRecord:
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
     """Every file there, with the size the manifest states: O(files), no content read. Raises IndexCorrupt."""
-    required = {manifest.rows_file, META}
+    required = {manifest.rows_file, META, *([GUARD] if manifest.guard is not None else [])}
     for name in sorted(required | set(manifest.files)):
         if name not in manifest.files:
             raise IndexCorrupt(f"{directory / MANIFEST} does not list {name}")
@@ -198,13 +235,21 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise IndexCorrupt(f"{path} is missing (its manifest expects {expected} bytes)")
         if path.stat().st_size != expected:
             raise IndexCorrupt(f"{path} has {path.stat().st_size} bytes, its manifest expects {expected}")
-    itemsize = torch.empty((), dtype=DTYPES[manifest.dtype]).element_size()
-    needed = manifest.count * manifest.dimension * itemsize
-    if manifest.files[manifest.rows_file].size != needed:
-        raise IndexCorrupt(
-            f"{directory / manifest.rows_file} has {manifest.files[manifest.rows_file].size} bytes, "
-            f"{manifest.count} rows of {manifest.dimension} {manifest.dtype} need {needed}"
-        )
+    for name, needed in _sizes_needed(manifest).items():
+        if name in manifest.files and manifest.files[name].size != needed:
+            raise IndexCorrupt(
+                f"{directory / name} has {manifest.files[name].size} bytes, {manifest.count} rows of "
+                f"{manifest.dimension} {manifest.dtype} and {manifest.members} folded pictures need {needed}"
+            )
+
+
+def _sizes_needed(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each file whose size follows from the manifest's numbers."""
+    count, width, folded = manifest.count, manifest.dimension, manifest.members
+    row = width * DTYPES[manifest.dtype].itemsize
+    sizes = {manifest.rows_file: count * row, manifest.members_file: folded * row, MEMBER_ROWS: 8 * folded}
+    codes = {CODES: count * width, CODE_SCALES: 4 * count, CODE_ERRORS: 4 * count}
+    return {**sizes, **codes, GUARD: (count + folded) * SKETCH_BYTES}
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> None:

@@ -18,6 +18,7 @@ from amg.gate import Gate
 from amg.integrations.denoiser import is_latent
 from amg.integrations.hook import Session, guided_call
 from amg.integrations.identity import gate_of, screen_of
+from amg.ordinary import warn_without_captions
 from amg.promise import decode, deliver
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
@@ -55,6 +56,8 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
         unprotect(pipe)
     kind: Any = type(pipe)
     protection = Protection(index, config, tuple(also), gate_of(config), screen_of(config, pipe, index))
+    if is_latent(pipe):
+        warn_without_captions(index)
     pipe.__class__ = _protected(kind)
     pipe._amg_protection = protection
     return pipe

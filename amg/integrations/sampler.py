@@ -25,6 +25,7 @@ from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
 from amg.integrations.identity import gate_of, key_for, screen_of
 from amg.integrations.protect import to_pil
+from amg.ordinary import warn_without_captions
 from amg.predict import Conditions, Denoiser
 from amg.promise import decode, deliver
 from amg.rewind import pristine
@@ -103,6 +104,8 @@ class Sampler:
         self.denoiser = self._shared_denoiser(denoiser_for(pipe))
         self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)
+        if self.denoiser.encode_captions is not None and self.config.active:
+            warn_without_captions(index)
         self.gate = gate_of(self.config)
         self.screen = self._shared_screen(screen_of(self.config, pipe, index))
 

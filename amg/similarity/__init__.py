@@ -13,16 +13,18 @@ from amg.flight import Flight
 
 class Measured(NamedTuple):
     """What one measurement found: `similarity` [B] (sigma), `row` [B] (the neighbour), `extras` of the
-    metric."""
+    metric, and the `images` [B, 3, H, W] in [0, 1] that were measured, where they are at hand."""
 
     similarity: Tensor
     row: Tensor
     extras: dict[str, Tensor]
+    images: Tensor | None = None
 
     def take(self, rows: Tensor) -> Measured:
         """What was measured of some rows."""
         extras = {name: value[rows] for name, value in self.extras.items()}
-        return Measured(self.similarity[rows], self.row[rows], extras)
+        images = None if self.images is None else self.images[rows]
+        return Measured(self.similarity[rows], self.row[rows], extras, images)
 
 
 class Similarity(Protocol):
@@ -47,10 +49,15 @@ class Similarity(Protocol):
 
 
 class Judge(NamedTuple):
-    """A further index the finished images are held to: its metric, and its similarity of x0_hat."""
+    """A further index the finished images are held to, and its similarity of x0_hat."""
 
-    metric: str
+    index: Any
     similarity: Similarity
+
+    @property
+    def metric(self) -> str:
+        """The index's."""
+        return str(self.index.metric)
 
 
 def similarity_for(index: Any, denoiser: Any, *, lazy: bool = False) -> Similarity:
@@ -67,4 +74,4 @@ def similarity_for(index: Any, denoiser: Any, *, lazy: bool = False) -> Similari
 
 def judges_for(also: Sequence[Any], denoiser: Any) -> tuple[Judge, ...]:
     """The further indexes `also` as judges of a denoiser's x0_hat."""
-    return tuple(Judge(index.metric, similarity_for(index, denoiser)) for index in also)
+    return tuple(Judge(index, similarity_for(index, denoiser)) for index in also)

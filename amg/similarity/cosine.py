@@ -34,13 +34,13 @@ class CosineSimilarity:
     def measure(
         self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
     ) -> Measured:
-        embedding = self._embed(x0_hat)
-        return self._nearest(embedding, flights, limit)
+        images, embedding = self._embed(x0_hat)
+        return self._nearest(embedding, flights, limit)._replace(images=images)
 
     def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
         with torch.enable_grad():
             leaf = x0_hat.detach().requires_grad_()
-            embedding = self._embed(leaf)
+            _, embedding = self._embed(leaf)
         measured = self._nearest(embedding.detach(), flights)
         return measured._replace(extras={"gradient": self._back(embedding, leaf, measured)})
 
@@ -49,20 +49,21 @@ class CosineSimilarity:
             return measured.extras["gradient"]
         with torch.enable_grad():
             leaf = x0_hat.detach().requires_grad_()
-            embedding = self._embed(leaf)
+            _, embedding = self._embed(leaf)
         return self._back(embedding, leaf, measured)
 
     def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
         return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
 
-    def _embed(self, x0_hat: Tensor) -> Tensor:
-        """E(decode(x0_hat)), the picture clamped to [0, 1]; clamping is an identity to gradients, so that a
-        saturated pixel can still come back."""
+    def _embed(self, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture decode(x0_hat) clamped to [0, 1], and E of it; clamping is an identity to gradients, so
+        that a saturated pixel can still come back."""
         require_finite("x0_hat", x0_hat)
         images = self.decode(x0_hat)
-        embedding: Tensor = self.index.embedder(images + (images.clamp(0, 1) - images).detach())
+        images = images + (images.clamp(0, 1) - images).detach()
+        embedding: Tensor = self.index.embedder(images)
         require_finite("embedding", embedding)
-        return embedding
+        return images, embedding
 
     def _nearest(
         self, embedding: Tensor, flights: Sequence[Flight] | None, limit: float = -math.inf

@@ -47,9 +47,10 @@ class NL2Similarity:
         self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
     ) -> Measured:
         require_finite("x0_hat", x0_hat)
-        images = self.index.embed(self.decode(x0_hat).clamp(0, 1).float())
-        similarity, row, extras = self.index.nearest(images)
-        return Measured(similarity, row, {"distance": extras.distance, "denominator": extras.denominator})
+        images = self.decode(x0_hat).clamp(0, 1).float()
+        similarity, row, extras = self.index.nearest(self.index.embed(images))
+        scales = {"distance": extras.distance, "denominator": extras.denominator}
+        return Measured(similarity, row, scales, images)
 
     def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
         return self.measure(x0_hat, flights)

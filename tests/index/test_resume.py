@@ -95,7 +95,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(tmp_path, whole):
     assert index.count == 90 and index.counts[5:15].tolist() == [2] * 10
 
 
-@pytest.mark.parametrize("step", ["journal._append", "journal._write_log", "journal.write_atomically"])
+@pytest.mark.parametrize("step", ["journal.append", "journal._write_log", "journal.write_atomically"])
 def test_a_full_disk_leaves_nothing_half(tmp_path, pictures, monkeypatch, step):
     monkeypatch.setattr(f"amg.index.{step}", write_to_full_disk)
     with pytest.raises(IndexStorageError, match=r"disk full while building .* nothing was left behind"):
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_nothing_half(tmp_path, pictures, monkeypatch, step):
 
 def test_a_full_disk_later_on_can_be_resumed(tmp_path, whole):
     path = tmp_path / "full"
-    run = run_apart(path, limit=20_000)  # 48 rows of 384 bytes fit, 64 do not
+    run = run_apart(path, limit=200_000)  # 48 sketches of 4096 bytes fit, 64 do not
     assert "free space and run the same build again to resume" in run.stderr and "at image 48" in run.stderr
     assert not path.exists()
     assert run_here(path) == 52

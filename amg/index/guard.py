@@ -1,0 +1,100 @@
+"""The guard: a structural similarity that guidance never differentiates, kept for every picture indexed.
+
+A metric that guidance has pushed below its threshold is no evidence any more. The guard is another measure
+of the same pictures, which only ever looks: the cosine of their luminance gradients at 32x32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+import amg.kernels
+from amg.index.errors import IndexVersionError
+from amg.index.store import GUARD, Manifest, map_file
+
+SKETCH = "forward differences of luminance (Rec. 601) at 32x32, unit norm, version 1"
+SKETCH_SIDE = 32
+SKETCH_LENGTH = 2 * SKETCH_SIDE**2
+SKETCH_DTYPE = torch.float16
+LUMINANCE = (0.299, 0.587, 0.114)
+FLAT = 0.05  # norm of the differences below which a picture has no structure to be recognised by
+
+
+class Alike(NamedTuple):
+    """Each picture's most alike training image: cosine of the sketches [B] fp32, row of the index [B]."""
+
+    similarity: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Sketches [G, 2048] fp16 of every picture indexed, folded ones too, and the row [G] that stands for each
+    of them."""
+
+    sketches: Tensor
+    rows: Tensor
+
+    @torch.no_grad()
+    def nearest(self, images: Tensor) -> Alike:
+        """`images` float [B, 3, H, W], of which [0, 1] counts, anywhere -> Alike on the images' device.
+
+        Exact search over all sketches; a picture without structure is like none (0).
+        """
+        queries = _directions(images).to(self.sketches.device)
+        found = amg.kernels.top1_cosine(queries, self.sketches)
+        row = self.rows[found.row.to(self.rows.device)]
+        return Alike(found.similarity.to(images.device), row.to(images.device))
+
+    def to(self, device: torch.device) -> Guard:
+        """This guard with its sketches on another device."""
+        return Guard(self.sketches.to(device), self.rows.to(device))
+
+
+def map_guard(directory: Path, manifest: Manifest, folded: Tensor) -> Guard | None:
+    """The guard of an index on disk, None where it has none; `folded` [M]: the rows of its folded pictures.
+    Raises IndexVersionError for sketches made in another way."""
+    if manifest.guard is None:
+        return None
+    if manifest.guard != SKETCH:
+        raise IndexVersionError(
+            f"{directory / GUARD} holds {manifest.guard!r}, this package compares {SKETCH!r}: "
+            f"`amg index guard {directory} IMAGES` makes them anew"
+        )
+    sketches = map_file(directory / GUARD, SKETCH_DTYPE, manifest.count + manifest.members, SKETCH_LENGTH)
+    return Guard(sketches, torch.cat([torch.arange(manifest.count), folded]))
+
+
+@torch.no_grad()
+def sketch(images: Tensor) -> Tensor:
+    """float [B, 3, H, W] in [0, 1] -> fp16 [B, 2048]: unit vectors, shorter the flatter a picture is below
+    `FLAT`."""
+    differences = _differences(images)
+    return (differences / differences.norm(dim=1, keepdim=True).clamp(min=FLAT)).to(SKETCH_DTYPE)
+
+
+def _directions(images: Tensor) -> Tensor:
+    """The queries' sketches, fp32, never zero: what a flat one lacks lies in a coordinate no sketch uses."""
+    differences = _differences(images)
+    missing = (FLAT**2 - differences.square().sum(1)).clamp(min=0).sqrt()
+    differences[:, SKETCH_SIDE - 1] = missing  # across the last column of the first line, where none is
+    return differences
+
+
+def _differences(images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> fp32 [B, 2·32·32]: horizontal, then vertical differences, 0 where there is no next."""
+    images = images.detach().float().clamp(0, 1)
+    weights = torch.tensor(LUMINANCE, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+    grey = (images * weights).sum(1, keepdim=True)
+    size = (SKETCH_SIDE, SKETCH_SIDE)
+    if grey.shape[-2:] != size:
+        grey = interpolate(grey, size=size, mode="bilinear", antialias=True, align_corners=False)
+    across = pad(grey[..., 1:] - grey[..., :-1], (0, 1))
+    down = pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
+    return torch.cat([across, down], 1).flatten(1)
