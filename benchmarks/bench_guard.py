@@ -1,0 +1,153 @@
+"""What the guard adds on photos-sd: indexes with and without captions, memorised and ordinary prompts.
+
+python benchmarks/bench_guard.py                 # 64 memorised and 192 ordinary prompts;
+benchmarks/results/guard.csv python benchmarks/bench_guard.py --images 16     # quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import RESULTS
+from torch import Tensor
+
+import amg
+from amg.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, open_index, open_pipeline
+from amg.embed.photos import load_photos
+from amg.evaluate.judges import luminance_correlation
+from amg.zoo.judge import load_judge
+from amg.zoo.photos import PHOTOS, TrainingSet, training_set
+
+MODEL, STEPS, SEED, BATCH = "photos-sd", 30, 4000, 16
+PLACES = (
+    "top left",
+    "middle right",
+    "bottom centre",
+    "upper half",
+    "close up",
+    "far away",
+    "seen from below",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An index, a preset and what it is asked for."""
+
+    index: str
+    prompts: str
+    preset: str
+    guard: bool
+
+
+CASES = (
+    Case("captions", "memorised", "off", True),
+    Case("captions", "memorised", "main", False),
+    Case("captions", "memorised", "main", True),
+    Case("no captions", "memorised", "main", False),
+    Case("no captions", "memorised", "main", True),
+    Case("captions", "ordinary", "off", True),
+    Case("captions", "ordinary", "main", True),
+    Case("no captions", "ordinary", "main", True),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Copies that are delivered unmarked, with and without guard."
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, help="memorised prompts; three times as many ordinary"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo"), help="folder of the indexes, built if missing"
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS / "guard.csv")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*has captions for 0 of")
+    options.work.mkdir(parents=True, exist_ok=True)
+    data = training_set(64)
+    indexes = {
+        "captions": open_index(MODEL, options.work / f"{MODEL}.amg"),
+        "no captions": without_captions(data, options.work / f"{MODEL}-no-captions.amg"),
+    }
+    prompts = {"memorised": memorised(data, options.images), "ordinary": ordinary(data, 3 * options.images)}
+    rows = [measure(case, indexes[case.index], prompts[case.prompts], data) for case in CASES]
+    with open(options.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+def without_captions(data: TrainingSet, path: Path) -> Any:
+    """The distinct pictures of the training set, indexed without their captions."""
+    if path.exists():
+        return amg.Index.open(path, load_photos())
+    return amg.Index.build(data.images, None, load_photos(), path, progress=False)
+
+
+def memorised(data: TrainingSet, count: int) -> list[str]:
+    """The sixteen captions of whole photographs, in turn."""
+    captions = [data.captions[row] for row in range(len(data.ids)) if data.counts[row] > 1]
+    return [captions[at % len(captions)] for at in range(count)]
+
+
+def ordinary(data: TrainingSet, count: int) -> list[str]:
+    """Captions in the manner of the crops' that no crop has."""
+    known = {*data.captions}
+    every = [f"a photo of {name}, {place}" for place in PLACES for photo in PHOTOS for name in photo.subjects]
+    unseen = [caption for caption in every if caption not in known]
+    return [unseen[at % len(unseen)] for at in range(count)]
+
+
+def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> dict[str, Any]:
+    """Draw a case's pictures and count; prints a line."""
+    changes: dict[str, Any] = {} if case.guard else {"guard_threshold": None}
+    config = amg.AMGConfig.preset(case.preset, guidance_scale=GUIDANCE_SCALES[MODEL], **changes)
+    sampler = amg.Sampler(open_pipeline(MODEL), index, config)
+    images, verdicts = [], []
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(SEED + start + at) for at in range(len(some))]
+        out = sampler(some, generator=generators, num_inference_steps=STEPS, output_type="pt", progress=False)
+        images.append(out.images)
+        verdicts += out.amg
+    unmarked = torch.tensor([not verdict.memorized for verdict in verdicts])
+    guards = torch.tensor([verdict.guard.similarity for verdict in verdicts if verdict.guard])
+    row = {
+        **vars(case),
+        "images": len(verdicts),
+        "memorised by metric": sum(verdict.similarity > verdict.threshold for verdict in verdicts),
+        "memorised by guard": sum(bool(verdict.guard and verdict.guard.memorized) for verdict in verdicts),
+        "blocked": sum(verdict.blocked for verdict in verdicts),
+        "delivered unmarked": int(unmarked.sum()),
+        **copies(torch.cat(images), unmarked, data),
+        "guard p99": f"{guards.quantile(0.99).item():.3f}" if len(guards) else "",
+        "evaluations": f"{sum(verdict.evaluations for verdict in verdicts) / len(verdicts):.1f}",
+        "most evaluations": max(verdict.evaluations for verdict in verdicts),
+    }
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return row
+
+
+def copies(images: Tensor, unmarked: Tensor, data: TrainingSet) -> dict[str, int]:
+    """How many of the unmarked pictures each judge that guidance never saw calls copies."""
+    judge = load_judge()
+    network = judge.copy_probability(images) > JUDGE_COPY
+    luminance = luminance_correlation(images, data.images.float() / 255)[0] > LUMINANCE_COPY
+    return {
+        "copies by photos-judge": int((network & unmarked).sum()),
+        "copies by luminance": int((luminance & unmarked).sum()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
