@@ -14,7 +14,7 @@ from amg.guide import Guide
 from amg.similarity import similarity_for
 
 from . import toy
-from .one_step import KINDS, PICTURES, S0, T, at_threshold, make_case, middle, preset, similarities
+from .one_step import KINDS, PICTURES, S0, Case, T, at_threshold, make_case, middle, preset, similarities
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +249,48 @@ def test_checkpoints_mark_what_is_too_close(indexes: dict) -> None:
     elsewhere = replace(make_case(2.0), step=case.step._replace(position=3))
     elsewhere.run(config, index)
     assert all(not flight.pending for flight in [*case.flights, *elsewhere.flights])
+
+
+def test_checkpoints_send_back_what_the_guard_finds(indexes: dict) -> None:
+    """Under a metric that finds nothing: rows whose structure is a training image's go back, and nothing
+    else."""
+    index, case = indexes["cosine"], make_case(2.0)
+    alike = index.guard.nearest(pictures_of(case)).similarity
+    threshold = float(alike.sort().values[2:4].mean())
+    config = preset(rewind_at=(0.5,), rewind_to=0.1, rewind_threshold=0.9999, guard_threshold=threshold)
+    case.run(config, index)
+    marked = [flight.pending for flight in case.flights]
+    assert marked == (alike > threshold).tolist() and any(marked) and not all(marked)
+    untouched = make_case(2.0)
+    untouched.run(replace(config, guard_threshold=None), index)
+    assert not any(flight.pending for flight in untouched.flights)
+
+
+def pictures_of(case: Case) -> torch.Tensor:
+    """The pictures x0_hat of plain guidance decodes to, [5, 3, 8, 8]."""
+    uncond, cond = case.outputs()
+    eps = uncond + S0 * (cond - uncond)
+    alpha_bar = case.step.alpha_bar
+    return toy.decode((case.sample - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("spent", [0, 8, 9, 40])
+def test_a_sample_goes_back_only_while_it_can_afford_to(indexes: dict, spent: int) -> None:
+    """Step 4 of 10 at two evaluations each: going back may cost 20 more, of 30 that are allowed."""
+    index, case = indexes["cosine"], make_case(2.0)
+    config = preset(rewind_at=(0.5,), rewind_to=0.1, rewind_threshold=-1.0, max_evaluations=1.5)
+    for flight in case.flights:
+        flight.evaluations = spent
+    case.run(config, index)
+    assert [flight.pending for flight in case.flights] == [spent + 2 + 20 <= 30] * 5
+
+
+def test_deduplication_waits_for_room_under_the_ceiling(indexes: dict) -> None:
+    """Its extra evaluation is left out where the rest of the trajectory needs what is left."""
+    index = indexes["cosine"]
+    for spent, asks in ((6, True), (7, True), (8, False)):  # then this step's two and ten to come, of 20
+        case = make_case(-1.0)
+        for flight in case.flights:
+            flight.evaluations = spent
+        case.run(preset(max_evaluations=1.0), index)
+        assert bool(case.network.calls) == asks, spent
