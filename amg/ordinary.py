@@ -95,7 +95,7 @@ def warn_without_captions(index: Any) -> None:
         f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only be "
         "tried again with the same prompt, and is blocked where that brings the copy back; build it with "
         "`captions=`",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

@@ -44,7 +44,7 @@ def check_rows(rows: Tensor) -> None:
 
 
 def check_queries(queries: Tensor, rows: Tensor) -> None:
-    """Raise ValueError unless `queries` is [B, D] floating on rows' device, finite and not zero."""
+    """Raise ValueError unless `queries` is [B, D] floating on rows' device; values: see check_norms."""
     if (
         queries.dim() != 2
         or not queries.is_floating_point()
@@ -53,7 +53,14 @@ def check_queries(queries: Tensor, rows: Tensor) -> None:
     ):
         expected = f"floating [B, {rows.shape[1]}] on {rows.device} like `rows`"
         raise ValueError(f"`queries` must be {expected}, got {describe(queries)}")
-    for query, norm in enumerate(torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64).tolist()):
+
+
+def check_norms(norms: Tensor) -> None:
+    """Raise ValueError unless the queries with these float64 norms [B] are finite and not zero.
+
+    Looking at them waits for a GPU, so each implementation does it where that costs least.
+    """
+    for query, norm in enumerate(norms.tolist()):
         if not MIN_NORM <= norm < inf:
             raise ValueError(f"`queries` must be finite and not zero, got norm {norm:g} for query {query}")
 

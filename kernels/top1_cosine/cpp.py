@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from ..extension import DTYPE_CODES, extension
-from .contract import Codes
+from .contract import Codes, check_norms
 
 
 def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] and row [B, k], best first; arguments as in amg.kernels.topk_cosine."""
     queries, rows = queries.double().contiguous(), rows.contiguous()
+    check_norms(queries.norm(dim=1))
     similarity = torch.empty(len(queries), k)
     row = torch.empty(len(queries), k, dtype=torch.int64)
     parts = [] if codes is None else [part.contiguous() for part in codes]

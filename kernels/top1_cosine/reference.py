@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .contract import Codes
+from .contract import Codes, check_norms
 
 BLOCK_BYTES = 32 * 2**20
 CODE_MAX = 127
@@ -20,6 +20,7 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
     """
     directions = queries.double()
     norms = directions.norm(dim=1, keepdim=True)
+    check_norms(norms[:, 0])
     similarity = torch.empty(len(queries), 0, device=rows.device)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     for start, block in row_blocks(rows, len(queries)):
@@ -81,4 +82,4 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def round_up(values: Tensor) -> Tensor:
     """Return fp32 values not below the float64 ones (with room for the float64 sum's own rounding)."""
     padded = (values * (1 + 1e-9)).float()
-    return torch.where(padded > 0, torch.nextafter(padded, torch.tensor(torch.inf)), padded)
+    return torch.where(padded > 0, torch.nextafter(padded, torch.full_like(padded, torch.inf)), padded)
