@@ -75,6 +75,10 @@ def facts(sample: Sample, column: str, section: Section) -> list[tuple[str, str]
         ("re-runs", str(verdict.retries)),
         ("evaluations", str(verdict.evaluations)),
     ]
+    if verdict.guard is not None:
+        guard = verdict.guard
+        told = f"{guard.similarity:.3f}, memorised if > {guard.threshold:g}, row {guard.neighbour.row}"
+        found.append(("guard", told))
     for other in verdict.also:
         name = METRIC_NAMES.get(other.metric, other.metric)
         limit = threshold_text(other.metric, other.threshold)

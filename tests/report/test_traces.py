@@ -2,7 +2,7 @@ import pytest
 
 from amg.report.pictures import PictureStore
 from amg.report.traces import TERMS, TraceStore, facts, panel_data
-from amg.verdict import Neighbour, TraceStep
+from amg.verdict import GuardVerdict, Neighbour, TraceStep
 
 
 def test_panel_holds_the_trace_it_was_given(make):
@@ -34,11 +34,14 @@ def test_an_unknown_term_is_refused(make):
 
 def test_facts_say_everything_the_verdict_says(make):
     other = make.verdict(-1.712, metric="nl2", threshold=-1.4, neighbour=Neighbour(3, "x", None))
-    verdict = make.verdict(0.61, rewinds=2, retries=1, evaluations=210, also=(other,), blocked=True)
+    guard = GuardVerdict(0.912, 0.8, Neighbour(5, "y", None))
+    told = {"rewinds": 2, "retries": 1, "evaluations": 210, "also": (other,), "blocked": True}
+    verdict = make.verdict(0.61, guard=guard, **told)
     found = dict(facts(make.sample(1, 0.9, guided=verdict), "main", make.section()))
     assert found["verdict"] == "withheld: a blank image was delivered"
     assert found["memorised if"] == "cosine > 0.5"
     assert found["nearest"] == "“a cat”, photos/cat.png, row 7"
     assert (found["rewinds"], found["re-runs"], found["evaluations"]) == ("2", "1", "210")
+    assert found["guard"] == "0.912, memorised if > 0.8, row 5"
     assert found["also nL2"] == "1.712, memorised if nL2 < 1.4, row 3"
     assert found["luminance correlation"] == "0.410, copy if > 0.9"
