@@ -1,4 +1,4 @@
-"""Captions for training images: a list, a dict, JSON, JSONL, a Parquet column, or what lies beside the image."""
+"""Captions of training images: a list, a dict, JSON, JSONL, a Parquet column, a file beside each image."""
 
 from __future__ import annotations
 

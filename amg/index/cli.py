@@ -197,6 +197,9 @@ def run_search(arguments: argparse.Namespace) -> int:
     index = Index.open(arguments.index, _load_embedder(arguments.embedder), searcher=arguments.searcher)
     if not 1 <= arguments.k <= index.count:
         raise ValueError(f"`k` must be in [1, {index.count}] (rows of the index), got {arguments.k}")
+    if index.metric == "cosine" and index.embedder is None:
+        record = index.manifest.embedder
+        raise ValueError(f"--embedder must be {record.name if record else 'given'}, which built {index.path}")
     answered = [_search_file(index, Path(name), arguments) for name in arguments.images]
     return 0 if all(answered) else 2
 

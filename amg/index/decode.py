@@ -144,6 +144,7 @@ def _read_channels(picture: Any) -> tuple[torch.Tensor, torch.Tensor | None, lis
     if low is not None:
         return _from_depth(*_deep_colour(picture, low, rawmode))
     mode = "RGBA" if picture.has_transparency_data else "RGB"
+    picture = picture.convert("LA") if picture.mode == "La" else picture  # La goes nowhere else
     values = _values(upright(picture).convert(mode))
     notes = [Note(HIGH_BYTES)] if rawmode else []
     return values[..., :3], values[..., 3] if mode == "RGBA" else None, notes

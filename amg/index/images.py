@@ -242,9 +242,9 @@ class ParquetSource:
         self.passed_over = passed_over or Tally()
         self.tables = [_open_table(file) for file in files]
         self.columns = [_image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
-        for table, file in zip(self.tables, files, strict=True):
+        for table, file, column in zip(self.tables, files, self.columns, strict=True):
             if caption_column is not None:
-                _check_caption_column(table, file, caption_column)
+                _check_caption_column(table, file, caption_column, column)
         self.length: int | None = sum(table.metadata.num_rows for table in self.tables)
         if self.length == 0:
             raise IndexBuildError(f"`images` is empty: no rows in {', '.join(map(str, files))}")
@@ -328,7 +328,7 @@ def _read_group(
         offset += batch.num_rows
 
 
-def _check_caption_column(table: Any, file: Path, column: str) -> None:
+def _check_caption_column(table: Any, file: Path, column: str, image_column: str) -> None:
     """Text, integers, or lists of text. Raises IndexBuildError naming the column's type."""
     import pyarrow
 
@@ -337,6 +337,8 @@ def _check_caption_column(table: Any, file: Path, column: str) -> None:
         raise IndexBuildError(f"`captions` names column {column!r}; {file} has {schema.names}")
     kind = schema.field(column).type
     inner = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
+    if column == image_column:
+        raise IndexBuildError(f"`captions` names column {column!r}, which holds the images of {file}")
     if not (_is_text(inner) or types.is_null(inner) or (inner == kind and types.is_integer(kind))):
         raise IndexBuildError(
             f"`captions` names column {column!r}, which must hold text, integers or lists of text; "

@@ -105,7 +105,7 @@ class Index:
         ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at another threshold (a float), or not (False).
         A folded row keeps its first image and the most frequent caption.
         on_error: an unreadable image is "skip"ped and listed in manifest.skipped, or "raise"s.
-        background: "white", "black" or "#rrggbb", which transparent images (and later queries) are shown over.
+        background: "white", "black" or "#rrggbb", which transparent images (and queries) are shown over.
         resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
         """
         from amg.index.build import build_index
