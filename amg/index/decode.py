@@ -38,6 +38,7 @@ RUNS_PROGRAMS = ("EPS", "PDF", "WMF")
 FRAMES, FRAME_FILES = "frames after the first, left out", "files with frames after the first"
 FRAMES_DAMAGED = "later frames are damaged and not counted"
 HIGH_BYTES = "16-bit colour read by its high bytes alone"
+BITS_TAG, PLANAR_TAG = 258, 284  # of TIFF
 DEPTHS = (8, 10, 12, 14, 16)
 DEPTH_RULE = "16 bits a channel to 8 by the file's own range"
 # a raw mode that takes the high byte of each 16-bit channel, and the one that takes the low byte
@@ -179,6 +180,9 @@ def _deep_grey(picture: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _deep_rawmode(picture: Any) -> str:
     """The raw mode of a file of 16-bit colour that Pillow gives as 8 bits, "" for any other picture."""
+    tags = getattr(picture, "tag_v2", {})
+    if tags.get(PLANAR_TAG) == 2 and max(tags.get(BITS_TAG, (8,))) > 8:
+        raise UnreadableImage("a TIFF of more than 8 bits in separate planes, which Pillow garbles")
     for tile in getattr(picture, "tile", ()):
         rawmode, *rest = (tile[3],) if isinstance(tile[3], str) else tile[3] or ("",)
         if isinstance(rawmode, str) and ";16" in rawmode and picture.mode not in _DEEP_MODES:

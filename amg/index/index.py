@@ -272,7 +272,8 @@ class Index:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.
 
         queries: images, float [B, 3, H, W] in [0, 1], uint8 [B, 3, H, W] or a list of PIL images; or vectors
-        [B, dimension] as embed() gives. Raises ValueError, TypeError.
+        [B, dimension] as embed() gives. PIL images become RGB as those of the build did (decode.to_picture:
+        upright, over the background of the index, the first frame). Raises ValueError, TypeError.
         """
         if not 1 <= k <= self.count:
             raise ValueError(f"`k` must be in [1, {self.count}] (rows of the index), got {k}")

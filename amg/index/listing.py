@@ -146,7 +146,7 @@ class _Walk:
         if suffix in IMAGE_SUFFIXES or fault:
             self.pictures.append(Found(name, size, fault))
             return
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             signature = file.read(SIGNATURE_BYTES)
         if _RASTER.match(signature):
             self.pictures.append(Found(name, size))

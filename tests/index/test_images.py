@@ -341,6 +341,25 @@ def test_sixteen_bit_colour_that_only_its_high_bytes_are_left_of_is_noted(tmp_pa
     assert build(tmp_path / "ppm", path=tmp_path / "i").manifest.notes == {HIGH_BYTES: 1}
 
 
+def test_sixteen_bit_planes_that_pillow_garbles_are_skipped(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    root = save(PIL.new("RGB", (16, 16)), tmp_path / "root" / "a.png").parent
+    planes = numpy.stack([ramp(3800, seed) for seed in range(3)])
+    tifffile.imwrite(root / "b.tif", planes, photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(root / "c.tif", (planes >> 4).astype("u1"), photometric="rgb", planarconfig="separate")
+    index = build(root, path=tmp_path / "i")
+    assert [entry.id for entry in index.manifest.skipped] == ["b.tif"]
+    assert torch.equal(index.rows[1], torch.from_numpy((planes >> 4).astype("u1")).flatten())
+
+
+def test_a_phone_picture_of_two_images_is_a_jpeg(tmp_path, pictures):
+    root = tmp_path / "root"
+    frames = [to_pil(picture.repeat(1, 2, 2)) for picture in pictures[:2]]
+    save(frames[0], root / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert PIL.open(root / "phone.jpg").format == "MPO"
+    assert build(root, path=tmp_path / "i").manifest.notes == {FRAMES: 1, FRAME_FILES: 1}
+
+
 def test_a_stated_depth_is_kept(tmp_path):
     """A PGM says its own maximum; a picture that is dark under it stays dark."""
     root = tmp_path / "root"
