@@ -60,10 +60,13 @@ class ImageSource(Protocol):
     def read(self, start: int) -> Iterator[TrainingImage]: ...
 
 
-def open_source(images: Any, caption_column: str | None = None, background: str = "white") -> ImageSource:
+def open_source(
+    images: Any, caption_column: str | None = None, background: str | None = "white"
+) -> ImageSource:
     """The source for whatever `images` is. Raises IndexBuildError when it is nothing we read.
 
-    background: what transparent pictures are composited over (decode.check_background).
+    background: what transparent pictures are composited over (decode.check_background), None: alpha is
+    dropped, as in an index whose manifest names none.
     """
     if isinstance(images, (str, os.PathLike)):
         return _open_path(Path(images), caption_column, background)
@@ -78,7 +81,7 @@ def open_source(images: Any, caption_column: str | None = None, background: str 
     return IterableSource(images, background)
 
 
-def _open_path(path: Path, caption_column: str | None, background: str) -> ImageSource:
+def _open_path(path: Path, caption_column: str | None, background: str | None) -> ImageSource:
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise IndexBuildError(f"`images` must be {ACCEPTED}, got the file {path}")
@@ -110,7 +113,7 @@ def _open_path(path: Path, caption_column: str | None, background: str) -> Image
 class FolderSource:
     """Pictures under a folder, in path order; `name.txt` beside `name.png` is its caption."""
 
-    def __init__(self, folder: Path, listing: Listing, background: str):
+    def __init__(self, folder: Path, listing: Listing, background: str | None):
         self.folder, self.files, self.background = folder, listing.pictures, background
         self.length: int | None = len(self.files)
         self.passed_over = listing.passed_over
@@ -143,7 +146,7 @@ def _identity(kind: str, files: list[Found]) -> str:
     return f"{kind} {hashlib.sha256(os.fsencode(listing)).hexdigest()}"
 
 
-def _decode_file(file: Path, fault: str | None, background: str) -> Picture:
+def _decode_file(file: Path, fault: str | None, background: str | None) -> Picture:
     if fault is not None:
         raise UnreadableImage(fault)
     try:
@@ -200,7 +203,7 @@ class TensorSource:
 class IterableSource:
     """An iterable of PIL images; a resumed build draws and drops those it has already seen."""
 
-    def __init__(self, images: Iterable[Any], background: str):
+    def __init__(self, images: Iterable[Any], background: str | None):
         self.images, self.background = images, background
         self.length: int | None = len(images) if isinstance(images, Sized) else None
         if self.length == 0:
@@ -234,7 +237,7 @@ class ParquetSource:
         folder: Path,
         found: list[Found],
         caption_column: str | None,
-        background: str,
+        background: str | None,
         passed_over: Tally | None = None,
     ):
         files = [folder / file.name for file in found]
@@ -277,7 +280,7 @@ class ParquetSource:
         return TrainingImage(position, name, source, caption, load)
 
 
-def _decode_cell(content: bytes | None, name: str, background: str) -> Picture:
+def _decode_cell(content: bytes | None, name: str, background: str | None) -> Picture:
     if not content:
         raise UnreadableImage("no image bytes in this row")
     return decode_image(content, name, background)
