@@ -142,9 +142,9 @@ def read_records(folder: Path, jobs: Sequence[Job]) -> list[Record]:
 
 def read_picture(path: Path) -> Tensor:
     """A PNG as uint8 [3, H, W]."""
-    from amg.index.images import decode_image
+    from amg.index.decode import decode_image
 
-    return decode_image(path.read_bytes())
+    return decode_image(path.read_bytes()).pixels
 
 
 def _short(text: str) -> str:

@@ -56,14 +56,15 @@ def of_index(index: Any) -> References:
 
 def of_path(path: Path) -> References:
     """A folder of images, a Parquet file or a folder of them, as `amg index build` takes them."""
-    from amg.index.images import UnreadableImage, open_source
+    from amg.index.decode import UnreadableImage
+    from amg.index.images import open_source
 
     source = open_source(path)
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for image in source.read(0):
             try:
-                yield image.id, image.load()
+                yield image.id, image.load().pixels
             except UnreadableImage:
                 yield image.id, torch.empty(0, dtype=torch.uint8)
 

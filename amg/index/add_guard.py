@@ -14,9 +14,10 @@ from torch import Tensor
 
 import amg.kernels
 from amg.index.build import progress_bar
+from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError
 from amg.index.guard import SKETCH, SKETCH_DTYPE, SKETCH_LENGTH, sketch
-from amg.index.images import TrainingImage, UnreadableImage, open_source
+from amg.index.images import TrainingImage, open_source
 from amg.index.shards import to_float
 from amg.index.store import (
     GUARD,
@@ -53,7 +54,8 @@ def add_guard(path: str | os.PathLike, images: Any, *, progress: bool = True) ->
     with ExitStack() as cleaning:
         for temporary in names.values():
             cleaning.callback(temporary.unlink, missing_ok=True)
-        folded = _write_rows(open_source(images), rows, names[GUARD], progress)
+        source = open_source(images, background=manifest.background)
+        folded = _write_rows(source, rows, names[GUARD], progress)
         _write_folded(names, folded, manifest.count)
         written = {name: temporary for name, temporary in names.items() if temporary.stat().st_size}
         for name, temporary in written.items():
@@ -91,7 +93,7 @@ def _write_rows(source: Any, rows: dict[str, int], target: Path, progress: bool)
 def _sketch_of(image: TrainingImage, row: int | None) -> Tensor | None:
     """The sketch [2048] of one picture; None for an unreadable one, which the build passed over as well."""
     try:
-        return sketch(to_float(image.load())[None])[0]
+        return sketch(to_float(image.load().pixels)[None])[0]
     except UnreadableImage as error:
         if row is None:
             return None

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from amg.index.captions import Captions, caption_column, read_captions
+from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError, IndexStorageError
 from amg.index.finish import finish_index
-from amg.index.images import ImageSource, TrainingImage, UnreadableImage, open_source
+from amg.index.images import ImageSource, TrainingImage, open_source
 from amg.index.journal import Journal, State, check_identity, read_state
 from amg.index.plan import BuildPlan
 from amg.index.shards import ShardReader, content_digest
@@ -35,8 +36,9 @@ def build_index(
     """
     if path.exists():
         raise IndexBuildError(f"`path` exists already: {path}; remove it, or build elsewhere")
-    source = open_source(images, caption_column(images, captions))
-    table = read_captions(None if caption_column(images, captions) else captions)
+    source = open_source(images, caption_column(images, captions), plan.background)
+    table = read_captions(None if caption_column(images, captions) else captions, images)
+    table = table.settle(source, plan.ids)
     if source.length is not None:
         plan.check_totals(table, source.length)
     identity, partial = plan.identity(source, table), partial_path(path)
@@ -109,7 +111,7 @@ def _run(
     if journal.state.kept == 0:
         raise IndexBuildError(f"`images`: none of the {journal.state.position} images could be read")
     plan.check_totals(captions, journal.state.position)
-    finish_index(journal, plan)
+    finish_index(journal, plan, source.passed_over)
 
 
 def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
@@ -121,7 +123,7 @@ def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]
     digest = "missing"
     if last is not None:
         try:
-            digest = content_digest(last.load())
+            digest = content_digest(last.load().pixels)
         except UnreadableImage as error:
             digest = content_digest(str(error))
     if digest != state.last_digest:

@@ -1,111 +1,213 @@
-"""Captions for training images: a list, a JSONL file, a Parquet column, or what lies beside the image."""
+"""Captions of training images: a list, a dict, JSON, JSONL, a Parquet column, a file beside each image."""
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amg.index.errors import IndexBuildError
-from amg.index.images import TrainingImage
+from amg.index.images import ImageSource, TrainingImage
+from amg.index.notes import Note
+from amg.index.text import NOT_UTF8, Caption, decode_text, make_caption
 
-KEYS = ("index", "id", "file")
+NAME = "file or id"  # the key of a dict
+KEYS = {"file": str, "id": str, "index": int}  # of a JSONL line; the first that fits the images is taken
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions by position ("index"), id ("id") or path in the source ("file"); key None: the image's own."""
+    """Captions by position ("index"), id ("id"), path ("file") or either of these two; none: the image's own.
 
-    key: str | None
-    table: dict[Any, str | None]
+    tables: a table for every key that all captions have, the preferred one first; settle() says which is
+    used. folder: what paths may start with, beside their part within the folder of images.
+    """
+
+    tables: dict[str, dict[Any, Caption]]
     identity: str
+    folder: str | None = None
+    key: str | None = None
 
-    def of(self, image: TrainingImage, image_id: str) -> str | None:
+    def settle(self, source: ImageSource, ids: Sequence[str] | None) -> Captions:
+        """These captions by the first key that has the first image: others may be somebody else's numbers."""
+        first = source.first() if len(self.tables) > 1 else None
+        fitting = list(self.tables)
+        if first is not None:
+            image_id = ids[0] if ids else first.id
+            fitting = [key for key in self.tables if self._find(key, first, image_id)] or fitting
+        return dataclasses.replace(self, key=fitting[0] if fitting else None)
+
+    def of(self, image: TrainingImage, image_id: str) -> Caption:
         """The caption of an image. Raises IndexBuildError when a given caption set has none for it."""
         if self.key is None:
             return image.caption
-        name = {"index": image.position, "id": image_id, "file": image.source}[self.key]
-        if name not in self.table:
+        for key in self.tables:
+            found = self._find(key, image, image_id)
+            if key == self.key:
+                break
+            if found is not None:  # a preferred key that missed the first image has this one
+                raise IndexBuildError(
+                    f"`captions` are keyed by {key!r} for {image.source} and by {self.key!r} for the first "
+                    f"image: give every line its {key!r}, or leave that out of all"
+                )
+        if found is None:
+            name = {"index": image.position, "file": image.source}.get(self.key, image_id)
             raise IndexBuildError(
                 f"`captions` do not match `images`: none for {self.key} {name!r} "
-                f"({len(self.table)} captions in all)"
+                f"({len(self.tables[self.key])} captions in all)"
             )
-        return self.table[name]
+        return found
+
+    def _find(self, key: str, image: TrainingImage, image_id: str) -> Caption | None:
+        names: list[Any] = [image.position] if key == "index" else []
+        names += [image_id] if key in ("id", NAME) else []
+        if key in ("file", NAME):
+            names.append(image.source)
+            if self.folder is not None:
+                names += [f"{top}/{image.source}" for top in (self.folder, os.path.abspath(self.folder))]
+        table = self.tables[key]
+        return next((table[name] for name in names if name in table), None)
 
     def check_total(self, total: int) -> None:
         """As many captions as images. Raises IndexBuildError."""
-        if self.key is not None and len(self.table) != total:
+        if self.key is not None and len(self.tables[self.key]) != total:
             raise IndexBuildError(
-                f"`captions` do not match `images`: {len(self.table)} captions for {total} images"
+                f"`captions` do not match `images`: {len(self.tables[self.key])} captions for {total} images"
             )
 
 
 def caption_column(images: Any, captions: Any) -> str | None:
-    """The Parquet column that `captions` names, None where it is a list, a JSONL path or absent."""
+    """The Parquet column that `captions` names, None where it is no str, a JSON or JSONL path or absent."""
     if not isinstance(captions, str) or captions.endswith((".jsonl", ".json")) or Path(captions).is_file():
         return None
     return captions
 
 
-def read_captions(captions: Any) -> Captions:
-    """Captions out of None, a list of str (or None), or a JSONL path. Raises IndexBuildError."""
+def read_captions(captions: Any, images: Any = None) -> Captions:
+    """Captions out of None, a list, a dict, or a JSON or JSONL path, for `images`. Raises IndexBuildError.
+
+    Each caption is what text.make_caption() takes. A dict, or a .json file that holds one, is keyed by path
+    or id.
+    """
+    folder = os.fspath(images).rstrip("/") if isinstance(images, (str, os.PathLike)) else None
     if captions is None:
-        return Captions(None, {}, "own")
+        return Captions({}, "own")
     if isinstance(captions, (str, os.PathLike)):
-        return _read_jsonl(Path(captions))
-    if not isinstance(captions, Sequence):
+        return _read_file(Path(captions), folder)
+    if isinstance(captions, Mapping):
+        return _from_mapping(captions, "`captions`", folder)
+    if not isinstance(captions, Sequence) or isinstance(captions, (bytes, bytearray)):
         raise IndexBuildError(
-            "`captions` must be a list of str, a JSONL path, a Parquet column name or None, "
-            f"got {type(captions).__name__}"
+            "`captions` must be a list of str, a dict of them, a JSON or JSONL path, a Parquet column name "
+            f"or None, got {type(captions).__name__}"
         )
-    for position, caption in enumerate(captions):
-        if caption is not None and not isinstance(caption, str):
-            raise IndexBuildError(
-                f"`captions`[{position}] must be a str or None, got {type(caption).__name__}"
-            )
-    digest = hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()
-    return Captions("index", dict(enumerate(captions)), f"list {digest}")
+    table = {at: make_caption(value, f"`captions`[{at}]") for at, value in enumerate(captions)}
+    digest = _digest([caption.text for caption in table.values()])
+    return Captions({"index": table}, f"list {digest}", key="index")
 
 
-def _read_jsonl(path: Path) -> Captions:
-    """Lines {"file" | "id" | "index": …, "caption": …}, the same key in every line."""
+def _digest(texts: Any) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def _from_mapping(captions: Mapping, where: str, folder: str | None, whole: bool = True) -> Captions:
+    table: dict[Any, Caption] = {}
+    for name, value in captions.items():
+        if not isinstance(name, (str, os.PathLike)):
+            raise IndexBuildError(f"{where} must have file paths or ids as keys, got {name!r}")
+        name = os.fspath(name)
+        table[name] = _check_bytes(make_caption(value, f"{where}[{name!r}]"), f"{where}[{name!r}]", whole)
+    if not table:
+        raise IndexBuildError(f"{where} is empty")
+    digest = _digest(sorted((name, caption.text) for name, caption in table.items()))
+    return Captions({NAME: table}, f"dict {digest}", folder, NAME)
+
+
+def _check_bytes(caption: Caption, where: str, whole: bool) -> Caption:
+    """The caption, noted where its file was not wholly UTF-8 and it holds what stands for bad bytes."""
+    if whole or caption.text is None or "\ufffd" not in caption.text:
+        return caption
+    return caption._replace(notes=(Note(NOT_UTF8, where), *caption.notes))
+
+
+def _read_file(path: Path, folder: str | None) -> Captions:
     if not path.is_file():
         raise IndexBuildError(f"`captions` is a path that does not exist: {path}")
-    table: dict[Any, str | None] = {}
-    key, digest = None, hashlib.sha256()
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            digest.update(line.encode())
-            if not line.strip():
-                continue
-            found, name, caption = _parse_line(line, f"{path}:{number}")
-            if key not in (None, found):
-                raise IndexBuildError(
-                    f"`captions`: {path}:{number} is keyed by {found!r}, earlier lines by {key!r}"
-                )
-            if name in table:
-                raise IndexBuildError(f"`captions`: {path}:{number} repeats {found} {name!r}")
-            key, table[name] = found, caption
-    if key is None:
+    if path.suffix.lower() == ".json":
+        text, whole = decode_text(path.read_bytes())
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            record = None  # lines, perhaps
+        if isinstance(record, dict) and "caption" not in record:
+            return _from_mapping(record, f"`captions`: {path}", folder, whole)
+    return _read_lines(path, folder)
+
+
+def _read_lines(path: Path, folder: str | None) -> Captions:
+    """Lines {"file" | "id" | "index": …, "caption": …}; of several keys those count that all lines have."""
+    tables: dict[str, dict[Any, Caption]] | None = None
+    digest, fault = hashlib.sha256(), ""
+    for number, line, whole in _lines(path):
+        digest.update(line.encode())
+        where = f"{path}:{number}"
+        names, caption = _parse_line(line, where)
+        caption = _check_bytes(caption, f"{path}:{number}", whole)
+        if tables is None:
+            tables = {key: {} for key in names}
+        for key in list(tables):
+            if key not in names:
+                fault = f"is keyed by {next(iter(names))!r}, earlier lines by {key!r}"
+                del tables[key]
+            elif names[key] in tables[key]:
+                fault = f"repeats {key} {names[key]!r}"
+                del tables[key]
+            else:
+                tables[key][names[key]] = caption
+        if not tables:
+            raise IndexBuildError(f"`captions`: {where} {fault}")
+    if not tables:
         raise IndexBuildError(f"`captions`: {path} is empty")
-    return Captions(key, table, f"jsonl {digest.hexdigest()}")
+    return Captions(tables, f"jsonl {digest.hexdigest()}", folder, next(iter(tables)))
 
 
-def _parse_line(line: str, where: str) -> tuple[str, Any, str | None]:
+def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Lines that are not blank, by number; False where bytes that mean nothing may have been replaced."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with open(path, encoding=encoding, errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line, "\ufffd" not in line
+
+
+def _parse_line(line: str, where: str) -> tuple[dict[str, Any], Caption]:
+    """The keys a line has, preferred ones first, and its caption."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IndexBuildError(f"`captions`: {where} is not valid JSON ({error})") from error
     keys = [key for key in KEYS if isinstance(record, dict) and key in record]
-    if len(keys) != 1 or "caption" not in record:
+    if not keys or "caption" not in record:
         raise IndexBuildError(f'`captions`: {where} must be {{"file" | "id" | "index": …, "caption": …}}')
-    name, caption = record[keys[0]], record["caption"]
-    if not isinstance(name, int if keys[0] == "index" else str) or not isinstance(caption, (str, type(None))):
+    names = {
+        key: record[key]
+        for key in keys
+        if isinstance(record[key], KEYS[key]) and not isinstance(record[key], bool)
+    }
+    if not names:
         raise IndexBuildError(
-            f"`captions`: {where} has a key or caption of the wrong type: {line.strip()[:80]}"
+            f"`captions`: {where} has a key of the wrong type: {line.strip()[:80]} "
+            "(file and id are strings, index is a number)"
         )
-    return keys[0], name, caption
+    try:
+        return names, make_caption(record["caption"], where)
+    except IndexBuildError as error:
+        raise IndexBuildError(f"`captions`: {error}") from error

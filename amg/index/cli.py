@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from amg.index.add_guard import add_guard
+from amg.index.decode import FRAME_FILES, FRAMES
 from amg.index.errors import IndexFault
 from amg.index.index import Index
+from amg.index.store import Manifest
 
 EXAMPLES = """examples:
   amg index build photos/ --out photos.amg                        pixels, captions from photos/*.txt
@@ -22,6 +26,7 @@ EXAMPLES = """examples:
   amg index guard old.amg photos/                                 for an index of an earlier version
   amg index search picture.png --index laion.amg --embedder sscd:sscd.safetensors -k 5
 """
+SKIPPED_NAMED = 10
 EMBEDDER_HELP = "pixels (default), photos, sscd:PATH or open_clip:MODEL:PATH"
 
 
@@ -66,7 +71,8 @@ def _add_build(commands: Any) -> None:
     build.add_argument(
         "--captions",
         metavar="FILE|COLUMN",
-        help='JSONL with {"file" | "id" | "index": …, "caption": …} lines, or a Parquet column; '
+        help='JSONL with {"file" | "id" | "index": …, "caption": …} lines, a .json file '
+        "{path or id: caption}, or a Parquet column; of a list of captions the first is taken; "
         "default: name.txt beside name.png",
     )
     build.add_argument("--embedder", default="pixels", metavar="SPEC", help=EMBEDDER_HELP)
@@ -81,6 +87,12 @@ def _add_build(commands: Any) -> None:
         default=True,
         metavar="X|off",
         help="fold copies at this cosine (default 0.98) or RMS pixel distance on [0, 1] (default 0.02)",
+    )
+    build.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOUR",
+        help='what transparent pictures are shown over: white (default), black or "#rrggbb"',
     )
     build.add_argument("--strict", action="store_true", help="stop at an unreadable image, do not skip it")
     build.add_argument("--no-resume", action="store_true", help="discard what an interrupted build left")
@@ -125,18 +137,26 @@ def _near_duplicate(text: str) -> float | bool:
         raise argparse.ArgumentTypeError(f'must be a number or "off", got {text!r}') from None
 
 
-def _reporting(action: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """The action as a command: 0, or one line on stderr and 2."""
+def _reporting(action: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int]:
+    """The action as a command: its exit code or 0; one line on stderr and 2 for an error."""
 
     def command(arguments: argparse.Namespace) -> int:
         try:
-            action(arguments)
+            return action(arguments) or 0
         except (IndexFault, ValueError, TypeError, OSError, ImportError) as error:
-            print(f"amg index: error: {' '.join(str(error).split())}", file=sys.stderr)
+            _say("error", str(error))
             return 2
-        return 0
 
     return command
+
+
+def _say(kind: str, text: str) -> None:
+    print(f"amg index: {kind}: {plain(' '.join(text.split()))}", file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """Text of somebody else's files, fit for a terminal: what does not print is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _load_embedder(spec: str | None) -> Any:
@@ -161,6 +181,7 @@ def run_build(arguments: argparse.Namespace) -> None:
         progress=not arguments.quiet,
         resume=not arguments.no_resume,
         on_error="raise" if arguments.strict else "skip",
+        background=arguments.background,
     )
     print_info(index)
 
@@ -188,21 +209,34 @@ def run_guard(arguments: argparse.Namespace) -> None:
     print_info(Index.open(arguments.path))
 
 
-def run_search(arguments: argparse.Namespace) -> None:
-    """amg index search."""
-    from amg.index.images import UnreadableImage, import_pil
-
+def run_search(arguments: argparse.Namespace) -> int:
+    """amg index search: 2 where a file could not be answered, which is named; the others are."""
     index = Index.open(arguments.index, _load_embedder(arguments.embedder), searcher=arguments.searcher)
-    for name in arguments.images:
-        try:
-            with import_pil().open(name) as picture:
-                hits = index.search([picture], arguments.k)
-        except UnreadableImage as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
-        for rank, (similarity, row) in enumerate(
-            zip(hits.similarity.flatten().tolist(), hits.row.flatten().tolist(), strict=True), start=1
-        ):
-            print_hit(index, name, rank, similarity, row, as_json=arguments.json)
+    if not 1 <= arguments.k <= index.count:
+        raise ValueError(f"`k` must be in [1, {index.count}] (rows of the index), got {arguments.k}")
+    if index.metric == "cosine" and index.embedder is None:
+        record = index.manifest.embedder
+        raise ValueError(f"--embedder must be {record.name if record else 'given'}, which built {index.path}")
+    answered = [_search_file(index, Path(name), arguments) for name in arguments.images]
+    return 0 if all(answered) else 2
+
+
+def _search_file(index: Index, file: Path, arguments: argparse.Namespace) -> bool:
+    """Print the neighbours of one file, or its name and what is wrong with it; False then."""
+    from amg.index.decode import decode_image
+
+    try:
+        picture = decode_image(file.read_bytes(), file.name, index.manifest.background)
+        hits = index.search(picture.pixels[None].to(index.device), arguments.k)
+    except (ValueError, OSError) as error:
+        _say("error", f"{file} cannot be searched for: {getattr(error, 'strerror', None) or error}")
+        return False
+    for note in picture.notes:
+        _say("note", f"{file}: {note.what}: {note.amount}")
+    found = zip(hits.similarity.flatten().tolist(), hits.row.flatten().tolist(), strict=True)
+    for rank, (similarity, row) in enumerate(found, start=1):
+        print_hit(index, str(file), rank, similarity, row, as_json=arguments.json)
+    return True
 
 
 def print_hit(index: Index, image: str, rank: int, similarity: float, row: int, *, as_json: bool) -> None:
@@ -223,7 +257,7 @@ def print_hit(index: Index, image: str, rank: int, similarity: float, row: int, 
     measure = f"cosine {similarity:.4f}" if index.metric == "cosine" else f"nL2 {abs(similarity):.4f}"
     copies = f" ({hit['count']} copies)" if int(index.counts[row]) > 1 else ""
     caption = "" if hit["caption"] is None else f"  {hit['caption']!r}"
-    print(f"{image}  {rank}.  {measure}  row {row}  {hit['id']}{copies}{caption}")
+    print(f"{plain(image)}  {rank}.  {measure}  row {row}  {plain(index.ids[row])}{copies}{caption}")
 
 
 def _guard_line(index: Index) -> str:
@@ -233,17 +267,19 @@ def _guard_line(index: Index) -> str:
 
 
 def print_info(index: Index) -> None:
-    """What an index holds, a line each."""
+    """What an index holds and what it leaves out, a line each."""
     manifest = index.manifest
     near = "off" if manifest.near_duplicate is None else f"{manifest.near_duplicate:g}"
     lines = {
         "path": index.path,
         "metric": manifest.metric,
         "rows": f"{manifest.count:,} of {manifest.dimension:,} {manifest.dtype}",
+        "seen": f"{manifest.images + len(manifest.skipped):,} images",
         "images": f"{manifest.images:,} ({manifest.images - manifest.count:,} folded as duplicates)",
         "skipped": f"{len(manifest.skipped):,} unreadable",
         "captions": f"{index.captioned:,} of {manifest.count:,} rows",
         "guard": _guard_line(index),
+        "passed over": f"{sum(manifest.passed_over.values()):,} that are no images",
         "embedder": manifest.embedder.name if manifest.embedder else "none (pixels)",
         "embedder sha256": manifest.embedder.sha256 if manifest.embedder else None,
         "preprocessing": manifest.preprocessing,
@@ -255,5 +291,28 @@ def print_info(index: Index) -> None:
     for name, value in lines.items():
         if value is not None:
             print(f"{name:16} {value}")
-    for entry in manifest.skipped[:10]:
-        print(f"  skipped {entry.id}: {entry.reason}")
+    for line in left_out(manifest):
+        print(f"  {plain(line)}")
+
+
+def left_out(manifest: Manifest) -> list[str]:
+    """What is not in the rows, or not as it was: skipped images, what was passed over, notes; by reason."""
+    lines = [f"skipped {entry.id}: {entry.reason}" for entry in manifest.skipped[:SKIPPED_NAMED]]
+    if len(manifest.skipped) > SKIPPED_NAMED:
+        reasons = Counter(entry.reason for entry in manifest.skipped).most_common(SKIPPED_NAMED)
+        lines += [f"skipped in all, {reason}: {count:,}" for reason, count in reasons]
+    notes = dict(manifest.notes)
+    frames, files = notes.pop(FRAMES, 0), notes.pop(FRAME_FILES, 0)
+    if frames:
+        named = _named(manifest, FRAME_FILES, files)
+        lines.append(f"note: frames after the first: {frames:,} in {files:,} files, left out{named}")
+    for kind, counts in (("passed over", manifest.passed_over), ("note", notes)):
+        for what, count in sorted(counts.items()):
+            lines.append(f"{kind}: {what}: {count:,}{_named(manifest, what, count)}")
+    return lines
+
+
+def _named(manifest: Manifest, what: str, count: int) -> str:
+    names = manifest.examples.get(what, [])
+    more = ", …" if count > len(names) else ""
+    return f" ({', '.join(names)}{more})" if names else ""

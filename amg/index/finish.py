@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from amg.index.decode import DEPTH_RULE
 from amg.index.guard import SKETCH
 from amg.index.journal import Journal, read_logs
+from amg.index.notes import Tally, unpack_notes
 from amg.index.plan import BuildPlan
 from amg.index.store import (
     CODE_ERRORS,
@@ -41,14 +43,14 @@ class Folding:
     caption_counts: np.ndarray
 
 
-def finish_index(journal: Journal, plan: BuildPlan) -> None:
+def finish_index(journal: Journal, plan: BuildPlan, passed_over: Tally) -> None:
     """Complete the partial directory: afterwards it needs only its final name."""
     partial, state = journal.partial, journal.state
     folding = fold_captions(partial, state.shards, state.kept)
     _write_meta(partial, state.shards, folding)
     names = [ROWS_FILE[plan.dtype], META, GUARD, *_write_codes(journal, plan.metric)]
     names += journal.members.finish(partial)
-    skipped = tuple(_skipped(partial, state.shards))
+    skipped, notes = tuple(_skipped(partial, state.shards)), _tally_notes(partial, state.shards)
     assert state.dimension is not None
     manifest = Manifest(
         metric=plan.metric,
@@ -63,13 +65,17 @@ def finish_index(journal: Journal, plan: BuildPlan) -> None:
         skipped=skipped,
         files={name: file_record(partial / name) for name in sorted(names)},
         guard=SKETCH,
+        background=plan.background,
+        passed_over=passed_over.counts,
+        notes=notes.counts,
+        examples={**passed_over.examples, **notes.examples},
     )
     write_manifest(partial, manifest)
     journal.clear()
 
 
 def _describe(plan: BuildPlan) -> str:
-    steps = ["RGB"]
+    steps = ["RGB", f"transparent over {plan.background}", DEPTH_RULE, "first frame"]
     if plan.size is not None:
         steps.append(f"bilinear antialiased to {plan.size[0]}x{plan.size[1]}")
     if plan.record is None:
@@ -83,6 +89,15 @@ def _skipped(partial: Path, shards: int) -> Iterator[Skipped]:
     for log in read_logs(partial, shards):
         for entry in log.filter(log["reason"].is_valid()).to_pylist():
             yield Skipped(entry["position"], entry["id"], entry["reason"])
+
+
+def _tally_notes(partial: Path, shards: int) -> Tally:
+    tally = Tally()
+    for log in read_logs(partial, shards):
+        for entry in log.filter(log["notes"].is_valid()).select(["source", "notes"]).to_pylist():
+            for note in unpack_notes(entry["notes"]):
+                tally.add(note.what, note.where or entry["source"], note.amount)
+    return tally
 
 
 def caption_hash(caption: str | None) -> int:

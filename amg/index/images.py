@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -13,44 +12,64 @@ from typing import Any, Protocol
 
 import torch
 
+from amg.index.decode import (
+    IMAGE_SUFFIXES,
+    RASTER_FORMATS,
+    Picture,
+    UnreadableImage,
+    decode_image,
+    import_pil,
+    to_picture,
+)
 from amg.index.errors import IndexBuildError
+from amg.index.listing import Found, Listing, list_folder
+from amg.index.notes import Tally
 from amg.index.store import import_parquet
+from amg.index.text import Caption, make_caption, plain_name, read_sidecar
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 ACCEPTED = (
     "a folder of images, a Parquet file or a folder of them, an iterable of PIL images, "
     "a uint8 tensor [N, 3, H, W] or a float tensor [N, 3, H, W] in [0, 1]"
 )
 
 
-class UnreadableImage(ValueError):
-    """One image cannot be decoded; the build skips it or stops, as its `on_error` says."""
-
-
 @dataclass(frozen=True)
 class TrainingImage:
-    """One image of the training set. load() gives [3, H, W], uint8 or float32 in [0, 1]."""
+    """One image of the training set. load() gives its Picture or raises UnreadableImage."""
 
     position: int
     id: str
     source: str
-    caption: str | None
-    load: Callable[[], torch.Tensor]
+    caption: Caption
+    load: Callable[[], Picture]
 
 
 class ImageSource(Protocol):
-    """Images in a fixed order; length: None when only reading tells; identity: compared on resume."""
+    """Images in a fixed order; length: None when only reading tells; identity: compared on resume.
+
+    passed_over: what lies among the images and is none, by reason. first(): the first image, not loaded, to
+    see what it is called; unlike read() it draws nothing from an iterator.
+    """
 
     length: int | None
     identity: str
+    passed_over: Tally
+
+    def first(self) -> TrainingImage | None: ...
 
     def read(self, start: int) -> Iterator[TrainingImage]: ...
 
 
-def open_source(images: Any, caption_column: str | None = None) -> ImageSource:
-    """The source for whatever `images` is. Raises IndexBuildError when it is nothing we read."""
+def open_source(
+    images: Any, caption_column: str | None = None, background: str | None = "white"
+) -> ImageSource:
+    """The source for whatever `images` is. Raises IndexBuildError when it is nothing we read.
+
+    background: what transparent pictures are composited over (decode.check_background), None: alpha is
+    dropped, as in an index whose manifest names none.
+    """
     if isinstance(images, (str, os.PathLike)):
-        return _open_path(Path(images), caption_column)
+        return _open_path(Path(images), caption_column, background)
     if caption_column is not None:
         raise IndexBuildError(
             f"`captions` names a Parquet column ({caption_column!r}) but `images` is no Parquet"
@@ -59,132 +78,82 @@ def open_source(images: Any, caption_column: str | None = None) -> ImageSource:
         return TensorSource(images)
     if isinstance(images, (bytes, dict)) or not isinstance(images, Iterable) or hasattr(images, "__array__"):
         raise IndexBuildError(f"`images` must be {ACCEPTED}, got {type(images).__name__}")
-    return IterableSource(images)
+    return IterableSource(images, background)
 
 
-def _open_path(path: Path, caption_column: str | None) -> ImageSource:
+def _open_path(path: Path, caption_column: str | None, background: str | None) -> ImageSource:
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise IndexBuildError(f"`images` must be {ACCEPTED}, got the file {path}")
-        return ParquetSource(path.parent, [path], caption_column)
+        alone = [Found(path.name, path.stat().st_size)]
+        return ParquetSource(path.parent, alone, caption_column, background)
     if not path.is_dir():
         raise IndexBuildError(f"`images` is a path that does not exist: {path}")
-    pictures, tables = _list_files(path)
+    listing = list_folder(path)
+    pictures, tables, passed_over = listing
     if pictures and tables:
         raise IndexBuildError(
             f"`images` is ambiguous: {path} holds {len(pictures)} image files and {len(tables)} Parquet files"
         )
     if tables:
-        return ParquetSource(path, tables, caption_column)
+        return ParquetSource(path, tables, caption_column, background, passed_over)
     if caption_column is not None:
         raise IndexBuildError(
             f"`captions` names a Parquet column ({caption_column!r}) but {path} holds no Parquet"
         )
     if not pictures:
+        rest = "; ".join(f"{what}: {count}" for what, count in passed_over.counts.items()) or "nothing"
         raise IndexBuildError(
-            f"`images` is a folder without images: {path} (looked for {' '.join(IMAGE_SUFFIXES)})"
+            f"`images` is a folder without images: {path} (formats read: {' '.join(RASTER_FORMATS)}; "
+            f"it holds {rest})"
         )
-    return FolderSource(path, pictures)
-
-
-def _list_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    pictures, tables = [], []
-    for directory, children, names in os.walk(folder):
-        children[:] = sorted(name for name in children if not name.startswith("."))
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if suffix in IMAGE_SUFFIXES:
-                pictures.append(Path(directory, name))
-            elif suffix == ".parquet":
-                tables.append(Path(directory, name))
-    return sorted(pictures), sorted(tables)
-
-
-def decode_image(content: bytes) -> torch.Tensor:
-    """Encoded image bytes → uint8 [3, H, W]. Raises UnreadableImage."""
-    image_module = import_pil()
-    try:
-        with image_module.open(io.BytesIO(content)) as picture:
-            return pil_to_tensor(picture)
-    except UnreadableImage:
-        raise
-    except image_module.UnidentifiedImageError as error:
-        raise UnreadableImage("not an image that Pillow can identify") from error
-    except Exception as error:  # PIL and its codecs raise many types on damaged files
-        raise UnreadableImage(str(error) or type(error).__name__) from error
-
-
-def pil_to_tensor(picture: Any) -> torch.Tensor:
-    """A PIL image of any mode → uint8 RGB [3, H, W]: turned as its EXIF says, alpha dropped, 16 bits to 8."""
-    import numpy as np
-
-    picture = upright(picture)
-    if picture.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
-        depth = np.asarray(picture).astype(np.int64)
-        if depth.min() < 0 or depth.max() > 65535:
-            raise UnreadableImage(f"mode {picture.mode} with values outside 16 bits")
-        grey = torch.from_numpy((depth >> 8).astype(np.uint8))
-        return grey.expand(3, *grey.shape).contiguous()
-    if picture.mode == "F":
-        raise UnreadableImage("mode F (float pixels) has no known range")
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-def upright(picture: Any) -> Any:
-    """The picture as viewers show it: turned by its EXIF orientation, if it has a legible one."""
-    import PIL.ExifTags
-    import PIL.ImageOps
-
-    try:
-        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF, of which PIL raises many types; damaged pixels show when they are read
-        return picture
-    return picture if orientation == 1 else PIL.ImageOps.exif_transpose(picture)
-
-
-def import_pil() -> Any:
-    """PIL.Image, or an error that names the extra to install."""
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'amg[index]'") from error
-    return PIL.Image
+    return FolderSource(path, listing, background)
 
 
 class FolderSource:
-    """Image files under a folder, in path order; `name.txt` beside `name.png` is its caption."""
+    """Pictures under a folder, in path order; `name.txt` beside `name.png` is its caption."""
 
-    def __init__(self, folder: Path, files: list[Path]):
-        self.folder, self.files = folder, files
-        self.length: int | None = len(files)
-        listing = "\n".join(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files)
-        self.identity = "folder " + hashlib.sha256(listing.encode()).hexdigest()
+    def __init__(self, folder: Path, listing: Listing, background: str | None):
+        self.folder, self.files, self.background = folder, listing.pictures, background
+        self.length: int | None = len(self.files)
+        self.passed_over = listing.passed_over
+        self.identity = _identity("folder", self.files)
+        self.texts = {file.name for file in self.files if file.name.endswith(".txt")}  # pictures all the same
+
+    def first(self) -> TrainingImage:
+        return self._image(0)
 
     def read(self, start: int) -> Iterator[TrainingImage]:
         for position in range(start, len(self.files)):
-            file = self.files[position]
-            name = file.relative_to(self.folder).as_posix()
-            yield TrainingImage(position, name, name, _sidecar(file), functools.partial(_decode_file, file))
+            yield self._image(position)
+
+    def _image(self, position: int) -> TrainingImage:
+        file = self.files[position]
+        name = plain_name(file.name)
+        load = functools.partial(_decode_file, self.folder / file.name, file.fault, self.background)
+        return TrainingImage(position, name, name, self._caption(file.name), load)
+
+    def _caption(self, name: str) -> Caption:
+        stem, suffix = os.path.splitext(name)
+        for text in (stem + ".txt",) if suffix.lower() in IMAGE_SUFFIXES else (name + ".txt", stem + ".txt"):
+            if text not in self.texts and os.path.lexists(self.folder / text):
+                return read_sidecar(self.folder / text, self.folder, plain_name(text))
+        return Caption()
 
 
-def _decode_file(file: Path) -> torch.Tensor:
+def _identity(kind: str, files: list[Found]) -> str:
+    listing = "\n".join(f"{file.name} {file.size}" for file in files)
+    return f"{kind} {hashlib.sha256(os.fsencode(listing)).hexdigest()}"
+
+
+def _decode_file(file: Path, fault: str | None, background: str | None) -> Picture:
+    if fault is not None:
+        raise UnreadableImage(fault)
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UnreadableImage(str(error)) from error
-    return decode_image(content)
-
-
-def _sidecar(file: Path) -> str | None:
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        return None
-    try:
-        return text.read_text(encoding="utf-8").strip() or None
-    except UnicodeDecodeError as error:
-        raise IndexBuildError(f"caption file {text} is not UTF-8 ({error})") from error
+        raise UnreadableImage(error.strerror or str(error)) from error
+    return decode_image(content, file.name, background)
 
 
 class TensorSource:
@@ -205,35 +174,45 @@ class TensorSource:
         self.images = images.detach()
         self.length: int | None = len(images)
         self.identity = f"tensor {list(images.shape)} {images.dtype}"
+        self.passed_over = Tally()
+
+    def first(self) -> TrainingImage:
+        return self._image(0)
 
     def read(self, start: int) -> Iterator[TrainingImage]:
         for position in range(start, len(self.images)):
-            yield TrainingImage(
-                position, str(position), f"tensor#{position}", None, functools.partial(self._load, position)
-            )
+            yield self._image(position)
 
-    def _load(self, position: int) -> torch.Tensor:
+    def _image(self, position: int) -> TrainingImage:
+        load = functools.partial(self._load, position)
+        return TrainingImage(position, str(position), f"tensor#{position}", Caption(), load)
+
+    def _load(self, position: int) -> Picture:
         image = self.images[position].cpu()
         if image.dtype == torch.uint8:
-            return image
+            return Picture(image)
         image = image.float()
         low, high = image.aminmax()
         if not (low >= 0 and high <= 1):  # also refuses NaN
             raise IndexBuildError(
                 f"`images` must be in [0, 1], image {position} has {low.item():g} to {high.item():g}"
             )
-        return image
+        return Picture(image)
 
 
 class IterableSource:
     """An iterable of PIL images; a resumed build draws and drops those it has already seen."""
 
-    def __init__(self, images: Iterable[Any]):
-        self.images = images
+    def __init__(self, images: Iterable[Any], background: str | None):
+        self.images, self.background = images, background
         self.length: int | None = len(images) if isinstance(images, Sized) else None
         if self.length == 0:
             raise IndexBuildError("`images` is empty")
         self.identity = f"iterable {self.length}"
+        self.passed_over = Tally()
+
+    def first(self) -> TrainingImage:
+        return self._image(0, None)
 
     def read(self, start: int) -> Iterator[TrainingImage]:
         image_class = import_pil().Image
@@ -243,53 +222,68 @@ class IterableSource:
                     f"`images` must be {ACCEPTED}; item {position} is a {type(picture).__name__}"
                 )
             if position >= start:
-                yield TrainingImage(
-                    position,
-                    str(position),
-                    f"iterable#{position}",
-                    None,
-                    functools.partial(_load_pil, picture),
-                )
+                yield self._image(position, picture)
 
-
-def _load_pil(picture: Any) -> torch.Tensor:
-    try:
-        return pil_to_tensor(picture)
-    except OSError as error:  # PIL decodes lazily: a truncated file shows here
-        raise UnreadableImage(str(error)) from error
+    def _image(self, position: int, picture: Any) -> TrainingImage:
+        load = functools.partial(to_picture, picture, self.background)
+        return TrainingImage(position, str(position), f"iterable#{position}", Caption(), load)
 
 
 class ParquetSource:
     """Rows of Parquet files with encoded images: a struct column {bytes, path} or a binary column."""
 
-    def __init__(self, folder: Path, files: list[Path], caption_column: str | None):
-        self.folder, self.files, self.caption_column = folder, files, caption_column
+    def __init__(
+        self,
+        folder: Path,
+        found: list[Found],
+        caption_column: str | None,
+        background: str | None,
+        passed_over: Tally | None = None,
+    ):
+        files = [folder / file.name for file in found]
+        self.names, self.caption_column, self.background = found, caption_column, background
+        self.passed_over = passed_over or Tally()
         self.tables = [_open_table(file) for file in files]
         self.columns = [_image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
-        for table, file in zip(self.tables, files, strict=True):
-            if caption_column is not None and caption_column not in table.schema_arrow.names:
-                raise IndexBuildError(
-                    f"`captions` names column {caption_column!r}; {file} has {table.schema_arrow.names}"
-                )
+        for table, file, column in zip(self.tables, files, self.columns, strict=True):
+            if caption_column is not None:
+                _check_caption_column(table, file, caption_column, column)
         self.length: int | None = sum(table.metadata.num_rows for table in self.tables)
         if self.length == 0:
             raise IndexBuildError(f"`images` is empty: no rows in {', '.join(map(str, files))}")
-        listing = "\n".join(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files)
-        self.identity = "parquet " + hashlib.sha256(listing.encode()).hexdigest()
+        self.identity = _identity("parquet", found)
+
+    def first(self) -> TrainingImage | None:
+        return next(self.read(0), None)
 
     def read(self, start: int) -> Iterator[TrainingImage]:
         position = 0
-        for file, table, column in zip(self.files, self.tables, self.columns, strict=True):
-            name, row = file.relative_to(self.folder).as_posix(), 0
+        for file, table, column in zip(self.names, self.tables, self.columns, strict=True):
+            name, row = plain_name(file.name), 0
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).num_rows
                 if position + size > start:
                     skip = max(start - position, 0)
                     for offset, record in _read_group(table, group, column, self.caption_column, skip):
-                        yield _parquet_image(
-                            position + offset, f"{name}#{row + offset}", record, column, self.caption_column
-                        )
+                        where = f"{name}#{row + offset}"
+                        yield self._image(position + offset, where, record[column], record)
                 position, row = position + size, row + size
+
+    def _image(self, position: int, source: str, cell: Any, record: dict) -> TrainingImage:
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        name = plain_name(path) if path else source
+        caption = Caption()
+        if self.caption_column is not None:
+            value = record[self.caption_column]
+            caption = make_caption(str(value) if isinstance(value, int) else value, source)
+        load = functools.partial(_decode_cell, content, name, self.background)
+        return TrainingImage(position, name, source, caption, load)
+
+
+def _decode_cell(content: bytes | None, name: str, background: str | None) -> Picture:
+    if not content:
+        raise UnreadableImage("no image bytes in this row")
+    return decode_image(content, name, background)
 
 
 def _open_table(file: Path) -> Any:
@@ -325,24 +319,58 @@ def _image_column(table: Any, file: Path) -> str:
 def _read_group(
     table: Any, group: int, column: str, caption_column: str | None, skip: int
 ) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+
     columns = [column] if caption_column is None else [column, caption_column]
     offset = 0
     for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
         first = min(max(skip - offset, 0), batch.num_rows)
-        yield from enumerate(batch.slice(first).to_pylist(), start=offset + first)
+        fields = [(field.name, _without_text(field.type)) for field in batch.schema]
+        rest = batch.slice(first).cast(pyarrow.schema(fields))
+        yield from enumerate(rest.to_pylist(), start=offset + first)
         offset += batch.num_rows
 
 
-def _parquet_image(
-    position: int, source: str, record: dict, column: str, caption_column: str | None
-) -> TrainingImage:
-    cell = record[column]
-    content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    caption = None if caption_column is None else record[caption_column]
+def _check_caption_column(table: Any, file: Path, column: str, image_column: str) -> None:
+    """Text, integers, or lists of text. Raises IndexBuildError naming the column's type."""
+    import pyarrow
 
-    def load() -> torch.Tensor:
-        if not content:
-            raise UnreadableImage("no image bytes in this row")
-        return decode_image(content)
+    schema, types = table.schema_arrow, pyarrow.types
+    if column not in schema.names:
+        raise IndexBuildError(f"`captions` names column {column!r}; {file} has {schema.names}")
+    kind = schema.field(column).type
+    inner = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
+    if column == image_column:
+        raise IndexBuildError(f"`captions` names column {column!r}, which holds the images of {file}")
+    if not (_is_text(inner) or types.is_null(inner) or (inner == kind and types.is_integer(kind))):
+        raise IndexBuildError(
+            f"`captions` names column {column!r}, which must hold text, integers or lists of text; "
+            f"in {file} it holds {kind}"
+        )
 
-    return TrainingImage(position, path or source, source, None if caption is None else str(caption), load)
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return text or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _without_text(kind: Any) -> Any:
+    """A column type with bytes for text: pyarrow stops at a whole batch for one string that is not UTF-8."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _without_text(kind.value_type)
+    if _is_list(kind):
+        return pyarrow.large_list(_without_text(kind.value_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([(field.name, _without_text(field.type)) for field in kind])
+    return pyarrow.large_binary() if _is_text(kind) else kind

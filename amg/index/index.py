@@ -102,13 +102,18 @@ class Index:
         progress: bool = True,
         resume: bool = True,
         on_error: str = "skip",
+        background: str = "white",
     ) -> Index:
         """Build an index of `images` at `path` and open it; streams, resumes after a kill.
 
-        images: a folder (recursive), a Parquet file or a folder of them (a struct {bytes, path} or binary
-        column), an iterable of PIL images, uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1].
-        captions: a list as long as images, a JSONL path ({"index" | "id" | "file": …, "caption": …}), a
-        Parquet column name, or None (name.txt beside name.png, if there).
+        images: a folder (recursive, links followed, pictures told by content: decode.RASTER_FORMATS), a
+        Parquet file or a folder of them (a struct {bytes, path} or binary column), an iterable of PIL images,
+        uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1]. What is passed over, skipped or changed (first
+        frames, 16 bits, bad caption bytes) is counted in the manifest: passed_over, skipped, notes.
+        captions: a list as long as images, a dict {path or id: caption}, a .json file of one, a JSONL path
+        ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), a
+        Parquet column name, or None (name.txt beside name.png, if there). Of a list of captions for one
+        image (or a Parquet column of lists) the first that is not empty is taken.
         embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.
         size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where
@@ -117,6 +122,7 @@ class Index:
         ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at another threshold (a float), or not (False).
         A folded row keeps its first image and the most frequent caption.
         on_error: an unreadable image is "skip"ped and listed in manifest.skipped, or "raise"s.
+        background: "white", "black" or "#rrggbb", which transparent images (and queries) are shown over.
         resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
         """
         from amg.index.build import build_index
@@ -124,7 +130,7 @@ class Index:
 
         if not os.fspath(path):
             raise ValueError("`path` must say where the index is to be written")
-        plan = make_plan(embedder, ids, size, dtype, batch_size, near_duplicate, on_error)
+        plan = make_plan(embedder, ids, size, dtype, batch_size, near_duplicate, on_error, background)
         build_index(images, captions, Path(path), plan, progress=progress, resume=resume)
         return Index.open(path, embedder)
 
@@ -316,7 +322,8 @@ class Index:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.
 
         queries: images, float [B, 3, H, W] in [0, 1], uint8 [B, 3, H, W] or a list of PIL images; or vectors
-        [B, dimension] as embed() gives. Raises ValueError, TypeError.
+        [B, dimension] as embed() gives. PIL images become RGB as those of the build did (decode.to_picture:
+        upright, over the background of the index, the first frame). Raises ValueError, TypeError.
         """
         if not 1 <= k <= self.count:
             raise ValueError(f"`k` must be in [1, {self.count}] (rows of the index), got {k}")
@@ -351,13 +358,12 @@ class Index:
                 "`queries` must be images (float or uint8 [B, 3, H, W], a non-empty list of PIL images) or "
                 f"vectors [B, {self.dimension}], got {type(queries).__name__}"
             )
-        from amg.index.images import import_pil, pil_to_tensor
+        from amg.index.decode import import_pil, to_picture
 
         if not all(isinstance(query, import_pil().Image) for query in queries):
             raise TypeError(f"`queries`: a list must hold PIL images, got {type(queries[0]).__name__}")
-        return torch.cat(
-            [self._embed_queries(pil_to_tensor(query)[None].to(self.device)) for query in queries]
-        )
+        pictures = (to_picture(query, self.manifest.background).pixels[None] for query in queries)
+        return torch.cat([self._embed_queries(pixels.to(self.device)) for pixels in pictures])
 
     @torch.no_grad()
     def _embed_queries(self, images: torch.Tensor) -> torch.Tensor:

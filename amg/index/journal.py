@@ -69,6 +69,7 @@ class LogEntry:
     caption: str | None
     row: int
     reason: str | None
+    notes: str | None = None  # notes.pack_notes()
 
 
 def read_state(partial: Path) -> State | None:
@@ -215,7 +216,7 @@ def _write_log(path: Path, entries: list[LogEntry]) -> None:
     import pyarrow
 
     kinds = {"position": "int64", "id": "string", "source": "string", "caption": "string"}
-    kinds |= {"row": "int64", "reason": "string"}
+    kinds |= {"row": "int64", "reason": "string", "notes": "string"}
     columns = {
         name: pyarrow.array([getattr(entry, name) for entry in entries], getattr(pyarrow, kind)())
         for name, kind in kinds.items()

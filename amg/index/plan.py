@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from amg.index.captions import Captions
+from amg.index.decode import check_background
 from amg.index.encode import embedder_record
 from amg.index.errors import IndexBuildError
 from amg.index.fold import DEFAULT_NEAR_DUPLICATE, FoldRule
@@ -35,6 +36,7 @@ class BuildPlan:
     near_duplicate: float | None
     on_error: str
     ids: Sequence[str] | None
+    background: str
 
     def shard_images(self, dimension: int) -> int:
         """Images in a shard: whole batches, so that a resumed build embeds the same; ≤ 32 MiB of rows."""
@@ -67,6 +69,7 @@ class BuildPlan:
             "shard": [SHARD_IMAGES, SHARD_BYTES],
             "near_duplicate": self.near_duplicate,
             "guard": SKETCH,
+            "background": self.background,
         }
 
 
@@ -78,6 +81,7 @@ def make_plan(
     batch_size: int,
     near_duplicate: float | bool,
     on_error: str,
+    background: str,
 ) -> BuildPlan:
     """Check the arguments that need no image. Raises IndexBuildError, TypeError for the embedder."""
     metric = "nl2" if embedder is None else "cosine"
@@ -89,6 +93,9 @@ def make_plan(
         raise IndexBuildError(f'`on_error` must be "skip" or "raise", got {on_error!r}')
     if ids is not None and (len(set(ids)) != len(ids) or not all(isinstance(name, str) for name in ids)):
         raise IndexBuildError("`ids` must be distinct strings")
+    for name in ids or ():
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise IndexBuildError(f"`ids` must be text, {name!r} holds half a surrogate pair")
     return BuildPlan(
         embedder=embedder,
         record=None if embedder is None else embedder_record(embedder),
@@ -99,6 +106,7 @@ def make_plan(
         near_duplicate=_check_near_duplicate(near_duplicate, metric),
         on_error=on_error,
         ids=ids,
+        background=check_background(background),
     )
 
 

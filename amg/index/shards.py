@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from amg.index.captions import Captions
+from amg.index.decode import Picture, UnreadableImage
 from amg.index.encode import resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH, sketch
-from amg.index.images import TrainingImage, UnreadableImage
+from amg.index.images import TrainingImage
 from amg.index.journal import LogEntry
+from amg.index.notes import pack_notes
 from amg.index.plan import BuildPlan
 from amg.index.store import DTYPES
 
@@ -56,9 +58,9 @@ class ShardReader:
             if not window:
                 break
             loaded = [self._load(image) for image in window]
-            entries += [self._entry(image, pixels) for image, pixels in zip(window, loaded, strict=True)]
-            digest = content_digest(loaded[-1])
-            readable = [pixels for pixels in loaded if isinstance(pixels, torch.Tensor)]
+            entries += [self._entry(image, picture) for image, picture in zip(window, loaded, strict=True)]
+            digest = content_digest(loaded[-1] if isinstance(loaded[-1], str) else loaded[-1].pixels)
+            readable = [picture.pixels for picture in loaded if not isinstance(picture, str)]
             if readable:
                 rows.append(self._encode(readable, entries[-len(window) :]))
                 guard += [sketch(to_float(pixels)[None]) for pixels in readable]
@@ -87,8 +89,8 @@ class ShardReader:
     def _no_rows(self) -> torch.Tensor:
         return torch.empty(0, self.dimension(), dtype=DTYPES[self.plan.dtype])
 
-    def _load(self, image: TrainingImage) -> torch.Tensor | str:
-        """Pixels [3, H, W], or why there are none."""
+    def _load(self, image: TrainingImage) -> Picture | str:
+        """Its picture, or why there are none."""
         try:
             return image.load()
         except UnreadableImage as error:
@@ -96,15 +98,17 @@ class ShardReader:
                 raise IndexBuildError(f"`images`: {image.source} cannot be read: {error}") from error
             return str(error)
 
-    def _entry(self, image: TrainingImage, pixels: torch.Tensor | str) -> LogEntry:
+    def _entry(self, image: TrainingImage, picture: Picture | str) -> LogEntry:
         ids = self.plan.ids
         if ids is not None and image.position >= len(ids):
             raise IndexBuildError(
                 f"`ids` do not match `images`: {len(ids)} ids, image {image.position} has none"
             )
         name = image.id if ids is None else ids[image.position]
-        reason = pixels if isinstance(pixels, str) else None
-        return LogEntry(image.position, name, image.source, self.captions.of(image, name), -1, reason)
+        caption = self.captions.of(image, name)
+        reason, notes = (picture, ()) if isinstance(picture, str) else (None, picture.notes)
+        packed = pack_notes((*notes, *caption.notes))
+        return LogEntry(image.position, name, image.source, caption.text, -1, reason, packed)
 
     def _encode(self, images: list[torch.Tensor], entries: list[LogEntry]) -> torch.Tensor:
         names = [entry.id for entry in entries if entry.reason is None]

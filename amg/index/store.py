@@ -72,8 +72,10 @@ class Manifest:
     near_duplicate: fold threshold (cosine similarity, or RMS distance on [0, 1] for pixels), None if off.
     preprocessing: what happened to an image before it became a row (or entered the embedder). passed_over:
     how many entries of the source were not taken for images, by reason. notes: how many images something
-    noteworthy was done to, by what. guard: how the pictures' sketches were made, None without. Fields with a
-    default are absent from indexes of earlier versions.
+    noteworthy was done to, by what. examples: the first few names for each of these. background: what
+    transparent pictures, queries too, are composited over; None: alpha is dropped. guard: how
+    the pictures' sketches were made, None without. Fields with a default are absent from indexes of earlier
+    versions.
     """
 
     metric: str
@@ -91,6 +93,8 @@ class Manifest:
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
     guard: str | None = None
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    background: str | None = None
 
     @property
     def rows_file(self) -> str:

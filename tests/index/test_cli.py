@@ -77,7 +77,7 @@ def test_errors_are_one_line_and_exit_code_2(built, tmp_path, folder, capsys):
         (("build", folder, "--out", tmp_path / "o", "--embedder", "nonsense"), "nonsense"),
         (("build", folder, "--out", tmp_path / "o", "--captions", tmp_path / "no.jsonl"), "does not exist"),
         (("info", tmp_path / "nowhere"), "no index at"),
-        (("search", tmp_path / "bad.png", "--index", built), "cannot identify"),
+        (("search", tmp_path / "bad.png", "--index", built), "bad.png cannot be searched for: not an image"),
         (("search", tmp_path / "no.png", "--index", built), "no.png"),
         (("search", folder / "a" / "1.png", "--index", built, "-k", 99), "`k` must be in [1, 6]"),
         (("search", folder / "a" / "1.png", "--index", built, "--searcher", "x"), "`searcher` must be"),
@@ -113,3 +113,65 @@ def test_the_index_command_explains_itself(capsys):
         amg("--help")
     printed = capsys.readouterr().out
     assert exit_.value.code == 0 and "examples:" in printed and "amg index search picture.png" in printed
+
+
+def test_search_names_what_it_cannot_read_and_answers_the_rest(built, folder, tmp_path, capsys):
+    capsys.readouterr()
+    whole = (folder / "a" / "2.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "fake.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    bad = [tmp_path / "cut.png", tmp_path / "fake.png", tmp_path / "none.png", tmp_path]
+    files = [bad[0], folder / "a" / "2.png", *bad[1:], folder / "b" / "5.png"]
+    assert amg("search", *files, "--index", built) == 2
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == [str(files[1]), str(files[-1])]
+    assert "row 2" in printed.out.splitlines()[0] and printed.out.splitlines()[1].endswith("b/5.png")
+    errors = printed.err.splitlines()
+    assert len(errors) == 4
+    for line, file in zip(errors, bad, strict=True):
+        assert line.startswith(f"amg index: error: {file} cannot be searched for: ")
+    assert "PostScript" in errors[1] and "No such file" in errors[2]
+
+
+def test_search_by_a_file_treats_it_as_the_build_did(tmp_path, capsys):
+    import PIL.Image
+
+    root = tmp_path / "root"
+    root.mkdir()
+    picture = PIL.Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    picture.save(root / "seen.png")
+    first = PIL.Image.new("L", (8, 8), 60)
+    first.save(root / "turning.gif", save_all=True, append_images=[PIL.Image.new("L", (8, 8), 9)])
+    assert amg("build", root, "--out", tmp_path / "i", "--quiet", "--background", "#00FF00") == 0
+    built = capsys.readouterr().out
+    assert "note: transparent, composited over #00ff00: 1 (seen.png)" in built
+    assert "note: frames after the first: 1 in 1 files, left out (turning.gif)" in built
+    assert amg("info", tmp_path / "i") == 0 and capsys.readouterr().out == built
+    assert amg("search", root / "seen.png", root / "turning.gif", "--index", tmp_path / "i") == 0
+    printed = capsys.readouterr()
+    assert [line.split()[3] for line in printed.out.splitlines()] == ["0.0000", "0.0000"]
+    assert f"amg index: note: {root / 'turning.gif'}: frames after the first, left out: 1" in printed.err
+    assert amg("build", root, "--out", tmp_path / "j", "--background", "mauve") == 2
+    assert "`background` must be" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_printed_by_reason(tmp_path, folder, capsys):
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (folder / ".DS_Store").write_bytes(b"x")
+    for at in range(12):
+        (folder / f"odd{at:02d}.heic").write_bytes(b"?")
+    (folder / "esc\x1b[31m.jpg").write_bytes(b"?")
+    (folder / "a" / "0.txt").write_bytes(b"caf\xe9")
+    assert amg("build", folder, "--out", tmp_path / "i", "--quiet") == 0
+    built = capsys.readouterr().out
+    assert "seen             20 images\nimages           6 (0 folded" in built
+    assert "skipped          14 unreadable" in built and "passed over      4 that are no images" in built
+    assert "skipped in all, .heic is not read: convert it to PNG, TIFF or JPEG: 12" in built
+    assert "skipped esc\\x1b[31m.jpg: not an image" in built and "\x1b" not in built
+    assert "passed over: hidden, or the system's own: 1 (.DS_Store)" in built
+    assert "passed over: captions beside a picture: 3 (a/0.txt, a/2.txt, b/4.txt)" in built
+    assert "note: caption bytes that are not UTF-8, replaced: 1 (a/0.txt)" in built
+    assert amg("info", tmp_path / "i") == 0 and capsys.readouterr().out == built
+    assert amg("info", tmp_path / "i", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert sum(record["passed_over"].values()) == 4 and len(record["skipped"]) == 14

@@ -1,0 +1,167 @@
+"""What a folder holds: the pictures to index, told by their content, and what is passed over, counted."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from amg.index.decode import IMAGE_SUFFIXES
+from amg.index.errors import IndexBuildError
+from amg.index.notes import Tally
+
+HIDDEN, BESIDE = "hidden, or the system's own", "captions beside a picture"
+SEEN, SPECIAL = "links to a folder that was visited already", "neither a file nor a folder"
+VECTOR, NO_PICTURE = "vector graphics or documents", "no picture"
+DANGLING, REMEDY = "a link to nothing", "convert it to PNG, TIFF or JPEG"
+# suffixes of pictures that viewers show and RASTER_FORMATS lacks: skipped by name, never passed over
+UNREAD = (
+    ".heic .heif .hif .jxl .jxr .psd .psb .xcf .kra .exr .hdr .dcm .icns .dng .nef .nrw .cr2 .cr3 .arw .srf "
+    ".orf .rw2 .raf .pef .srw .x3f .3fr .iiq .erf .mrw .kdc"
+)
+KINDS = {
+    "text or tables": ".txt .json .jsonl .csv .tsv .xml .yaml .yml .md .rst .html .htm .log .ini .toml .py",
+    "arrays or weights": ".npy .npz .pt .pth .ckpt .safetensors .pkl .h5 .hdf5 .arrow .feather .mat .bin",
+    "archives, not opened": ".zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .tfrecord .mdb .lmdb",
+    "video or sound": ".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .mp3 .wav .flac",
+    VECTOR: ".svg .eps .ps .pdf .ai .wmf .emf",
+}
+UNREAD_SUFFIXES = frozenset(UNREAD.split())
+KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes.split()}
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+SIGNATURE_BYTES = 64
+_RASTER = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|....ftypavi[fs]|....ftypm[is]f1"
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|BM.{4}\0\0\0\0.{4}[\x0c-\x7c]\0\0\0|qoif.{8}[\3\4][\0\1]"
+    rb"|DDS \x7c\0\0\0|\x59\xa6\x6a\x95|P[1-6]\s(?:#[^\n]*\n|\s)*\d+\s+\d+\s|P[Ff]\n\d+ \d+\s|P7\nWIDTH",
+    re.DOTALL,
+)
+_UNREAD = re.compile(
+    rb"....ftyp(?:hei|hev|mif)|\0\0\0\x0cJXL |8BPS\0|gimp xcf|\x76\x2f\x31\x01|#\?RADIANCE|icns\0", re.DOTALL
+)
+_VECTOR = re.compile(rb"\s*%!PS|\xc5\xd0\xd3\xc6|%PDF|\s*<svg|\xd7\xcd\xc6\x9a", re.DOTALL)
+
+
+class Found(NamedTuple):
+    """A picture: its path in the folder, its size in bytes, and why it cannot be read where that shows."""
+
+    name: str
+    size: int
+    fault: str | None = None
+
+
+class Listing(NamedTuple):
+    """Pictures and Parquet files in path order, and what is neither, by reason."""
+
+    pictures: list[Found]
+    tables: list[Found]
+    passed_over: Tally
+
+
+def list_folder(folder: Path) -> Listing:
+    """Look through a folder and what it links to.
+
+    Links are followed, also out of the folder, and every directory is visited once: under its own name where
+    it has one here, else by its first link. A file is a picture by its suffix or its first bytes. What looks
+    like one but cannot be opened (a link to nothing, no permission, HEIC, camera raw) is listed among the
+    pictures with its fault. Raises IndexBuildError where the folder itself cannot be listed.
+    """
+    walk = _Walk(folder)
+    walk.visit("", os.path.realpath(folder))
+    for name in walk.links:  # grows while it is walked
+        walk.visit(name, os.path.realpath(folder / name))
+    walk.count_texts()
+    pictures, tables = (
+        sorted(found, key=lambda file: file.name.split("/")) for found in (walk.pictures, walk.tables)
+    )
+    return Listing(pictures, tables, walk.passed_over)
+
+
+class _Walk:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pictures: list[Found] = []
+        self.tables: list[Found] = []
+        self.texts: list[str] = []
+        self.links: list[str] = []
+        self.visited: set[str] = set()
+        self.passed_over = Tally()
+
+    def visit(self, name: str, real: str) -> None:
+        """A directory and those below it; links to directories are kept for later."""
+        waiting = [(name, real)]
+        while waiting:
+            name, real = waiting.pop()
+            if real in self.visited:
+                self.passed_over.add(SEEN, name)
+                continue
+            self.visited.add(real)
+            try:
+                with os.scandir(real) as directory:
+                    entries = sorted(directory, key=lambda entry: entry.name)
+            except OSError as error:
+                self._unlisted(name, error)
+                continue
+            below = []
+            for entry in entries:
+                child = f"{name}/{entry.name}" if name else entry.name
+                if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
+                    self.passed_over.add(HIDDEN, child)
+                elif entry.is_dir(follow_symlinks=False):
+                    below.append((child, entry.path))
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    self.links.append(child)
+                else:
+                    self._file(child, entry)
+            waiting += reversed(below)
+
+    def _unlisted(self, name: str, error: OSError) -> None:
+        if not name:
+            raise IndexBuildError(f"`images`: {self.folder} cannot be listed: {error.strerror}") from error
+        self.pictures.append(Found(name, 0, f"a folder that cannot be listed: {error.strerror}"))
+
+    def _file(self, name: str, entry: os.DirEntry) -> None:
+        suffix = os.path.splitext(name)[1].lower()
+        try:
+            info = entry.stat()
+            if not stat.S_ISREG(info.st_mode):
+                self.passed_over.add(SPECIAL, name)
+                return
+            self._sort_in(name, suffix, entry.path, info.st_size)
+        except OSError as error:
+            dangling = isinstance(error, FileNotFoundError) and entry.is_symlink()
+            fault = DANGLING if dangling else error.strerror or type(error).__name__
+            if suffix in KIND_OF:
+                self.passed_over.add(f"{KIND_OF[suffix]}: {fault}", name)
+            else:
+                self.pictures.append(Found(name, 0, fault))
+
+    def _sort_in(self, name: str, suffix: str, path: str, size: int) -> None:
+        if suffix == ".parquet":
+            self.tables.append(Found(name, size))
+            return
+        fault = f"{suffix} is not read: {REMEDY}" if suffix in UNREAD_SUFFIXES else None
+        if suffix in IMAGE_SUFFIXES or fault:
+            self.pictures.append(Found(name, size, fault))
+            return
+        with open(path, "rb", buffering=0) as file:
+            signature = file.read(SIGNATURE_BYTES)
+        if _RASTER.match(signature):
+            self.pictures.append(Found(name, size))
+        elif _UNREAD.match(signature):
+            self.pictures.append(Found(name, size, f"a format that is not read: {REMEDY}"))
+        elif _VECTOR.match(signature):
+            self.passed_over.add(VECTOR, name)
+        elif suffix == ".txt":
+            self.texts.append(name)
+        else:
+            self.passed_over.add(KIND_OF.get(suffix, NO_PICTURE), name)
+
+    def count_texts(self) -> None:
+        """Captions beside a picture are told from other text once all pictures are known."""
+        stems = {os.path.splitext(picture.name)[0] for picture in self.pictures}
+        stems |= {picture.name for picture in self.pictures}
+        for name in self.texts:
+            self.passed_over.add(BESIDE if name[: -len(".txt")] in stems else KIND_OF[".txt"], name)
