@@ -21,11 +21,19 @@ GATES = ("lambda_min", "lambda_max")
 
 def number(name: str, value: Any) -> float:
     """A finite float, from any real number (NumPy's too) but no bool and no text."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_real(value):
         raise ValueError(f"`{name}` must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
         raise ValueError(f"`{name}` must be finite, got {value}")
-    return float(value)
+    return found
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def at_least_0(name: str, value: Any) -> float:
@@ -59,7 +67,7 @@ def file(name: str, value: Any) -> Any:
 
 def fraction(name: str, value: Any) -> float:
     """A float in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    if not _is_real(value) or not 0 <= value <= 1:
         raise ValueError(f"`{name}` must be a number in [0, 1], got {value!r}")
     return float(value)
 
@@ -97,4 +105,4 @@ def _distance(name: str, value: float) -> float:
             f"`{name}` must be an nL2 in (0, {LARGEST_NL2:g}] under an index that measures nL2 (or -nL2), "
             f"got {value:g}"
         )
-    return -abs(value)
+    return -abs(value) or 0.0

@@ -176,6 +176,7 @@ def test_an_nl2_threshold_that_nothing_or_everything_exceeds_is_refused() -> Non
         with pytest.raises(ValueError, match=rf"`{name}` must .*measures nL2.*, got {value:g}"):
             AMGConfig.preset("main", **{name: value}).for_metric("nl2")
     assert AMGConfig.preset("main", lambda_min=0, lambda_max=0.0).for_metric("nl2").lambda_max == 0
+    assert str(AMGConfig.preset("off").for_metric("nl2").lambda_max) == "0.0"
 
 
 def test_a_resolved_config_stays_in_range() -> None:
@@ -195,8 +196,9 @@ NUMBERS = [
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [True, np.True_, "0.5", b"1", [0.5], 1j, math.nan, math.inf])
 def test_only_numbers_are_numbers(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` must be"):
-        AMGConfig.preset("main", **{name: value})
+    for given in (value, -(10**400)):  # an int too large for a float
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            AMGConfig.preset("main", **{name: given})
 
 
 @pytest.mark.parametrize("name", ["max_rewinds", "max_retries", "null_class"])

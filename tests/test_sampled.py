@@ -227,13 +227,31 @@ def test_an_index_rebuilt_at_the_same_path_is_another_request(asked, tmp_path, c
     assert asked("--also", tmp_path / "other.amg", **options) == 0
 
 
-def test_the_content_of_a_prompts_file_counts_and_not_its_path(tmp_path):
-    def prompts_of(*texts):
-        jobs = [{"seed": n, "prompt": text, "class": None} for n, text in enumerate(texts)]
-        return sampled.short(json.dumps([job["prompt"] for job in jobs]))
+def test_the_content_of_a_prompts_file_counts_and_not_its_path(indexes, tmp_path):
+    from types import SimpleNamespace
 
-    assert prompts_of("a cat") == prompts_of("a cat") != prompts_of("a dog")
-    assert prompts_of("a cat", "a dog") != prompts_of("a dog", "a cat")
+    from amg import zoo
+
+    pipe, index = zoo.load("photos-ddpm"), amg.Index.open(indexes / "small.amg")
+    config = amg.AMGConfig.preset("main").for_metric("nl2")
+    sampler = SimpleNamespace(pipe=pipe, index=index, also=(), config=config)
+
+    def kept(*texts):
+        jobs = [{"seed": n, "prompt": text, "class": None} for n, text in enumerate(texts)]
+        return sampled.request_of(sampler, jobs, 4, "cpu")
+
+    sampled.hold_to(tmp_path / "out", kept("a cat", "a dog"))
+    (tmp_path / "out/000000.png").write_bytes(b"a picture")
+    sampled.hold_to(tmp_path / "out", kept("a cat", "a dog"))
+    for other in (("a dog", "a cat"), ("a cat", "a dog ")):
+        with pytest.raises(
+            ValueError, match=r"where `prompts` was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'$"
+        ):
+            sampled.hold_to(tmp_path / "out", kept(*other))
+    with pytest.raises(ValueError, match="`images` was 2 and is now 1; `prompts` was"):
+        sampled.hold_to(tmp_path / "out", kept("a cat"))
+    newer = {**kept("a cat", "a dog"), "amg": "another version"}
+    sampled.hold_to(tmp_path / "out", newer)  # for information only
 
 
 def test_prompts_are_lines_of_text(tmp_path):
