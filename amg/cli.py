@@ -90,7 +90,12 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--calibration", type=Path, help="file of `amg calibrate` for just such a run")
     parser.add_argument("--student", type=Path, help="file of `amg distill` for this model and embedder")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--out", type=Path, required=True, help="folder for PNGs and verdicts.jsonl; resumes")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for PNGs and verdicts.jsonl; the same request goes on there, another one is refused",
+    )
     parser.set_defaults(run=_sample)
 
 

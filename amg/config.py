@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from amg import ranges
 
 _CHOICES = {
     "metric": ("cosine", "nl2", None),
@@ -17,6 +19,18 @@ _CHOICES = {
     "rewind_caption": ("prompt", "ordinary"),
     "on_memorized": ("resample", "block", "flag", "raise"),
 }
+_THRESHOLDS = (*ranges.PROMISES, *ranges.GATES)
+_KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
+    ranges.number: (*_THRESHOLDS, "guidance_scale", "rewind_guidance"),
+    ranges.at_least_0: ("c1", "c2", "c3", "threshold_decay"),
+    ranges.count: ("max_rewinds", "max_retries", "null_class"),
+    ranges.fraction: ("terms_from", "rewind_to"),
+    ranges.fractions: ("check_at", "rewind_at"),
+    ranges.switch: ("early_rewind", "gated", "lazy_search"),
+    ranges.file: ("calibration", "student"),
+    ranges.guard: ("guard_threshold",),
+    ranges.ceiling: ("max_evaluations",),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,9 @@ class AMGConfig:
     """Options of anti-memorization guidance; frozen. Build one with `AMGConfig.preset(name, **overrides)`.
 
     Similarities and thresholds are sigma of the paper: larger is closer, cosine in [-1, 1], or -nL2. A
-    field left None is filled in from the preset once the index's metric is known (`for_metric`).
+    field left None is filled in from the preset once the index's metric is known (`for_metric`). From then
+    on the thresholds (`threshold`, `rewind_threshold`, `lambda_min`, `lambda_max`) are held to that metric's
+    range (`amg.ranges.similarity`), and those of nL2 may be given as people write them: 1.4 becomes -1.4.
     """
 
     preset_name: str = "main"
@@ -38,11 +54,12 @@ class AMGConfig:
     which is close to its shift of the posterior mean by variance·c3·(threshold - nL2)·grad nL2 early on and
     stronger late; unlike there, x0_hat is measured, not x_t against a re-noised training set."""
     threshold: float | None = None
-    """The promise: a delivered image is memorised when its similarity exceeds this."""
+    """The promise: a delivered image is memorised when its similarity exceeds this. Cosine: in [-1, 0.99],
+    so that an exact copy is always over it; -1 marks everything. nL2: in (0, 2], kept as -nL2."""
     guard_threshold: float | None = 0.8
     """The promise under the index's guard, which guidance never differentiates: an image is memorised, too,
-    when its luminance gradients are more alike to a training image's than this, a cosine in (0, 1). 0.8 was
-    found on two sets of photographs (ordinary generations at most 0.78, copies pushed below the metric's
+    when its luminance gradients are more alike to a training image's than this, a cosine in (0, 0.99]. 0.8
+    was found on two sets of photographs (ordinary generations at most 0.78, copies pushed below the metric's
     threshold 0.88 and above). None: the guard is not asked, and the promise is the metric's alone."""
     threshold_schedule: str = "parabolic"
     """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max,
@@ -50,9 +67,9 @@ class AMGConfig:
     threshold_decay: float | None = None
     """Rate of the exponential lambda_t."""
     lambda_min: float | None = None
-    """lambda_t of the noisiest step."""
+    """lambda_t of the noisiest step. Cosine: in [-1, 1], 1 never opens. nL2: kept as -nL2, 0 never opens."""
     lambda_max: float | None = None
-    """lambda_t of the last step."""
+    """lambda_t of the last step, in the range of `lambda_min`."""
     c1: float | None = None
     """Despecification: s1 = max(min(c1·sigma, s0 - 1), 0)."""
     c2: float | None = None
@@ -92,7 +109,8 @@ class AMGConfig:
     rewind_to: float = 0.06
     """The fraction of the trajectory it goes back to, from fresh noise of its own."""
     rewind_threshold: float | None = None
-    """Similarity of x0_hat at a checkpoint above which a sample goes back."""
+    """Similarity of x0_hat at a checkpoint above which a sample goes back. Cosine: in [-1, 0.99]. nL2: not 0,
+    kept as -nL2. To have no rewinds leave `rewind_at` empty."""
     max_rewinds: int | None = None
     """How often one sample may go back in one run. None takes the preset's."""
     rewind_guidance: float | None = None
@@ -122,41 +140,25 @@ class AMGConfig:
                 raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
         if self.preset_name not in PRESETS:
             raise ValueError(f"`preset_name` must be one of {tuple(PRESETS)}, got {self.preset_name!r}")
-        numbers = (
-            "threshold",
-            "lambda_min",
-            "lambda_max",
-            "rewind_threshold",
-            "rewind_guidance",
-            "guidance_scale",
-        )
-        for name in numbers:
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {value}")
-        if self.guard_threshold is not None and not 0 < self.guard_threshold < 1:
-            raise ValueError(f"`guard_threshold` must be in (0, 1) or None, got {self.guard_threshold}")
-        if self.max_evaluations is not None and not 1 <= self.max_evaluations < math.inf:
-            raise ValueError(
-                f"`max_evaluations` must be >= 1 and finite, or None, got {self.max_evaluations}"
-            )
-        for name in ("max_rewinds", "max_retries"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
-        for name in ("c1", "c2", "c3"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be finite and >= 0, got {value}")
-        if any(not 0 <= at <= 1 for at in (*(self.check_at or ()), self.terms_from or 0.0)):
-            raise ValueError(
-                "every `check_at` and `terms_from` must be in [0, 1], "
-                f"got check_at={self.check_at}, terms_from={self.terms_from}"
-            )
-        if not 0 <= self.rewind_to < 1 or any(not self.rewind_to < at <= 1 for at in self.rewind_at or ()):
+        self._keep_checked()
+        if not self.rewind_to < 1 or any(not self.rewind_to < at for at in self.rewind_at or ()):
             raise ValueError(
                 "`rewind_to` must be in [0, 1) and every `rewind_at` in (rewind_to, 1], "
                 f"got rewind_to={self.rewind_to}, rewind_at={self.rewind_at}"
             )
+
+    def _keep_checked(self) -> None:
+        """Hold every given field to its kind and keep it as that; thresholds to their metric once known."""
+        may_be_open = {field.name for field in fields(self) if "None" in str(field.type)}
+        for check, names in _KINDS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in may_be_open:
+                    continue
+                value = check(name, value)
+                if self.metric is not None and name in _THRESHOLDS:
+                    value = ranges.similarity(name, value, self.metric)
+                object.__setattr__(self, name, value)
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> AMGConfig:

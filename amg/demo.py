@@ -38,6 +38,7 @@ COLUMNS = {
 GUIDANCE_SCALES = {"photos-ddpm": 2.5, "photos-sd": 7.5}  # chosen on other seeds than the demo's
 LUMINANCE_COPY = 0.9
 JUDGE_COPY = 0.5
+CHECKED_ROWS = 64  # of an index that is there already
 COLUMN_NAMES = (
     "guidance",
     "memorised %",
@@ -172,14 +173,32 @@ def open_pipeline(name: str) -> Any:
 
 
 def open_index(name: str, path: Path, metric: str | None = None) -> Any:
-    """The index of a bundled model's training set, built on first use."""
+    """The index of a bundled model's training set, built on first use; ValueError where another is there."""
     from amg.embed.photos import load_photos
 
     if path.exists() and read_manifest(path).guard is None:
         shutil.rmtree(path)  # by an earlier version
     if not path.exists():
         return zoo.build_index(name, path, metric)
-    return amg.Index.open(path, load_photos() if (metric or name) in ("cosine", "photos-sd") else None)
+    embedder = load_photos() if (metric or name) in ("cosine", "photos-sd") else None
+    index = amg.Index.open(path, embedder)
+    if index.metric != ("nl2" if embedder is None else "cosine") or not _holds_training_set(index, name):
+        raise ValueError(f"{path} must be the index of {name}'s training set, got another: remove it")
+    return index
+
+
+def _holds_training_set(index: Any, name: str) -> bool:
+    """Whether an index is of a bundled model's training images: as many, their ids, and a spread of its
+    rows."""
+    data = training_set(32 if name == "photos-ddpm" else 64)
+    place = {identity: row for row, identity in enumerate(data.ids)}
+    sources = [place.get(identity, -1) for identity in index.ids]
+    if min(sources) < 0 or index.manifest.images != int(data.counts.sum()):
+        return False
+    rows = range(0, index.count, max(index.count // CHECKED_ROWS, 1))
+    made = index.embed(data.images[[sources[row] for row in rows]].float() / 255)
+    kept = index.rows[list(rows)].float() / (255 if index.metric == "nl2" else 1)
+    return made.shape == kept.shape and torch.allclose(made, kept, atol=2e-3)
 
 
 def further_judges(name: str, preset: str, out: Path) -> tuple[Any, ...]:

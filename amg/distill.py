@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SETTINGS = "settings.json"
 RELEVANT = 0.3  # similarities of the teacher from which on a student's shortfall matters
 SHOWN = 5  # which of the student's limits the table shows: 0.45
 LEVELS = 6  # bands of noise level in which agreement is reported
@@ -64,6 +64,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Distill as the command line asks; returns the exit status."""
     from amg.embed.student import save_student
+    from amg.index.claim import claimed, remove
     from amg.integrations.denoiser import is_latent
     from amg.sampling import open_index, open_model
 
@@ -75,12 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
             f"`MODEL` must denoise latents and `--index` be a cosine one, got {arguments.model} and "
             f"{arguments.index} ({index.metric})"
         )
-    pairs = collect(pipe, index, arguments)
-    student = train(pairs, pipe, index, arguments)
-    names = ("images", "steps", "scheduler", "guidance_scale", "train_steps", "miss_rate", "seed")
-    report = {name: getattr(arguments, name) for name in names}
-    save_student(student, arguments.out, {"distilled": report})
-    shutil.rmtree(_folder(arguments))
+    texts, folder = _prompts(index, arguments), _folder(arguments)
+    with claimed(folder, lambda: _of_earlier_version(folder)):
+        pairs = collect(pipe, index, texts, arguments)
+        student = train(pairs, pipe, index, arguments)
+        names = ("images", "steps", "scheduler", "guidance_scale", "train_steps", "miss_rate", "seed")
+        report = {name: getattr(arguments, name) for name in names}
+        save_student(student, arguments.out, {"distilled": report})
+        remove(folder)
     print(table(student.agreement))
     print(arguments.out)
     return 0
@@ -102,14 +105,14 @@ def _folder(arguments: argparse.Namespace) -> Path:
     return Path(f"{arguments.out}.pairs")
 
 
-def collect(pipe: Any, index: Any, arguments: argparse.Namespace) -> Pairs:
+def collect(pipe: Any, index: Any, texts: Sequence[str], arguments: argparse.Namespace) -> Pairs:
     """x0_hat and the teacher's embedding at every step of plain generations, kept batch by batch."""
     import torch
     from safetensors.torch import load_file
     from tqdm import tqdm
 
-    folder, texts = _folder(arguments), _prompts(index, arguments)
-    _settle(folder, {**_settings(arguments), "prompts": texts})
+    folder = _folder(arguments)
+    _settle(folder, {**_settings(pipe, index, arguments), "prompts": texts})
     for start in tqdm(range(0, len(texts), arguments.batch_size), desc="generations", unit="batch"):
         path = folder / f"{start:06d}.safetensors"
         if not path.exists():
@@ -119,37 +122,41 @@ def collect(pipe: Any, index: Any, arguments: argparse.Namespace) -> Pairs:
     return Pairs(*(torch.cat([one[name] for one in kept]) for name in Pairs._fields))
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = (
-        "model",
-        "index",
-        "embedder",
-        "images",
-        "steps",
-        "scheduler",
-        "guidance_scale",
-        "seed",
-        "batch_size",
-    )
-    return {name: str(getattr(arguments, name)) for name in names}
+def _settings(pipe: Any, index: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be equal for generations to be those of one run; by content, not by path."""
+    from amg.fingerprint import index_fingerprint, model_fingerprint, scheduler_fingerprint
+
+    names = ("images", "steps", "guidance_scale", "seed", "batch_size", "device")
+    return {
+        "model": model_fingerprint(pipe),
+        "index": index_fingerprint(index),
+        "scheduler": scheduler_fingerprint(pipe.scheduler),
+        **{name: str(getattr(arguments, name)) for name in names},
+    }
 
 
 def _settle(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or refuse to go on in one that other settings made."""
+    """Keep the settings in the folder, or refuse to go on in one that others made."""
     from amg.index.store import write_atomically
 
-    record = folder / "settings.json"
-    if record.exists():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        other = [name for name, value in settings.items() if made.get(name) != value]
-        if other:
-            raise ValueError(
-                f"`--{other[0].replace('_', '-')}` must be that of the run kept in {folder}: "
-                "remove that folder to start anew"
-            )
-        return
-    folder.mkdir(exist_ok=True)
-    write_atomically(record, json.dumps(settings))
+    record = folder / SETTINGS
+    if not record.exists():
+        write_atomically(record, json.dumps(settings))
+    made = json.loads(record.read_text(encoding="utf-8"))
+    other = [name for name, value in settings.items() if made.get(name) != value]
+    if other:
+        option = "MODEL" if other[0] == "model" else f"--{other[0].replace('_', '-')}"
+        raise ValueError(
+            f"`{option}` must be that of the run kept in {folder}: remove that folder to start anew"
+        )
+
+
+def _of_earlier_version(folder: Path) -> bool:
+    """Whether a folder without a marker is what a killed run left before there were markers."""
+    try:
+        return {"model", "embedder", "prompts"} <= json.loads((folder / SETTINGS).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _prompts(index: Any, arguments: argparse.Namespace) -> list[str]:

@@ -65,7 +65,10 @@ class Gate:
 
     @staticmethod
     def load(path: str | Path) -> Gate:
-        """The gate of a calibration file; ValueError where it is not one of this version."""
+        """The gate of a calibration file. Errors: FileNotFoundError, ValueError where it is not one of this
+        version."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"`calibration` must be a file of `amg calibrate`, found none at {path}")
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):

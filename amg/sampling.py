@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from amg.config import AMGConfig
-from amg.verdict import Verdict
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -22,8 +20,6 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-VERDICTS = "verdicts.jsonl"
-REQUEST = "request.json"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from amg.integrations.sampler import Sampler
     from amg.promise import summary
+    from amg.sampled import hold_to, keep, request_of, take_up
 
     jobs = list(_jobs(arguments))
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
@@ -45,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampler = Sampler(
         pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also
     )
-    done = _resume(arguments, scale)
+    hold_to(arguments.out, request_of(sampler, jobs, arguments.steps, arguments.device))
+    done = take_up(arguments.out, jobs)
     verdicts = list(done.values())
     waiting = [job for job in jobs if job["seed"] not in done]
     for start in tqdm(range(0, len(waiting), arguments.batch_size), disable=not waiting, unit="batch"):
@@ -55,8 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
             **_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False
         )
         for job, image, verdict in zip(batch, out.images, out.amg, strict=True):
-            _write(arguments.out, job, image, verdict)
+            keep(arguments.out, job, image, verdict)
             verdicts.append(verdict)
+            if verdict.blocked:
+                near = f"too close to training image {verdict.neighbour.id!r}"
+                print(f"seed {job['seed']}: blocked, {near}", file=sys.stderr)
     print(f"{arguments.out}: {summary(verdicts)}")
     return 0
 
@@ -117,7 +118,7 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     """The prompts of a file: one a line, or JSONL with `caption`; ValueError naming `option` if none."""
     if not path.is_file():
         raise ValueError(f"`{option}` must be a file of prompts, got {path}, which is none")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")
     return [_caption(line, option) for line in lines]
@@ -140,68 +141,3 @@ def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:
     if batch[0]["class"] is not None:
         return {"class_labels": [job["class"] for job in batch]}
     return {"batch_size": len(batch)}
-
-
-def _resume(arguments: argparse.Namespace, scale: float) -> dict[int, Verdict]:
-    """Verdicts by seed of an earlier run of the same request; refuses a folder that holds another request's
-    images."""
-    names = (
-        "model",
-        "index",
-        "embedder",
-        "prompt",
-        "prompts",
-        "label",
-        "preset",
-        "steps",
-        "scheduler",
-        "images",
-        "seed",
-        "on_memorized",
-        "calibration",
-        "student",
-    )
-    request = {**{name: str(getattr(arguments, name)) for name in names}, "guidance_scale": scale}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = arguments.out / REQUEST
-    if kept.exists() and json.loads(kept.read_text()) != request:
-        raise ValueError(
-            f"`--out` must be empty or hold the same request, got {arguments.out} with another one ({kept})"
-        )
-    kept.write_text(json.dumps(request, indent=1) + "\n")
-    done: dict[int, Verdict] = {}
-    for line in _whole_lines(arguments.out / VERDICTS):
-        record = json.loads(line)
-        if (arguments.out / record["file"]).exists():
-            done[record["seed"]] = Verdict.from_dict(record["verdict"])
-    return done
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file, after taking off a last one that an interruption cut short (its image is made
-    again)."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.decode("utf-8").splitlines()
-
-
-def _write(folder: Path, job: dict[str, Any], image: Any, verdict: Verdict) -> None:
-    name = f"{job['seed']:06d}.png"
-    partial = folder / (name + ".partial")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)  # what a full disk leaves
-    record = {"file": name, **job, "verdict": verdict.as_dict()}
-    with (folder / VERDICTS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-    if verdict.blocked:
-        print(
-            f"seed {job['seed']}: blocked, too close to training image {verdict.neighbour.id!r}",
-            file=sys.stderr,
-        )

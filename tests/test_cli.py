@@ -96,7 +96,7 @@ def test_a_guidance_scale_of_zero_is_not_the_default(index, tmp_path):
     request, default = (
         json.loads((tmp_path / name / "request.json").read_text()) for name in ("zero", "two")
     )
-    assert (request["guidance_scale"], default["guidance_scale"]) == (0, 2)
+    assert (request["config"]["guidance_scale"], default["config"]["guidance_scale"]) == (0, 2)
 
 
 def test_a_full_disk_leaves_whole_pictures_only(index, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,14 @@ import torch
 from torch import Tensor
 
 from amg.audit.plan import Guidance, Job, Prompt
+from amg.fingerprint import (
+    config_fingerprint,
+    file_fingerprint,
+    index_fingerprint,
+    model_fingerprint,
+    scheduler_fingerprint,
+    short,
+)
 from amg.index.store import write_atomically
 from amg.verdict import Verdict
 
@@ -44,37 +53,18 @@ def settings_of(
     steps, guidance_scale and device of the command line.
     """
     listed = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    kind = type(pipe.scheduler).__name__
     return {
-        "MODEL": f"{Path(model).name}, weights {weights_digest(pipe)}",
-        "--index": index_digest(index),
-        "--also": [index_digest(other) for other in also],
-        "--prompts": f"{len(prompts)} prompts, {_short(listed)}",
-        "--scheduler": f"{kind} {_short(json.dumps(scheduler, sort_keys=True, default=str))}",
+        "MODEL": f"{Path(model).name}, {model_fingerprint(pipe)}",
+        "--index": index_fingerprint(index),
+        "--also": [index_fingerprint(other) for other in also],
+        "--prompts": f"{len(prompts)} prompts, {short(listed)}",
+        "--scheduler": scheduler_fingerprint(pipe.scheduler),
         "--images": options["images"],
         "--seed": options["seed"],
         "--steps": options["steps"],
         "--guidance-scale": options["guidance_scale"],
         "--device": torch.device(options["device"]).type,
     }
-
-
-def weights_digest(pipe: Any) -> str:
-    """A hash over the first values of every parameter: another training run has another one."""
-    digest = hashlib.sha256()
-    for part in ("unet", "text_encoder", "vae"):
-        module = getattr(pipe, part, None)
-        for name, values in module.named_parameters() if isinstance(module, torch.nn.Module) else ():
-            digest.update(f"{part} {name} {list(values.shape)}".encode())
-            digest.update(values.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def index_digest(index: Any) -> str:
-    """An index by its metric, its rows and the hashes of its files."""
-    files = {name: record.sha256 for name, record in index.manifest.files.items()}
-    return f"{index.metric}, {index.count} rows, {_short(json.dumps(files, sort_keys=True))}"
 
 
 def hold_to(path: Path, wanted: Mapping[str, Any], what: str) -> None:
@@ -94,27 +84,57 @@ def hold_to(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     write_atomically(path, json.dumps(wanted, indent=1) + "\n")
 
 
+def hold_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Hold an audit's folder to its settings; one with guidances and without settings is refused."""
+    if not (out / SETTINGS).is_file():
+        _require_unmade(out / SETTINGS, [path for path in out.glob(f"*/{CONFIG}") if _is_config(path)])
+    hold_to(out / SETTINGS, settings, "")
+
+
+def _is_config(path: Path) -> bool:
+    return b'"preset_name"' in path.read_bytes()
+
+
+def _require_unmade(path: Path, made: Sequence[Path]) -> None:
+    if made:
+        raise ValueError(
+            f"`--out` must be empty or say in {path} what its pictures were drawn with, got {min(made)} alone"
+        )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures and records of a guidance's folder, whole or not."""
+    return [path for path in folder.glob("*") if re.fullmatch(r"\d{6,}\.(png|json)(\.tmp)?", path.name)]
+
+
 def hold_guidance(out: Path, guidance: Guidance) -> Path:
     """The folder of a guidance, held to its config."""
     folder = out / guidance.name
-    hold_to(folder / CONFIG, asdict(guidance.config), f"guidance {guidance.name!r}: ")
-    for left in folder.glob("*.tmp"):
-        left.unlink()
+    if not (folder / CONFIG).is_file():
+        _require_unmade(folder / CONFIG, _pictures(folder))
+    hold_to(folder / CONFIG, config_fingerprint(guidance.config), f"guidance {guidance.name!r}: ")
+    for left in _pictures(folder):
+        if left.suffix == ".tmp":
+            left.unlink()
     return folder
 
 
 def keep(folder: Path, job: Job, image: Tensor, record: Mapping[str, Any]) -> None:
-    """Write a picture (float [3, H, W] in [0, 1], already of 8 bits) and then its JSON."""
+    """Write a picture (float [3, H, W] in [0, 1], already of 8 bits) and its JSON: the JSON is on the disk
+    before the picture gets its name, so that none is ever there without its verdict."""
     from PIL import Image
 
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     path = folder / f"{job.number:06d}.png"
     partial = path.with_name(path.name + ".tmp")
-    Image.fromarray(array).save(partial, format="PNG")
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    os.replace(partial, path)
-    body = {**asdict(job), "picture": path.name, "sha256": digest, **record}
-    write_atomically(path.with_suffix(".json"), json.dumps(body, ensure_ascii=False) + "\n")
+    try:
+        Image.fromarray(array).save(partial, format="PNG")
+        body = {**asdict(job), "picture": path.name, "sha256": file_fingerprint(partial), **record}
+        path.unlink(missing_ok=True)  # one that was damaged, or left without its JSON
+        write_atomically(path.with_suffix(".json"), json.dumps(body, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def complete(folder: Path, job: Job) -> bool:
@@ -145,7 +165,3 @@ def read_picture(path: Path) -> Tensor:
     from amg.index.decode import decode_image
 
     return decode_image(path.read_bytes()).pixels
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

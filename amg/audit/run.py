@@ -13,7 +13,7 @@ from torch import Tensor
 from amg.audit import bundled
 from amg.audit.draw import draw
 from amg.audit.environment import environment
-from amg.audit.folder import SETTINGS, hold_to, read_records, settings_of
+from amg.audit.folder import hold_settings, read_records, settings_of
 from amg.audit.judges import Judges, Looked, Scorer, judge_name, look, named_index, require_unseen
 from amg.audit.measure import measures
 from amg.audit.page import write_page
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     judges = judges_of(arguments, pipe, index, also)
     options = {**vars(arguments), "guidance_scale": scale}
     settings = settings_of(pipe, arguments.model, index, also, prompts, options)
-    hold_to(arguments.out / SETTINGS, settings, "")
+    hold_settings(arguments.out, settings)
     draw(pipe, index, also, plan, arguments.out, arguments.device)
     columns, seen = judge(plan, judges, arguments)
     _write(arguments, plan, columns, seen, judges, settings, command)

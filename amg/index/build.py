@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from amg.index.captions import Captions, caption_column, read_captions
+from amg.index.claim import claimed, empty, publish, remove
 from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError, IndexStorageError
 from amg.index.finish import finish_index
@@ -32,20 +31,22 @@ def build_index(
 
     A killed build leaves only path.partial, and the same call goes on from its last shard. A failed one
     leaves path.partial only where going on makes sense (disk full after some shards); the message says so.
+    A path.partial that is not ours is refused and left as it is (`amg.index.claim`).
     Raises IndexBuildError for the input, IndexStorageError for the disk.
     """
-    if path.exists():
-        raise IndexBuildError(f"`path` exists already: {path}; remove it, or build elsewhere")
+    if os.path.lexists(path):
+        kind = "is a link to nothing" if not path.exists() else "exists already"
+        raise IndexBuildError(f"`path` {kind}: {path}; remove it, or build elsewhere")
     source = open_source(images, caption_column(images, captions), plan.background)
     table = read_captions(None if caption_column(images, captions) else captions, images)
     table = table.settle(source, plan.ids)
     if source.length is not None:
         plan.check_totals(table, source.length)
     identity, partial = plan.identity(source, table), partial_path(path)
-    with _locked(partial):
+    with claimed(partial, lambda: _of_earlier_version(partial), IndexBuildError):
         state = read_state(partial) if resume else None
         if state is None:
-            _empty(partial)
+            empty(partial)
             state = State(identity)
         check_identity(state, identity, partial)
         try:
@@ -53,27 +54,13 @@ def build_index(
         except BaseException as error:
             _after_failure(error, partial)
             raise
-        os.rename(partial, path)
+        publish(partial, path)
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold the partial directory against a second build of the same index."""
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise IndexBuildError(f"another process is building in {partial}") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _of_earlier_version(partial: Path) -> bool:
+    """Whether a directory without a marker is what a killed build left before there were markers."""
+    state = read_state(partial)
+    return state is not None and isinstance(state.identity, dict)
 
 
 def _after_failure(error: BaseException, partial: Path) -> None:
@@ -82,7 +69,7 @@ def _after_failure(error: BaseException, partial: Path) -> None:
     hopeless = isinstance(error, IndexBuildError) and not isinstance(error.__cause__, UnreadableImage)
     resumable = state is not None and state.shards > 0 and not hopeless
     if not resumable:
-        shutil.rmtree(partial)
+        remove(partial)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         rest = "nothing was left behind"
         if resumable and state is not None:

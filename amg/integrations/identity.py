@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,30 @@ from amg.gate import Gate, Key
 from amg.index.store import MANIFEST
 from amg.integrations.denoiser import is_latent
 from amg.similarity.student import Screen
+
+
+def asked(config: AMGConfig | None) -> AMGConfig:
+    """The config given, or the preset `main`; TypeError for anything else."""
+    if config is not None and not isinstance(config, AMGConfig):
+        raise TypeError(f"`config` must be an AMGConfig or None, got {config!r}")
+    return AMGConfig.preset("main") if config is None else config
+
+
+def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
+    """`also` as a tuple, after making sure that every index can be asked about a finished image.
+
+    TypeError for what is no index, ValueError for one of embeddings without its embedder.
+    """
+    if not isinstance(also, (tuple, list)):
+        raise TypeError(f"`also` must be a list of indexes, got {type(also).__name__}")
+    for name, one in [("index", index), *((f"also[{n}]", one) for n, one in enumerate(also))]:
+        if not all(hasattr(one, needed) for needed in ("metric", "embed", "nearest", "with_searcher")):
+            raise TypeError(f"`{name}` must be an amg.Index, got {type(one).__name__}")
+        if one.metric == "cosine" and one.embedder is None:
+            raise ValueError(
+                f"`{name}` must have its embedder attached (`Index.open(path, embedder)`), got none"
+            )
+    return tuple(also)
 
 
 def gate_of(config: AMGConfig) -> Gate | None:

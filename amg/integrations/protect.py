@@ -17,7 +17,7 @@ from amg.config import AMGConfig
 from amg.gate import Gate
 from amg.integrations.denoiser import is_latent
 from amg.integrations.hook import Session, guided_call
-from amg.integrations.identity import gate_of, screen_of
+from amg.integrations.identity import asked, gate_of, require_indexes, screen_of
 from amg.ordinary import warn_without_captions
 from amg.promise import decode, deliver
 from amg.similarity.student import Screen
@@ -46,31 +46,38 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     finished images are held to. The pipeline's call keeps its arguments and its result, which gains `.amg`, a
     list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose
     U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null class) and
-    `guidance_scale`. Errors: TypeError for another pipeline; whatever prevents a check is raised, never an
-    unchecked image.
+    `guidance_scale`. A pipeline protected already is protected anew. Errors: TypeError for another pipeline;
+    whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
+    was, protected by what protected it before.
     """
-    config = (config or AMGConfig.preset("main")).for_metric(index.metric)
     if not any(base.__name__ in SUPPORTED for base in type(pipe).__mro__):
         raise TypeError(f"`pipe` must be one of {SUPPORTED}, got {type(pipe).__name__}")
-    if hasattr(pipe, "_amg_protection"):
-        unprotect(pipe)
-    kind: Any = type(pipe)
-    protection = Protection(index, config, tuple(also), gate_of(config), screen_of(config, pipe, index))
-    if is_latent(pipe):
+    also = require_indexes(index, also)
+    config = asked(config).for_metric(index.metric)
+    protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
+    if is_latent(pipe) and config.active:
         warn_without_captions(index)
-    pipe.__class__ = _protected(kind)
+    guarded: Any = _protected(_plain(type(pipe)))
+    pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
+    pipe.__dict__.pop("amg_verdicts", None)
     return pipe
 
 
 def unprotect(pipe: Any) -> Any:
     """Restore a protected pipeline to what it was; returns the same object."""
-    if not hasattr(pipe, "_amg_protection"):
+    plain = _plain(type(pipe))
+    if plain is type(pipe):
         raise ValueError("`pipe` must be a protected pipeline, got one that `amg.protect` has not seen")
-    pipe.__class__ = type(pipe).__mro__[1]
+    pipe.__class__ = plain
     del pipe._amg_protection
     pipe.__dict__.pop("amg_verdicts", None)
     return pipe
+
+
+def _plain(kind: type) -> Any:
+    """The pipeline's own class, whether `kind` is that or the protected one made of it."""
+    return vars(kind).get("_amg_plain", kind)
 
 
 @functools.cache
@@ -85,7 +92,14 @@ def _protected(kind: type) -> type:
     if not issubclass_by_name(kind, "StableDiffusionPipeline"):
         __call__.__signature__ = _with_classes(call)  # type: ignore[attr-defined]
     return type(
-        kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        kind.__name__,
+        (kind,),
+        {
+            "__call__": __call__,
+            "__module__": kind.__module__,
+            "__doc__": kind.__doc__,
+            "_amg_plain": kind,
+        },
     )
 
 

@@ -23,7 +23,7 @@ from amg.flight import Flight, texts_of
 from amg.group import Group
 from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
-from amg.integrations.identity import gate_of, key_for, screen_of
+from amg.integrations.identity import asked, gate_of, key_for, require_indexes, screen_of
 from amg.integrations.protect import to_pil
 from amg.ordinary import warn_without_captions
 from amg.predict import Conditions, Denoiser
@@ -97,10 +97,11 @@ class Sampler:
         max_batch: int = 16,
         max_pending: int = 64,
     ):
+        also = require_indexes(index, also)
         self._batcher, self._texts = Batcher(max_batch, max_pending), threading.Lock()
         self.pipe, self.index = pipe, self._shared_index(index)
         self.also = tuple(self._shared_index(judge) for judge in also)
-        self.config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+        self.config = asked(config).for_metric(index.metric)
         self.denoiser = self._shared_denoiser(denoiser_for(pipe))
         self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
         self.judges = judges_for(self.also, self.denoiser)

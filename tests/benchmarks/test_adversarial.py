@@ -81,7 +81,7 @@ def test_brute_force_agrees_with_the_index(adversarial, stage, tmp_path):
 def test_only_an_unmarked_copy_breaks_the_promise(adversarial, stage):
     from amg.config import AMGConfig
 
-    config = AMGConfig.preset("main", threshold=0.999)
+    config = AMGConfig.preset("main", threshold=0.99)
     images = torch.cat([stage.data.images[:4], 255 - stage.data.images[:1]])
     says = [verdict(), verdict(True), verdict(True, blocked=True, retries=3), verdict(retries=1), verdict()]
     line = adversarial.figures(stage, adversarial.Drawn(images, says, 1.0), config, stage.index)
@@ -93,7 +93,7 @@ def test_only_an_unmarked_copy_breaks_the_promise(adversarial, stage):
 def test_a_further_index_is_checked_too(adversarial, stage):
     from amg.config import AMGConfig
 
-    config, flipped = AMGConfig.preset("main", threshold=0.9999), stage.data.images[:2].flip(-1)
+    config, flipped = AMGConfig.preset("main", threshold=0.99), stage.data.images[:2].flip(-1)
     alone, _ = adversarial.exceeding(flipped, (stage.index,), config)
     both, largest = adversarial.exceeding(flipped, (stage.index, stage.views), config)
     assert not alone.any() and both.all() and (largest < 0.9999).all()

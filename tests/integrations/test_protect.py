@@ -38,7 +38,7 @@ def call(pipe, prompts=("abc", "cat, red"), steps=6, **more):
 def shut(**more):
     """A config whose gates never open."""
     return amg.AMGConfig.preset(
-        "main", lambda_min=1.1, lambda_max=1.1, rewind_at=(), on_memorized="flag", **more
+        "main", lambda_min=1.0, lambda_max=1.0, rewind_at=(), on_memorized="flag", **more
     )
 
 

@@ -209,6 +209,36 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
+def test_distilling_goes_on_only_with_the_same_model_and_index(
+    distilled, sd, embedder, tmp_path, monkeypatch, capsys
+):
+    import amg.distill
+
+    monkeypatch.setattr(amg.distill, "train", interrupted)
+    assert distilled() == 130
+    weights = sd.unet.conv_out.weight.detach().clone()
+    sd.unet.conv_out.weight.data[-1, -1, -1, -1] += 0.1
+    assert distilled() == 2
+    assert "`MODEL` must be that of the run kept in" in capsys.readouterr().err
+    sd.unet.conv_out.weight.data.copy_(weights)
+    pictures = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    captions = [f"caption {i % 20}" for i in range(60)]
+    other = amg.Index.build(pictures, captions, embedder, tmp_path / "o.amg", progress=False)
+    monkeypatch.setattr(sampling, "open_index", lambda *_: other)
+    assert distilled() == 2
+    assert "`--index` must be that of the run kept in" in capsys.readouterr().err
+
+
+def test_distilling_leaves_somebody_s_folder_alone(distilled, tmp_path, capsys):
+    folder = tmp_path / "s.safetensors.pairs"
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"theme": "dark"}')
+    assert distilled() == 2
+    assert "must be a directory of amg's own" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    assert (folder / "settings.json").read_text() == '{"theme": "dark"}'
+
+
 @pytest.mark.parametrize("option", ["--images", "--steps", "--train-steps", "--batch-size"])
 def test_bad_numbers_are_refused_by_name(distilled, option, capsys):
     assert distilled(option, "0") == 2

@@ -106,7 +106,7 @@ def test_measurements_are_joined_too(sd, embedding_index, embedder):
     embedded = []
     handle = embedder.register_forward_hook(lambda module, inputs, output: embedded.append(len(output)))
     hold = threading.Event()
-    with amg.Sampler(sd, embedding_index, config(lambda_min=1.1, lambda_max=1.1, check_at=())) as sampler:
+    with amg.Sampler(sd, embedding_index, config(lambda_min=1.0, lambda_max=1.0, check_at=())) as sampler:
         calls = Calls(sd)
         calls.at[1] = lambda: hold.wait(WAIT)
         first = sampler.submit(amg.Request("abc", num_inference_steps=1, seed=9))

@@ -1,0 +1,171 @@
+"""A build empties and removes only directories of its own."""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from amg.index import Index, IndexBuildError
+from amg.index.claim import MARKER, claimed, empty, remove
+
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture
+def somebodys(tmp_path) -> Path:
+    """A folder of somebody's, with a folder and a link in it."""
+    folder = tmp_path / "photographs"
+    (folder / "2019").mkdir(parents=True)
+    (folder / "2019" / "cat.raw").write_bytes(b"the only copy")
+    (folder / "letter.txt").write_text("dear all")
+    (folder / "link").symlink_to(folder / "2019")
+    return folder
+
+
+def content(folder: Path) -> dict:
+    files = {str(path.relative_to(folder)): path.lstat().st_mode for path in sorted(folder.rglob("*"))}
+    files |= {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
+    return files | {".": folder.stat().st_mode}
+
+
+def build(pictures, path, **options):
+    return Index.build(pictures, path=path, progress=False, **options)
+
+
+def failing(pictures):
+    """Images of which the second is none, so that the build fails."""
+    from PIL.Image import fromarray
+
+    yield fromarray(pictures[0].permute(1, 2, 0).numpy())
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_somebody_s_directory_survives(tmp_path, pictures, somebodys, resume, fails, kind):
+    partial = tmp_path / "X.amg.partial"
+    partial.symlink_to(somebodys) if kind == "link" else somebodys.rename(partial)
+    before = content(partial)
+    with pytest.raises(IndexBuildError, match=r"X\.amg\.partial must be a directory of amg's own, got"):
+        build(failing(pictures) if fails else pictures, tmp_path / "X.amg", resume=resume)
+    assert content(partial) == before and partial.is_symlink() == (kind == "link")
+    assert not (tmp_path / "X.amg").exists()
+
+
+@pytest.mark.parametrize("name", ["state.json", "rows.u8", "manifest.json", ".hidden", MARKER + "x"])
+def test_a_name_of_ours_does_not_make_it_ours(tmp_path, pictures, name):
+    partial = tmp_path / "X.amg.partial"
+    partial.mkdir()
+    (partial / name).write_text('{"position": 3}')
+    with pytest.raises(IndexBuildError, match="nothing in it was touched"):
+        build(pictures, tmp_path / "X.amg", resume=False)
+    assert (partial / name).read_text() == '{"position": 3}'
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_is_no_directory_is_refused(tmp_path, pictures, kind):
+    partial = tmp_path / "X.amg.partial"
+    partial.write_text("mine") if kind == "file" else partial.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(IndexBuildError, match="must be a directory of amg's own"):
+        build(pictures, tmp_path / "X.amg")
+    assert not (tmp_path / "nowhere").exists() and os.path.lexists(partial)
+
+
+def test_a_path_that_is_a_link_to_nothing_is_refused_at_once(tmp_path, pictures):
+    (tmp_path / "X.amg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(IndexBuildError, match="`path` is a link to nothing"):
+        build(pictures, tmp_path / "X.amg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["X.amg"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_another_user_s_directory_is_refused(tmp_path, pictures):
+    partial = tmp_path / "X.amg.partial"
+    partial.mkdir()
+    os.chown(partial, 12345, -1)
+    with pytest.raises(IndexBuildError, match="got one of user 12345"):
+        build(pictures, tmp_path / "X.amg")
+    assert partial.is_dir() and not list(partial.iterdir())
+
+
+def stopping(pictures, at):
+    from PIL.Image import fromarray
+
+    for position, image in enumerate(pictures):
+        if position == at:
+            raise KeyboardInterrupt
+        yield fromarray(image.permute(1, 2, 0).numpy())
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, pictures) -> Path:
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 16)
+    with pytest.raises(KeyboardInterrupt):
+        build(stopping(pictures, 40), tmp_path / "X.amg", batch_size=16)
+    return tmp_path / "X.amg.partial"
+
+
+def test_our_own_is_marked_private_and_becomes_a_usual_directory(interrupted, pictures, tmp_path):
+    assert stat.S_IMODE(interrupted.stat().st_mode) == 0o700 and (interrupted / MARKER).is_file()
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    (tmp_path / "usual").mkdir()
+    assert index.path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert not interrupted.exists() and not (index.path / MARKER).exists() and index.count == 80
+
+
+def test_a_partial_build_of_an_earlier_version_goes_on(interrupted, pictures, tmp_path):
+    (interrupted / MARKER).unlink()
+    interrupted.chmod(0o755)
+    assert json.loads((interrupted / "state.json").read_text())["position"] == 32
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert index.count == 80 and stat.S_IMODE(index.path.stat().st_mode) == 0o755
+
+
+def test_a_partial_build_of_an_earlier_version_can_be_discarded(interrupted, pictures, tmp_path):
+    (interrupted / MARKER).unlink()
+    assert build(pictures, tmp_path / "X.amg", resume=False).count == 80
+
+
+def test_an_empty_directory_may_be_used_and_a_failed_build_leaves_nothing(tmp_path, pictures):
+    (tmp_path / "X.amg.partial").mkdir()
+    with pytest.raises(OSError, match="disk full"):
+        build(failing(pictures), tmp_path / "X.amg")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "X.amg.partial").mkdir()
+    (tmp_path / "X.amg.partial" / MARKER).write_text("")  # killed while the marker was written
+    assert build(pictures, tmp_path / "X.amg").count == 80
+
+
+def test_a_disk_that_is_full_before_the_marker_leaves_nothing(tmp_path, pictures, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("amg.index.claim.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        build(pictures, tmp_path / "X.amg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_in_our_own_directory_are_not_followed(tmp_path, somebodys):
+    before, own = content(somebodys), tmp_path / "own"
+    with claimed(own, lambda: False):
+        (own / "link").symlink_to(somebodys)
+        (own / "folder").mkdir()
+        empty(own)
+        assert [path.name for path in own.iterdir()] == [MARKER]
+        (own / "link").symlink_to(somebodys)
+        remove(own)
+    assert content(somebodys) == before and not own.exists()
+
+
+def test_a_directory_that_is_not_held_is_never_emptied(somebodys):
+    before = content(somebodys)
+    for act in (empty, remove):
+        with contextlib.suppress(RuntimeError):
+            act(somebodys)
+        assert content(somebodys) == before
