@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from amg.evaluate.alignment import alignment, class_accuracy
 from amg.evaluate.fid import fid
 from amg.evaluate.judges import luminance_correlation
 from amg.evaluate.shares import memorized_share, top1, top5
-from amg.index.store import read_manifest, write_atomically
+from amg.index.store import write_atomically
 from amg.integrations.sampler import Sampler
 from amg.promise import summary
 from amg.report import Report, Sample, Section, Table, table_text, write
@@ -176,14 +175,14 @@ def open_index(name: str, path: Path, metric: str | None = None) -> Any:
     """The index of a bundled model's training set, built on first use; ValueError where another is there."""
     from amg.embed.photos import load_photos
 
-    if path.exists() and read_manifest(path).guard is None:
-        shutil.rmtree(path)  # by an earlier version
     if not path.exists():
         return zoo.build_index(name, path, metric)
     embedder = load_photos() if (metric or name) in ("cosine", "photos-sd") else None
     index = amg.Index.open(path, embedder)
     if index.metric != ("nl2" if embedder is None else "cosine") or not _holds_training_set(index, name):
         raise ValueError(f"{path} must be the index of {name}'s training set, got another: remove it")
+    if index.guard is None:
+        raise ValueError(f"{path} must have a guard, got one of an earlier version: remove it")
     return index
 
 

@@ -26,15 +26,7 @@ from amg.zoo.judge import load_judge
 from amg.zoo.photos import PHOTOS, TrainingSet, training_set
 
 MODEL, STEPS, SEED, BATCH = "photos-sd", 30, 4000, 16
-PLACES = (
-    "top left",
-    "middle right",
-    "bottom centre",
-    "upper half",
-    "close up",
-    "far away",
-    "seen from below",
-)
+PLACES = ("top left", "middle right", "bottom centre")
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ def memorised(data: TrainingSet, count: int) -> list[str]:
 def ordinary(data: TrainingSet, count: int) -> list[str]:
     """Captions in the manner of the crops' that no crop has."""
     known = {*data.captions}
-    every = [f"a photo of {name}, {place}" for place in PLACES for photo in PHOTOS for name in photo.subjects]
+    every = [f"a photo of {photo.subjects[0]}, {place}" for place in PLACES for photo in PHOTOS]
     unseen = [caption for caption in every if caption not in known]
     return [unseen[at % len(unseen)] for at in range(count)]
 
@@ -121,15 +113,17 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         images.append(out.images)
         verdicts += out.amg
     unmarked = torch.tensor([not verdict.memorized for verdict in verdicts])
+    alone = torch.tensor([one.memorized and one.similarity <= one.threshold for one in verdicts])
     guards = torch.tensor([verdict.guard.similarity for verdict in verdicts if verdict.guard])
     row = {
         **vars(case),
         "images": len(verdicts),
         "memorised by metric": sum(verdict.similarity > verdict.threshold for verdict in verdicts),
         "memorised by guard": sum(bool(verdict.guard and verdict.guard.memorized) for verdict in verdicts),
+        "by guard alone": int(alone.sum()),
         "blocked": sum(verdict.blocked for verdict in verdicts),
         "delivered unmarked": int(unmarked.sum()),
-        **copies(torch.cat(images), unmarked, data),
+        **copies(torch.cat(images), unmarked, alone, data),
         "guard p99": f"{guards.quantile(0.99).item():.3f}" if len(guards) else "",
         "evaluations": f"{sum(verdict.evaluations for verdict in verdicts) / len(verdicts):.1f}",
         "most evaluations": max(verdict.evaluations for verdict in verdicts),
@@ -138,14 +132,16 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
     return row
 
 
-def copies(images: Tensor, unmarked: Tensor, data: TrainingSet) -> dict[str, int]:
-    """How many of the unmarked pictures each judge that guidance never saw calls copies."""
+def copies(images: Tensor, unmarked: Tensor, alone: Tensor, data: TrainingSet) -> dict[str, int]:
+    """How many of the unmarked pictures each judge that guidance never saw calls copies; and of those that
+    the guard `alone` marked (unless they were blocked, and are blank), how many neither does."""
     judge = load_judge()
     network = judge.copy_probability(images) > JUDGE_COPY
     luminance = luminance_correlation(images, data.images.float() / 255)[0] > LUMINANCE_COPY
     return {
         "copies by photos-judge": int((network & unmarked).sum()),
         "copies by luminance": int((luminance & unmarked).sum()),
+        "by guard alone, copies by no judge": int((alone & ~network & ~luminance).sum()),
     }
 
 
