@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, device and which kernels run").set_defaults(run=_info)
     arguments = parser.parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        with _warnings_in_a_line():
+            return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
         print("amg: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         print(f"amg {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings as the command line says things, without the place in the code."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"amg: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def add_sample(commands: Any) -> None:

@@ -79,6 +79,24 @@ def main() -> int:
     return 0
 
 
+def tables(path: Path) -> str:
+    """The committed CSV as a Markdown table."""
+    from tables import markdown
+
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    shown = [name for name in lines[0] if name not in ("guard", "most evaluations")]
+    heads = [name.removeprefix("copies ") if name.startswith("copies") else name for name in shown]
+    heads = [
+        f"of these copies {name}" if name.startswith("by ") and "judge" in name else name for name in heads
+    ]
+    rows = []
+    for line in lines:
+        preset = line["preset"] + ("" if line["guard"] == "True" else ", no guard")
+        rows.append([preset if name == "preset" else line[name] or "–" for name in shown])
+    return markdown(heads, rows)
+
+
 def without_captions(data: TrainingSet, path: Path) -> Any:
     """The distinct pictures of the training set, indexed without their captions."""
     if path.exists():

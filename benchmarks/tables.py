@@ -121,6 +121,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "cifar": by("cifar.report", "cifar.csv"),
     "cifar-validation": by("cifar.report", "cifar_validation.csv"),
     "serving": by("bench_serving", "serving.csv"),
+    "guard": by("bench_guard", "guard.csv"),
 }
 
 
