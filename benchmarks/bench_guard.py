@@ -86,10 +86,7 @@ def tables(path: Path) -> str:
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     shown = [name for name in lines[0] if name not in ("guard", "most evaluations")]
-    heads = [name.removeprefix("copies ") if name.startswith("copies") else name for name in shown]
-    heads = [
-        f"of these copies {name}" if name.startswith("by ") and "judge" in name else name for name in heads
-    ]
+    heads = [f"of these {name}" if name.startswith("copies by") else name for name in shown]
     rows = []
     for line in lines:
         preset = line["preset"] + ("" if line["guard"] == "True" else ", no guard")
@@ -131,17 +128,16 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         images.append(out.images)
         verdicts += out.amg
     unmarked = torch.tensor([not verdict.memorized for verdict in verdicts])
-    alone = torch.tensor([one.memorized and one.similarity <= one.threshold for one in verdicts])
     guards = torch.tensor([verdict.guard.similarity for verdict in verdicts if verdict.guard])
     row = {
         **vars(case),
         "images": len(verdicts),
         "memorised by metric": sum(verdict.similarity > verdict.threshold for verdict in verdicts),
         "memorised by guard": sum(bool(verdict.guard and verdict.guard.memorized) for verdict in verdicts),
-        "by guard alone": int(alone.sum()),
+        "by guard alone": sum(one.memorized and one.similarity <= one.threshold for one in verdicts),
         "blocked": sum(verdict.blocked for verdict in verdicts),
         "delivered unmarked": int(unmarked.sum()),
-        **copies(torch.cat(images), unmarked, alone, data),
+        **copies(torch.cat(images), unmarked, data),
         "guard p99": f"{guards.quantile(0.99).item():.3f}" if len(guards) else "",
         "evaluations": f"{sum(verdict.evaluations for verdict in verdicts) / len(verdicts):.1f}",
         "most evaluations": max(verdict.evaluations for verdict in verdicts),
@@ -150,16 +146,14 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
     return row
 
 
-def copies(images: Tensor, unmarked: Tensor, alone: Tensor, data: TrainingSet) -> dict[str, int]:
-    """How many of the unmarked pictures each judge that guidance never saw calls copies; and of those that
-    the guard `alone` marked (unless they were blocked, and are blank), how many neither does."""
+def copies(images: Tensor, unmarked: Tensor, data: TrainingSet) -> dict[str, int]:
+    """How many of the unmarked pictures each judge that guidance never saw calls copies."""
     judge = load_judge()
     network = judge.copy_probability(images) > JUDGE_COPY
     luminance = luminance_correlation(images, data.images.float() / 255)[0] > LUMINANCE_COPY
     return {
         "copies by photos-judge": int((network & unmarked).sum()),
         "copies by luminance": int((luminance & unmarked).sum()),
-        "by guard alone, copies by no judge": int((alone & ~network & ~luminance).sum()),
     }
 
 

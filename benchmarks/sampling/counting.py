@@ -29,6 +29,10 @@ class CountedIndex(Index):
         self.counter["searches"] += len(vectors)
         return super().nearest(vectors, *rest)
 
+    def closest(self, images: Tensor) -> Any:
+        self.counter["searches"] += len(images)
+        return super().closest(images)
+
     def search(self, queries: Any, k: int = 1) -> Any:
         self.counter["searches"] += len(queries)
         return super().search(queries, k)
