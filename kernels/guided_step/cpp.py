@@ -21,8 +21,8 @@ def guided_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return prev_sample, x0_hat and signals [B, 4]; arguments as in amg.kernels.guided_step."""
     inputs = [sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients]
-    outputs = [torch.empty(sample.shape, dtype=sample.dtype) for _ in range(2)]
-    signals = torch.empty(sample.shape[0], 4)
+    outputs = [torch.empty(sample.shape, dtype=sample.dtype, device="cpu") for _ in range(2)]
+    signals = torch.empty(sample.shape[0], 4, device="cpu")
     launch(inputs, [*outputs, signals])
     return outputs[0], outputs[1], signals
 
@@ -31,7 +31,8 @@ def predict_x0(
     sample: Tensor, eps_uncond: Tensor, eps_cond: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x0_hat of the plain CFG estimate and signals [B, 3]; arguments as in amg.kernels.predict_x0."""
-    x0_hat, signals = torch.empty(sample.shape, dtype=sample.dtype), torch.empty(sample.shape[0], 3)
+    x0_hat = torch.empty(sample.shape, dtype=sample.dtype, device="cpu")
+    signals = torch.empty(sample.shape[0], 3, device="cpu")
     launch([sample, eps_uncond, eps_cond, None, None, None, None, coefficients], [None, x0_hat, signals])
     return x0_hat, signals
 

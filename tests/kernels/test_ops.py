@@ -54,6 +54,23 @@ def call_public(op: str, first: torch.Tensor, arguments: tuple, impl: str | None
     return kernels.topk_cosine(first, arguments[1], arguments[5], codes=codes, impl=impl)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", ["guided_step", "predict_x0", "encode_rows", "topk_cosine", "nl2"])
+def test_what_an_implementation_makes_lies_where_its_tensors_do(op, impl):
+    """With another default device, as on a GPU, a tensor that is made without saying where shows.
+
+    Called directly: the default device does not reach into a torch op.
+    """
+    arguments = op_arguments()[op]
+    if op == "topk_cosine":
+        arguments = (*arguments[:2], kernels.Codes(*arguments[2:5]), arguments[5])
+    run = dispatch.choose(op, arguments[0], impl)
+    truth = run(*arguments)
+    with torch.device("meta"):
+        found = run(*arguments)
+    assert all(map(torch.equal, found, truth))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
