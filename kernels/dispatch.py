@@ -75,6 +75,9 @@ def on_device_of_first(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(tensor: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+        device = tensor.device.index
+        if device is None or device == torch.cuda.current_device():
+            return function(tensor, *arguments)
         with torch.cuda.device_of(tensor):
             return function(tensor, *arguments)
 

@@ -97,7 +97,7 @@ def top1_cosine(
     device, on a zero or non-finite query and on non-finite rows.
     """
     similarity, row = topk_cosine(queries, rows, 1, codes=codes, impl=impl)
-    return Top1(similarity[:, 0], row[:, 0])
+    return Top1(similarity.squeeze(1), row.squeeze(1))
 
 
 def topk_cosine(

@@ -42,9 +42,10 @@ def check_like_sample(name: str, tensor: Tensor | None, sample: Tensor, *dtypes:
     """Raise ValueError unless `tensor` has sample's shape, device and dtype (or one of `dtypes`)."""
     if tensor is None:
         return
-    allowed = (sample.dtype, *dtypes)
-    if tensor.shape == sample.shape and tensor.dtype in allowed and tensor.device == sample.device:
+    right_dtype = tensor.dtype == sample.dtype or tensor.dtype in dtypes
+    if right_dtype and tensor.shape == sample.shape and tensor.device == sample.device:
         return
+    allowed = (sample.dtype, *dtypes)
     expected = f"{list(sample.shape)} {' or '.join(dict.fromkeys(map(str, allowed)))} on {sample.device}"
     raise ValueError(f"`{name}` must be {expected} like `sample`, got {describe(tensor)}")
 

@@ -20,6 +20,7 @@ def screen_blocks(
     queries,
     query_squares,
     losses,
+    floor,
     lower,
     upper,
     unit,
@@ -65,7 +66,7 @@ def screen_blocks(
     loss = tl.load(losses + query)[None, :]
     low = -tl.sqrt((square + spread) * unit) * (1 + DISTANCE_SLACK) - loss
     high = -tl.sqrt(tl.maximum(square - spread, 0.0) * unit) * (1 - DISTANCE_SLACK) + loss
-    search.store_bounds(low, high, inside, block, query, lower, upper, batch, blocks)
+    search.store_bounds(low, high, inside, block, query, floor, lower, upper, batch, blocks)
 
 
 @triton.jit
@@ -90,17 +91,19 @@ def nl2(queries: Tensor, rows: Tensor, k: int, alpha: float) -> tuple[Tensor, Te
     if len(queries) == 0:
         nothing = rows.new_empty(0, dtype=torch.float32)
         return nothing, nothing.long(), nothing.clone(), nothing.clone()
-    lower, upper = block_bounds(pixels, rows)
+    bounds = block_bounds(pixels, rows)
     exact = search.Exact(rows, pixels, None, exact_closeness)
-    closeness, row = search.best_rows(exact, lower, upper, k)
+    closeness, row = search.best_rows(exact, bounds, k)
+    if search.any_not_finite(closeness):
+        raise ValueError("`rows` must be finite, got a distance that is not")
     distances = -closeness.double()
     distance, denominator = distances[:, 0], alpha * distances.mean(1)
     value = torch.where(distance == 0, 0.0, distance / denominator)
     return value.float(), row[:, 0].contiguous(), distance.float(), denominator.float()
 
 
-def block_bounds(pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each block's largest lower and upper bound [B, blocks] of −ℓ2."""
+def block_bounds(pixels: Tensor, rows: Tensor) -> search.Bounds:
+    """Return the bounds of −ℓ2."""
     batch, (count, size) = len(pixels), rows.shape
     if rows.dtype == torch.uint8:
         rounded, losses = round_to_bytes(pixels)
@@ -108,19 +111,19 @@ def block_bounds(pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     else:
         rounded, losses = round_to_floats(pixels, search.screening_dtype(rows))
         segment, unit = FLOAT_SEGMENT, 1 / size
-        error = search.dot_error(segment + triton.cdiv(size, segment), rounded.dtype)
+        error = search.dot_error(segment + search.pieces(size, segment), rounded.dtype)
     block_queries, block_k = search.query_block(batch), search.BYTES_A_STEP // rounded.element_size()
     rounded = search.padded(rounded, block_queries, block_k)
     squares = torch.stack([part.square().sum(1) for part in rounded.double().split(segment, dim=1)])
-    blocks = triton.cdiv(count, search.BLOCK_ROWS)
+    blocks = search.pieces(count, search.BLOCK_ROWS)
     lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
-    screen_blocks[(blocks * triton.cdiv(batch, block_queries),)](
+    bounds = search.Bounds(torch.full((batch,), -torch.inf, device=rows.device), lower, upper)
+    screen_blocks[(blocks * search.pieces(batch, block_queries),)](
         rows,
         rounded,
         squares.to(torch.int32 if rounded.dtype == torch.int8 else torch.float32),
         search.padded(losses[:, None], block_queries, 1),
-        lower,
-        upper,
+        *bounds,
         unit,
         error,
         count,
@@ -135,7 +138,7 @@ def block_bounds(pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         block_k,
         num_warps=search.screening_warps(block_queries),
     )
-    return lower, upper
+    return bounds
 
 
 def round_to_bytes(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_ROWS = 128  # rows a screening program takes, and the unit that is dropped or kept
-EXACT_ROWS = 16  # rows scored exactly at a time
+EXACT_ROWS = 16  # rows scored exactly at a time by a top-k search
 EXACT_COLUMNS = 128
 LIST_CHUNK = 2048  # blocks looked at together when the survivors are listed
-SHARES = 1024  # exact-scoring programs of a top-1 search, all queries together
+SCAN_CHUNK = 1024  # blocks looked at together where a top-1 search looks for survivors
+SCAN_ROWS = 8  # rows that it scores exactly at a time
+SCAN_COLUMNS = 256
+SHARES = 2048  # its programs, all queries together
+SHARE_CHUNK = 1024  # programs whose answers are compared at a time
 SCORES_AT_ONCE = 2**22  # exact scores held by a top-k search
 BYTES_A_STEP = 128  # of each row, in one step of the dot product: a cache line
 TF32_STEP = 2.0**-10  # relative error of an fp32 row read as TF32, whether rounded or cut off
@@ -34,10 +38,11 @@ def dots_and_squares(rows, queries, row, query, begin, end, dimension, stride, B
     QUERY: tl.constexpr = queries.dtype.element_ty
     CENTRED: tl.constexpr = rows.dtype.element_ty == tl.uint8
     TOTAL: tl.constexpr = tl.float32 if QUERY.is_floating() else tl.int32
+    LANES: tl.constexpr = 8 if QUERY.is_floating() else 1  # sums of a row's squares: registers for shuffles
     row_start = rows + row * dimension
     query_start = queries + query.to(tl.int64) * stride
     dots = tl.zeros([row.shape[0], query.shape[0]], TOTAL)
-    squares = tl.zeros([row.shape[0]], TOTAL)
+    squares = tl.zeros([row.shape[0], LANES], TOTAL)
     for step in tl.range(begin, end, BLOCK_K):
         column = step + tl.arange(0, BLOCK_K)
         inside = (column < dimension)[None, :]
@@ -46,23 +51,35 @@ def dots_and_squares(rows, queries, row, query, begin, end, dimension, stride, B
             tile = (tile ^ 128).to(tl.int8, bitcast=True)
         tile = tile.to(QUERY)
         values = tl.load(query_start[None, :] + column[:, None])
-        dots = tl.dot(tile, values, dots, input_precision="tf32", out_dtype=TOTAL)
+        if QUERY.is_floating():
+            # Not `dots += part`, which Triton makes tl.dot(tile, values, dots) of. On Hopper that dot is left
+            # in flight while the copy of a later step already overwrites its tile (triton 3.6 and 3.7).
+            part = tl.dot(tile, values, input_precision="tf32", out_dtype=TOTAL)
+            dots = tl.fma(part, tl.full(part.shape, 1.0, TOTAL), dots)
+        else:
+            dots = tl.dot(tile, values, dots, out_dtype=TOTAL)
         wide = tile.to(TOTAL)
-        squares += tl.sum(wide * wide, axis=1)
+        squares += tl.sum(tl.reshape(wide * wide, [row.shape[0], LANES, BLOCK_K // LANES]), axis=2)
+    square = tl.sum(squares, axis=1)
     if CENTRED:  # the zeros beyond the end became −128; they meet zeros of the query
-        squares -= 128 * 128 * (tl.cdiv(end - begin, BLOCK_K) * BLOCK_K - (end - begin))
-    return dots, squares
+        square -= 128 * 128 * (tl.cdiv(end - begin, BLOCK_K) * BLOCK_K - (end - begin))
+    return dots, square
 
 
 @triton.jit
-def store_bounds(low, high, inside, block, query, lower, upper, batch, blocks):
-    """Store a block's largest lower and upper bound for each query; those not finite bound nothing."""
+def store_bounds(low, high, inside, block, query, floor, lower, upper, batch, blocks):
+    """Store a block's largest lower and upper bound for each query; those not finite bound nothing.
+
+    The largest lower bound of all blocks is left in `floor`, which was −inf.
+    """
     bounded = (low > float("-inf")) & (high < float("inf"))  # false for NaN
     low = tl.where(inside[:, None] & bounded, low, float("-inf"))
     high = tl.where(bounded, high, float("inf"))
     high = tl.where(inside[:, None], high, float("-inf"))
     place = query.to(tl.int64) * blocks + block
-    tl.store(lower + place, tl.max(low, axis=0), query < batch)
+    lowest = tl.max(low, axis=0)
+    tl.atomic_max(floor + query, lowest, query < batch, sem="relaxed")
+    tl.store(lower + place, lowest, query < batch)
     tl.store(upper + place, tl.max(high, axis=0), query < batch)
 
 
@@ -98,10 +115,10 @@ def best_in_blocks(
     rows,
     queries,
     norms,
-    listed,
-    number,
-    score,
-    row,
+    floor,
+    upper,
+    scores,
+    best_rows,
     count,
     dimension,
     batch,
@@ -110,23 +127,56 @@ def best_in_blocks(
     BLOCK_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Program (share, q) finds the best of its share of query q's listed rows; ties to the lowest row."""
+    """Program (share, q) finds the best of its part of the rows whose block's upper bound reaches q's floor.
+
+    A share is one part of every block in some of the chunks. Ties go to the lowest row.
+    """
     PARTS: tl.constexpr = BLOCK_ROWS // ROWS
+    NONE: tl.constexpr = 2**31 - 1
     query = (tl.program_id(0) % batch).to(tl.int64)
     share = tl.program_id(0) // batch
+    every = tl.num_programs(0) // (batch * PARTS)
+    lowest = tl.load(floor + query)
     best = tl.full([], float("-inf"), tl.float32)
     best_row = tl.full([], 2**62, tl.int64)
-    for item in range(share, tl.load(number + query) * PARTS, tl.num_programs(0) // batch):
-        block = tl.load(listed + query * blocks + item // PARTS).to(tl.int64)
-        here = block * BLOCK_ROWS + (item % PARTS) * ROWS + tl.arange(0, ROWS)
-        scores = exact_scores(rows, queries, norms, here, query, count, dimension, SCORE, BLOCK_K)
-        top = tl.max(scores, axis=0)
-        top_row = tl.min(tl.where(scores == top, here, 2**62), axis=0)
-        best_row = tl.where(top > best, top_row, best_row)  # rows ascend within a share
-        best = tl.maximum(top, best)
-    tl.store(score + tl.program_id(0), best)
-    tl.store(row + tl.program_id(0), best_row)
+    for start in range((share // PARTS) * CHUNK, blocks, every * CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        bound = tl.load(upper + query * blocks + block, block < blocks, float("-inf"))
+        left = tl.where((block < blocks) & (bound >= lowest), block, NONE)
+        first = tl.min(left, axis=0)
+        while first != NONE:
+            here = first.to(tl.int64) * BLOCK_ROWS + (share % PARTS) * ROWS + tl.arange(0, ROWS)
+            score = exact_scores(rows, queries, norms, here, query, count, dimension, SCORE, BLOCK_K)
+            top = tl.max(score, axis=0)
+            top_row = tl.min(tl.where(score == top, here, 2**62), axis=0)
+            best_row = tl.where(top > best, top_row, best_row)  # rows ascend within a share
+            best = tl.maximum(top, best)
+            left = tl.where(block > first, left, NONE)
+            first = tl.min(left, axis=0)
+    tl.store(scores + tl.program_id(0), best)
+    tl.store(best_rows + tl.program_id(0), best_row)
+
+
+@triton.jit(do_not_specialize=["batch", "shares"])
+def best_of_shares(scores, best_rows, score, row, batch, shares, CHUNK: tl.constexpr):
+    """Program q finds the best of query q's shares; ties go to the lowest row."""
+    query = tl.program_id(0).to(tl.int64)
+    best = tl.full([CHUNK], float("-inf"), tl.float32)
+    best_row = tl.full([CHUNK], 2**62, tl.int64)
+    for start in range(0, shares, CHUNK):
+        share = start + tl.arange(0, CHUNK)
+        place = share * batch + query
+        other = tl.load(scores + place, share < shares, float("-inf"))
+        other_row = tl.load(best_rows + place, share < shares, 2**62)
+        best_row = tl.where(
+            other > best, other_row, tl.where(other == best, tl.minimum(other_row, best_row), best_row)
+        )
+        best = tl.maximum(other, best)
+    top = tl.max(best, axis=0)
+    tl.store(score + query, top)
+    tl.store(row + query, tl.min(tl.where(best == top, best_row, 2**62), axis=0))
 
 
 @triton.jit(do_not_specialize=["first", "slots", "count", "blocks"])
@@ -161,8 +211,16 @@ def scores_in_blocks(
         tl.store(out, tl.full([ROWS], float("-inf"), tl.float32))
 
 
+class Bounds(NamedTuple):
+    """What screening leaves: each block's largest bounds [B, blocks], and the largest lower one [B]."""
+
+    floor: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
 class Exact(NamedTuple):
-    """What exact scoring reads: rows [N, D], float64 queries [B, D], norms [B] if `score` needs them."""
+    """What exact scoring reads: rows [N, D], floating queries [B, D], norms [B] if `score` needs them."""
 
     rows: Tensor
     queries: Tensor
@@ -195,9 +253,14 @@ def padded(values: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, -dimension % columns, 0, -batch % rows)).contiguous()
 
 
+def pieces(size: int, piece: int) -> int:
+    """Return how many pieces cover `size`. Each call of triton.cdiv on the host takes microseconds."""
+    return -(-size // piece)
+
+
 def query_block(batch: int) -> int:
-    """Return how many queries a screening program takes: the MMA's N, at least 16."""
-    return min(64, max(16, triton.next_power_of_2(batch)))
+    """Return how many queries a screening program takes: the MMA's N, a power of two, at least 16."""
+    return min(64, max(16, 1 << (batch - 1).bit_length()))
 
 
 def screening_warps(block_queries: int) -> int:
@@ -205,47 +268,55 @@ def screening_warps(block_queries: int) -> int:
     return 4 if block_queries < 32 else 8
 
 
-def best_rows(exact: Exact, lower: Tensor, upper: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best scores and rows [B, k], best first, ties to the lowest row.
+def best_rows(exact: Exact, bounds: Bounds, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best scores and rows [B, k], best first, ties to the lowest row; +inf if not finite.
 
-    lower and upper [B, blocks] are the screening's bounds. Raises ValueError where a score is not finite.
-    k = 1 waits for the device once, to look for that; k > 1 once more, to learn how many blocks are left.
+    Only k > 1 waits for the device, to learn how many blocks are left.
     """
-    blocks = lower.shape[1]
+    floor, lower, upper = bounds
+    if k == 1:
+        return best_row(exact, floor, upper)
     floor = lower.new_full(lower.shape[:1], -torch.inf)
-    if blocks >= k:
-        floor = lower.amax(1) if k == 1 else lower.topk(k, dim=1).values[:, -1].contiguous()
+    if lower.shape[1] >= k:
+        floor = lower.topk(k, dim=1).values[:, -1].contiguous()
     listed = torch.empty(lower.shape, dtype=torch.int32, device=lower.device)
     number = torch.empty(lower.shape[:1], dtype=torch.int32, device=lower.device)
-    list_blocks[(len(lower),)](upper, floor, listed, number, blocks, LIST_CHUNK)
-    score, row = (best_row if k == 1 else sorted_rows)(exact, listed, number, k)
-    if bool((score[:, 0] == torch.inf).any()):
-        raise ValueError("`rows` must be finite, got a score that is not")
-    return score, row
+    list_blocks[(len(lower),)](upper, floor, listed, number, lower.shape[1], LIST_CHUNK)
+    return sorted_rows(exact, listed, number, k)
 
 
-def best_row(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return score and row [B, 1] of the best row in the listed blocks; nothing here waits for the device."""
-    batch, blocks = listed.shape
-    shares = min(triton.cdiv(SHARES, batch), blocks * (BLOCK_ROWS // EXACT_ROWS))
-    score = torch.empty((shares, batch), device=listed.device)
-    row = torch.empty((shares, batch), dtype=torch.int64, device=listed.device)
+def any_not_finite(score: Tensor) -> bool:
+    """Say whether a best score [B, k] is +inf: one that is not finite. Waits for the device."""
+    return torch.inf in score[:, 0].tolist()
+
+
+def best_row(exact: Exact, floor: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Return score and row [B, 1] of the best row in the blocks that reach the floor [B]."""
+    batch, blocks = upper.shape
+    parts = BLOCK_ROWS // SCAN_ROWS
+    chunks = min(pieces(blocks, SCAN_CHUNK), pieces(SHARES, batch * parts))
+    shares = chunks * parts
+    scores, score = (torch.empty(size, device=upper.device) for size in ((shares, batch), (batch, 1)))
+    best_rows, row = (
+        torch.empty(size, dtype=torch.int64, device=upper.device) for size in ((shares, batch), (batch, 1))
+    )
     best_in_blocks[(shares * batch,)](
         *exact[:3],
-        listed,
-        number,
-        score,
-        row,
+        floor,
+        upper,
+        scores,
+        best_rows,
         *exact.rows.shape,
         batch,
         blocks,
         exact.score,
         BLOCK_ROWS,
-        EXACT_ROWS,
-        EXACT_COLUMNS,
+        SCAN_ROWS,
+        SCAN_COLUMNS,
+        SCAN_CHUNK,
     )
-    best = score.amax(0)
-    return best[:, None], row.where(score == best, 2**62).amin(0)[:, None]
+    best_of_shares[(batch,)](scores, best_rows, score, row, batch, shares, SHARE_CHUNK)
+    return score, row
 
 
 def sorted_rows(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,23 @@
 """The cosine search in Triton: rows or int8 codes screen blocks of rows, float64 decides what is left."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..search import triton as search
-from .contract import Codes
+from . import contract
+from .contract import Codes, check_norms
 from .reference import CODE_MAX, round_up
 
-ROUNDING_SLACK = 2e-6  # per unit of row norm: fp32 roundings of the bounds, and ties in fp32
+ROUNDING_SLACK = tl.constexpr(2e-6)  # per unit of row norm: fp32 roundings of the bounds, and ties in fp32
+MIN_NORM = tl.constexpr(contract.MIN_NORM)
 ROUND_TO_INTEGER = tl.constexpr(6755399441055744.0)  # 1.5·2^52: adding it rounds a float64 to an integer
 ENCODE_ROWS = 16
 ENCODE_COLUMNS = 128
+QUERY_COLUMNS = 512
 
 
 @triton.jit(do_not_specialize=["count", "batch", "blocks"])
@@ -23,6 +28,7 @@ def screen_blocks(
     queries,
     query_scales,
     losses,
+    floor,
     lower,
     upper,
     count,
@@ -58,7 +64,84 @@ def screen_blocks(
         norm *= scale
         lost += tl.load(errors + row) * (1 + 1e-6)
     slack = norm[:, None] * tl.load(losses + query)[None, :] + lost[:, None]
-    search.store_bounds(score - slack, score + slack, inside, block, query, lower, upper, batch, blocks)
+    search.store_bounds(
+        score - slack, score + slack, inside, block, query, floor, lower, upper, batch, blocks
+    )
+
+
+@triton.jit
+def as_float64(values):
+    """Return floating values in float64; bf16 by way of fp32, which is what the interpreter gets right."""
+    if values.dtype != tl.float64:
+        values = values.to(tl.float32).to(tl.float64)
+    return values
+
+
+@triton.jit(do_not_specialize=["batch"])
+def encode_queries(
+    queries,
+    encoded,
+    scales,
+    losses,
+    norms,
+    floor,
+    batch,
+    dimension,
+    stride,
+    dot_error,
+    norm_error,
+    BLOCK_K: tl.constexpr,
+    CODE_MAX: tl.constexpr,
+):
+    """Program q normalises query q and encodes it, with what that loses: see Prepared. Zeros from `batch` on.
+
+    int8 gets scale·code, scale = max|q|/CODE_MAX; fp32 is rounded to TF32's 10 bits: nothing more is lost.
+    """
+    CODES: tl.constexpr = encoded.dtype.element_ty == tl.int8
+    query = tl.program_id(0).to(tl.int64)
+    present = query < batch
+    square = tl.zeros([BLOCK_K], tl.float64)
+    largest = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(0, dimension, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        values = as_float64(tl.load(queries + query * dimension + column, present & (column < dimension), 0))
+        square += values * values
+        largest = tl.maximum(largest, tl.abs(values))
+    norm = tl.sqrt(tl.sum(square, axis=0))
+    norm = tl.where((norm >= MIN_NORM) & (norm < float("inf")), norm, float("nan"))
+    tl.store(norms + query, norm)
+    tl.store(floor + query, float("-inf"))
+    scale = (tl.max(largest, axis=0) / norm / CODE_MAX).to(tl.float32)
+    unit = tl.where(scale > 0, scale, 1.0).to(tl.float64)
+    per_norm, per_unit = 1 / norm, 1 / unit
+    lost = tl.zeros([BLOCK_K], tl.float64)
+    kept = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(0, stride, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        inside = present & (column < dimension)
+        values = as_float64(tl.load(queries + query * dimension + column, inside, 0)) * per_norm
+        values = tl.where(inside, values, 0.0)
+        if CODES:
+            code = (values * per_unit + ROUND_TO_INTEGER) - ROUND_TO_INTEGER
+            code = tl.minimum(tl.maximum(code, -CODE_MAX), CODE_MAX)
+            stored = code.to(tl.int32).to(tl.int8)
+            near = code * unit
+        else:
+            stored = values.to(encoded.dtype.element_ty)
+            if encoded.dtype.element_ty == tl.float32:
+                bits = (stored.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+                stored = bits.to(tl.float32, bitcast=True)
+            near = as_float64(stored)
+        lost += (values - near) * (values - near)
+        kept += near * near
+        tl.store(encoded + query * stride + column, stored, column < stride)
+    loss = tl.sqrt(tl.sum(lost, axis=0))
+    if CODES:
+        loss = loss * (1 + 1e-6) + ROUNDING_SLACK
+        tl.store(scales + query, scale)
+    else:
+        loss = (loss + tl.sqrt(tl.sum(kept, axis=0)) * dot_error + ROUNDING_SLACK) * norm_error
+    tl.store(losses + query, loss.to(tl.float32))
 
 
 @triton.jit
@@ -69,8 +152,8 @@ def exact_similarity(rows, queries, norms, row, query, dimension, BLOCK_K: tl.co
         column = start + tl.arange(0, BLOCK_K)
         inside = column < dimension
         tile = tl.load(rows + (row * dimension)[:, None] + column[None, :], inside[None, :], 0)
-        values = tl.load(queries + query * dimension + column, inside, 0)
-        total += tl.sum(tile.to(tl.float32).to(tl.float64) * values[None, :], axis=1)
+        values = as_float64(tl.load(queries + query * dimension + column, inside, 0))
+        total += tl.sum(as_float64(tile) * values[None, :], axis=1)
     return (total / tl.load(norms + query)).to(tl.float32)
 
 
@@ -116,62 +199,87 @@ def encode_blocks(
 
 def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] fp32, best first, and row [B, k]; arguments as in amg.kernels.topk_cosine."""
-    rows, directions = rows.contiguous(), queries.double().contiguous()
+    rows, queries = rows.contiguous(), queries.contiguous()
     if len(queries) == 0:
         return rows.new_empty((0, k), dtype=torch.float32), rows.new_empty((0, k), dtype=torch.int64)
-    norms = directions.norm(dim=1)
-    lower, upper = block_bounds(directions / norms[:, None], rows, codes)
-    return search.best_rows(search.Exact(rows, directions, norms, exact_similarity), lower, upper, k)
+    prepared = prepare(queries, search.screening_dtype(rows) if codes is None else torch.int8)
+    bounds = block_bounds(prepared, len(queries), rows, codes)
+    exact = search.Exact(rows, queries, prepared.norms, exact_similarity)
+    similarity, row = search.best_rows(exact, bounds, k)
+    if search.any_not_finite(similarity):
+        check_norms(torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64))
+        raise ValueError("`rows` must be finite, got a similarity that is not")
+    return similarity, row
 
 
-def block_bounds(unit: Tensor, rows: Tensor, codes: Codes | None) -> tuple[Tensor, Tensor]:
-    """Return each block's largest lower and upper bound [B, blocks] of unit queries' similarities."""
-    batch, (count, dimension) = len(unit), rows.shape
+class Prepared(NamedTuple):
+    """Unit queries as rows or codes meet them.
+
+    encoded [·, ·], zero beyond the queries and their dimension; scales [·] of int8 codes; losses [·]: what
+    ⟨q, r⟩ can lose for a row of norm 1; norms [·] float64 of the queries, NaN where they have no direction;
+    floor [·] −inf, where screening starts.
+    """
+
+    encoded: Tensor
+    scales: Tensor
+    losses: Tensor
+    norms: Tensor
+    floor: Tensor
+
+
+def prepare(queries: Tensor, dtype: torch.dtype) -> Prepared:
+    """Return queries [B, D] encoded in `dtype`, padded to what a screening program takes."""
+    batch, dimension = queries.shape
+    block_k = search.BYTES_A_STEP // dtype.itemsize
+    size = search.pieces(batch, search.query_block(batch)) * search.query_block(batch)
+    encoded = queries.new_empty((size, search.pieces(dimension, block_k) * block_k), dtype=dtype)
+    scales, losses, floor = (queries.new_empty(size, dtype=torch.float32) for _ in range(3))
+    norms = queries.new_empty(size, dtype=torch.float64)
+    encode_queries[(size,)](
+        queries,
+        encoded,
+        scales,
+        losses,
+        norms,
+        floor,
+        batch,
+        dimension,
+        encoded.shape[1],
+        search.dot_error(dimension, dtype),
+        1 + 1e-6 + dimension * 2.0**-24,
+        QUERY_COLUMNS,
+        CODE_MAX,
+    )
+    return Prepared(encoded, scales, losses, norms, floor)
+
+
+def block_bounds(prepared: Prepared, batch: int, rows: Tensor, codes: Codes | None) -> search.Bounds:
+    """Return the bounds of the queries' similarities."""
     screened, scales, errors = (rows, None, None) if codes is None else (part.contiguous() for part in codes)
-    encoded = round_queries(unit, search.screening_dtype(rows)) if codes is None else encode_queries(unit)
-    block_queries, block_k = search.query_block(batch), search.BYTES_A_STEP // encoded[0].element_size()
-    queries = search.padded(encoded[0], block_queries, block_k)
-    query_scales, losses = (search.padded(part[:, None], block_queries, 1) for part in encoded[1:])
-    blocks = triton.cdiv(count, search.BLOCK_ROWS)
+    count, dimension = rows.shape
+    blocks, block_queries = search.pieces(count, search.BLOCK_ROWS), search.query_block(batch)
     lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
-    screen_blocks[(blocks * triton.cdiv(batch, block_queries),)](
+    screen_blocks[(blocks * (len(prepared.encoded) // block_queries),)](
         screened,
         scales,
         errors,
-        queries,
-        query_scales,
-        losses,
+        prepared.encoded,
+        prepared.scales,
+        prepared.losses,
+        prepared.floor,
         lower,
         upper,
         count,
         dimension,
-        queries.shape[1],
+        prepared.encoded.shape[1],
         batch,
         blocks,
         search.BLOCK_ROWS,
         block_queries,
-        block_k,
+        search.BYTES_A_STEP // prepared.encoded.element_size(),
         num_warps=search.screening_warps(block_queries),
     )
-    return lower, upper
-
-
-def round_queries(unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return unit queries in the MMA's dtype, scales 1, and what ⟨q, r⟩ can lose for a row of norm 1."""
-    queries = search.rounded(unit, dtype)
-    dimension, wide = unit.shape[1], queries.double()
-    loss = (unit - wide).norm(dim=1) + wide.norm(dim=1) * search.dot_error(dimension, dtype)
-    norm_error = 1 + 1e-6 + dimension * 2.0**-24  # of ‖r‖ as the kernel sums it
-    return queries, torch.ones_like(loss), ((loss + ROUNDING_SLACK) * norm_error).float()
-
-
-def encode_queries(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return int8 codes of unit queries, their scales, and what ⟨q, r⟩ can lose for a row of norm 1."""
-    scales = (unit.abs().amax(1) / CODE_MAX).float()
-    steps = scales.double()[:, None]
-    codes = (unit / steps).round().clamp(-CODE_MAX, CODE_MAX)
-    loss = (unit - codes * steps).norm(dim=1) * (1 + 1e-6) + ROUNDING_SLACK
-    return codes.to(torch.int8), scales, loss.float()
+    return search.Bounds(prepared.floor, lower, upper)
 
 
 def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +288,7 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     scales = torch.empty(len(rows), device=rows.device)
     errors = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    programs = triton.cdiv(len(rows), ENCODE_ROWS)
+    programs = search.pieces(len(rows), ENCODE_ROWS)
     encode_blocks[(programs,)](
         rows, codes, scales, errors, *rows.shape, ENCODE_ROWS, ENCODE_COLUMNS, CODE_MAX
     )

@@ -18,28 +18,39 @@ def step_case(variant: str, dtype: str, **changes: object) -> Case:
         "coefficients": "*fp32",
         "prev_sample": tensor,
         "x0_hat": tensor,
-        "block_signals": "*fp32",
+        "sums": "*fp32",
         "size": "i32:16",
-        "blocks": "i32",
+        "programs": "i32",
         "coefficient_stride": "i32",
-        "BLOCK": 1024,
+        "SUMS": 4,
+        "BLOCK": 2048,
     }
-    return Case("guided_step.triton.step_kernel", variant, {**arguments, **changes}, targets=NVIDIA + AMD)
+    arguments |= changes
+    warps = arguments["BLOCK"] // 512
+    return Case("guided_step.triton.step_kernel", variant, arguments, warps=warps, targets=NVIDIA + AMD)
 
 
 TERMS = ("eps_neighbour", "similarity_grad", "similarity", "noise")
 SIGNALS_ARGUMENTS = {
-    "block_signals": "*fp32",
+    "sums": "*fp32",
     "signals": "*fp32",
-    "blocks": "i32",
+    "programs": "i32",
     "SIGNALS": 4,
-    "SUM_BLOCKS": 64,
+    "SUM_PROGRAMS": 64,
 }
 CASES_GUIDED_STEP = [
     *(step_case(f"all terms {dtype}", dtype) for dtype in ("fp32", "fp16", "bf16")),
     step_case("all terms fp16, fp32 gradient", "fp16", similarity_grad="*fp32"),
     step_case("plain guidance fp16", "fp16", **dict.fromkeys(TERMS)),
-    step_case("predict_x0 fp16", "fp16", **dict.fromkeys((*TERMS, "prev_sample"))),
+    *(step_case(f"all terms {dtype}, whole samples", dtype, BLOCK=8192) for dtype in ("fp32", "fp16")),
+    step_case("plain guidance fp16, whole samples", "fp16", **dict.fromkeys(TERMS), BLOCK=8192),
+    step_case(
+        "predict_x0 fp16, whole samples",
+        "fp16",
+        **dict.fromkeys((*TERMS, "prev_sample")),
+        SUMS=3,
+        BLOCK=8192,
+    ),
     Case("guided_step.triton.signals_kernel", "4 signals", SIGNALS_ARGUMENTS, warps=1, targets=NVIDIA + AMD),
 ]
 
@@ -50,7 +61,7 @@ def score_function(module: str, name: str) -> object:
 
 
 def screening_tiles(queries: str, block_queries: int) -> dict[str, object]:
-    """The tile sizes and warps that the launchers choose: 128 bytes of each row a step."""
+    """The tile sizes that the launchers choose: 128 bytes of each row a step."""
     block_k = {"*i8": 128, "*fp16": 64, "*bf16": 64, "*fp32": 32}[queries]
     return {"BLOCK_ROWS": 128, "BLOCK_QUERIES": block_queries, "BLOCK_K": block_k}
 
@@ -61,7 +72,7 @@ def cosine_case(rows: str, block_queries: int) -> Case:
         "rows": rows,
         **dict.fromkeys(("scales", "errors"), "*fp32" if coded else None),
         "queries": rows,
-        **dict.fromkeys(("query_scales", "losses", "lower", "upper"), "*fp32"),
+        **dict.fromkeys(("query_scales", "losses", "floor", "lower", "upper"), "*fp32"),
         "count": "i32",
         "dimension": "i32:16",
         "stride": "i32:16",
@@ -70,8 +81,7 @@ def cosine_case(rows: str, block_queries: int) -> Case:
         **screening_tiles(rows, block_queries),
     }
     variant = f"{'codes' if coded else rows[1:]}, {block_queries} queries"
-    warps = 4 if block_queries < 32 else 8
-    return Case("top1_cosine.triton.screen_blocks", variant, arguments, warps=warps)
+    return Case("top1_cosine.triton.screen_blocks", variant, arguments, warps=4 if block_queries < 32 else 8)
 
 
 def distance_case(rows: str, block_queries: int) -> Case:
@@ -80,7 +90,7 @@ def distance_case(rows: str, block_queries: int) -> Case:
         "rows": rows,
         "queries": queries,
         "query_squares": "*i32" if rows == "*u8" else "*fp32",
-        **dict.fromkeys(("losses", "lower", "upper"), "*fp32"),
+        **dict.fromkeys(("losses", "floor", "lower", "upper"), "*fp32"),
         **dict.fromkeys(("unit", "error"), "fp32"),
         "count": "i32",
         "pixels": "i32:16",
@@ -89,8 +99,28 @@ def distance_case(rows: str, block_queries: int) -> Case:
         "SEGMENT": 2**15 if rows == "*u8" else 2**11,
         **screening_tiles(queries, block_queries),
     }
-    warps = 4 if block_queries < 32 else 8
-    return Case("nl2.triton.screen_blocks", f"{rows[1:]}, {block_queries} queries", arguments, warps=warps)
+    return Case(
+        "nl2.triton.screen_blocks",
+        f"{rows[1:]}, {block_queries} queries",
+        arguments,
+        warps=4 if block_queries < 32 else 8,
+    )
+
+
+def queries_case(encoded: str) -> Case:
+    arguments = {
+        "queries": "*fp32",
+        "encoded": encoded,
+        **dict.fromkeys(("scales", "losses"), "*fp32"),
+        "norms": "*fp64",
+        "floor": "*fp32",
+        "batch": "i32",
+        **dict.fromkeys(("dimension", "stride"), "i32:16"),
+        **dict.fromkeys(("dot_error", "norm_error"), "fp32"),
+        "BLOCK_K": 512,
+        "CODE_MAX": 127,
+    }
+    return Case("top1_cosine.triton.encode_queries", f"fp32 to {encoded[1:]}", arguments)
 
 
 def encode_case(rows: str) -> Case:
@@ -109,13 +139,11 @@ def encode_case(rows: str) -> Case:
 
 
 def exact_arguments(rows: str, score: object, own: dict[str, object]) -> dict[str, object]:
-    """Arguments of the kernels that score listed blocks exactly; `own` is what only one of them has."""
+    """Arguments of the kernels that score rows exactly; `own` is what only one of them has."""
     return {
         "rows": rows,
-        "queries": "*fp64",
+        "queries": "*fp64" if rows == "*u8" else "*fp32",
         "norms": None if rows == "*u8" else "*fp64",
-        "listed": "*i32",
-        "number": "*i32",
         **own,
         "SCORE": score,
         "BLOCK_ROWS": 128,
@@ -126,19 +154,21 @@ def exact_arguments(rows: str, score: object, own: dict[str, object]) -> dict[st
 
 def best_case(rows: str) -> Case:
     own = {
-        "score": "*fp32",
-        "row": "*i64",
+        **dict.fromkeys(("floor", "upper", "scores"), "*fp32"),
+        "best_rows": "*i64",
         "count": "i32",
         "dimension": "i32:16",
         "batch": "i32",
         "blocks": "i32",
     }
     score = score_function("top1_cosine.triton", "exact_similarity")
-    return Case("search.triton.best_in_blocks", f"cosine {rows[1:]}", exact_arguments(rows, score, own))
+    arguments = {**exact_arguments(rows, score, own), "ROWS": 8, "BLOCK_K": 256, "CHUNK": 1024}
+    return Case("search.triton.best_in_blocks", f"cosine {rows[1:]}", arguments)
 
 
 def scores_case(variant: str, rows: str, score: object) -> Case:
     own = {
+        **dict.fromkeys(("listed", "number"), "*i32"),
         "scores": "*fp32",
         "first": "i32",
         "slots": "i32",
@@ -155,11 +185,21 @@ LIST_ARGUMENTS = {
     "blocks": "i32",
     "CHUNK": 2048,
 }
+SHARES_ARGUMENTS = {
+    "scores": "*fp32",
+    "best_rows": "*i64",
+    "score": "*fp32",
+    "row": "*i64",
+    **dict.fromkeys(("batch", "shares"), "i32"),
+    "CHUNK": 1024,
+}
 CASES_TOP1 = [
+    *(queries_case(encoded) for encoded in ("*fp32", "*fp16", "*bf16", "*i8")),
     *(cosine_case(rows, 16) for rows in ("*fp32", "*fp16", "*bf16", "*i8")),
     *(cosine_case(rows, 64) for rows in ("*fp32", "*fp16", "*i8")),
     Case("search.triton.list_blocks", "any", LIST_ARGUMENTS, wide=False),  # rows of it start anywhere
     *(best_case(rows) for rows in ("*fp32", "*fp16")),
+    Case("search.triton.best_of_shares", "any", SHARES_ARGUMENTS, wide=False),
     scores_case("cosine fp16", "*fp16", score_function("top1_cosine.triton", "exact_similarity")),
     *(encode_case(rows) for rows in ("*fp32", "*fp16")),
 ]

@@ -3,17 +3,21 @@
 After a change that is meant: `python -m tests.kernels.aot --write`, and look at the diff.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from amg.kernels import Codes
+
 from . import aot
-from .aot_cases import CASES, CASES_GUIDED_STEP
+from .aot_cases import CASES, CASES_GUIDED_STEP, CASES_TOP1
 from .step_inputs import make_inputs
 
 COMPILATIONS = [(case, target) for case in CASES for target in case.targets]
 NAMES = [f"{case.kernel}-{case.variant}-{target}" for case, target in COMPILATIONS]
+SCREENING = [case for case in CASES if case.kernel.endswith("screen_blocks")]
 compiles = pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
 
 
@@ -52,15 +56,60 @@ def test_guided_step_launches_the_recorded_specialisations(monkeypatch):
     launchers.guided_step(*tensors, keywords["similarity"], keywords["noise"], inputs.coefficients)
     launchers.guided_step(*tensors[:3], None, None, None, None, inputs.coefficients)
     launchers.predict_x0(*tensors[:3], inputs.coefficients.repeat(5, 1))
+    small, tensors = len(launched), [tensor.repeat(1, 1, 2, 2) for tensor in tensors]
+    noise = keywords["noise"].repeat(1, 1, 2, 2)
+    launchers.guided_step(*tensors, keywords["similarity"], noise, inputs.coefficients)
+    launchers.guided_step(*tensors[:3], None, None, None, None, inputs.coefficients)
     cases = {case.variant: aot.compile_case(case, "sm_90") for case in CASES_GUIDED_STEP}
     for place, variant in {
-        0: "all terms fp16",
-        1: "4 signals",
-        2: "plain guidance fp16",
-        4: "predict_x0 fp16",
+        0: "all terms fp16, whole samples",
+        1: "plain guidance fp16, whole samples",
+        2: "predict_x0 fp16, whole samples",
+        3: "all terms fp16",
+        4: "4 signals",
+        5: "plain guidance fp16",
     }.items():
         assert aot.specialisation(launched[place]) == aot.specialisation(cases[variant])
-    assert len(launched) == 6
+    assert small == 3, "a sample that is one program's needs no second launch"
+    assert len(launched) == 7
+
+
+@compiles
+@pytest.mark.parametrize("screened", [False, True])
+def test_top1_cosine_launches_the_recorded_specialisations(screened, monkeypatch):
+    from amg.kernels.search import triton as search
+    from amg.kernels.top1_cosine import triton as launchers
+
+    launched = []
+    pretend_sm_90(monkeypatch, launched)
+    monkeypatch.setattr(search, "any_not_finite", lambda score: False)  # nothing ran
+    rows, queries = torch.zeros(300, 512, dtype=torch.float16), torch.zeros(3, 512)
+    codes = Codes(rows.to(torch.int8), torch.zeros(300), torch.zeros(300)) if screened else None
+    launchers.topk_cosine(queries, rows, codes, 1)
+    variants = [
+        "fp32 to i8" if screened else "fp32 to fp16",
+        "codes, 16 queries" if screened else "fp16, 16 queries",
+        "cosine fp16",
+        "any",
+    ]
+    kernels = ("encode_queries", "screen_blocks", "best_in_blocks", "best_of_shares")
+    assert len(launched) == len(kernels)
+    for compiled, kernel, variant in zip(launched, kernels, variants, strict=True):
+        case = next(case for case in CASES_TOP1 if case.kernel.endswith(kernel) and case.variant == variant)
+        assert aot.specialisation(compiled) == aot.specialisation(aot.compile_case(case, "sm_90"))
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SCREENING, ids=[f"{case.kernel}-{case.variant}" for case in SCREENING])
+def test_no_dot_is_in_flight_where_its_rows_may_be_overwritten(case):
+    """Triton gives rows that are also summed one buffer too few for a dot that the loop leaves running.
+
+    A step's copy then goes to the buffer of the dot before it. So every dot must be waited for at once.
+    """
+    code = aot.compile_case(case, "sm_90").asm["ttgir"]
+    assert "warp_group_dot " in code, "not an asynchronous dot: this test looks for the wrong thing"
+    assert set(re.findall(r"warp_group_dot_wait.*pendings = (\d+)", code)) == {"0"}
 
 
 def pretend_sm_90(monkeypatch: pytest.MonkeyPatch, launched: list) -> None:

@@ -193,6 +193,21 @@ def test_codes_equal_the_reference_and_bound_what_they_lose(count, dimension, dt
     assert (codes.errors.cpu().double() <= lost * (1 + 3e-7) + 1e-40).all(), "the bound is tight"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_references_run_there_too(dtype):
+    """Whatever a reference makes on the way is made where its tensors are."""
+    rows, queries = unit_rows(1003, 100, dtype), torch.randn(3, 100)
+    codes, truth = (kernels.encode_rows(there, impl="reference") for there in (rows.cuda(), rows))
+    assert_same_bits(to_cpu(codes[:2]), truth[:2])
+    for k in (1, 7):
+        found = kernels.topk_cosine(queries.cuda(), rows.cuda(), k, impl="reference")
+        assert torch.equal(found.row.cpu(), kernels.topk_cosine(queries, rows, k, impl="reference").row)
+    found = kernels.nl2(queries.cuda(), rows.cuda(), impl="reference")
+    assert torch.equal(found.row.cpu(), kernels.nl2(queries, rows, impl="reference").row)
+    inputs = make_inputs(dtype)
+    assert_within_twice_eager(to_cpu(run(on_cuda(inputs), "reference")), inputs)
+
+
 @pytest.mark.parametrize("screened", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -204,6 +219,8 @@ def test_codes_equal_the_reference_and_bound_what_they_lose(count, dimension, dt
         (8, 20_000, 512, 1),
         (64, 20_000, 512, 10),
         (3, 5000, 65, 100),
+        (40, 70_000, 24, 1),
+        (1, 300_000, 16, 1),
     ],
 )
 def test_search_finds_the_reference_s_rows(batch, count, dimension, k, dtype, screened):
@@ -221,6 +238,28 @@ def test_search_ties_go_to_the_lowest_row():
     queries = torch.randn(4, 96)
     result = kernels.topk_cosine(queries.cuda(), rows.cuda(), 7)
     assert torch.equal(result.row.cpu(), torch.arange(7).repeat(4, 1))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_search_refuses_queries_without_a_direction(value, k):
+    rows, queries = unit_rows(600, 20, torch.float16).cuda(), torch.randn(3, 20).cuda()
+    queries[1] = value
+    for codes in (None, kernels.encode_rows(rows)):
+        with pytest.raises(
+            ValueError, match=r"`queries` must be finite and not zero, got norm .* for query 1"
+        ):
+            kernels.topk_cosine(queries, rows, k, codes=codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_search_takes_queries_of_any_floating_dtype(dtype):
+    rows, queries = unit_rows(5000, 100, torch.float16), torch.randn(4, 100).to(dtype)
+    found, truth = (
+        kernels.top1_cosine(queries.cuda(), rows.cuda()),
+        kernels.top1_cosine(queries, rows, impl="reference"),
+    )
+    assert torch.equal(found.row.cpu(), truth.row)
 
 
 def test_search_refuses_rows_that_are_not_finite():

@@ -16,7 +16,12 @@ TENSORS = ("sample", "eps_uncond", "eps_cond", "eps_neighbour", "similarity_grad
 
 
 @pytest.mark.parametrize(
-    "size", [1, 15, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 16, launchers.SUM_BLOCKS * BLOCK + 5]
+    "size",
+    [
+        *(1, 15, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 16),
+        *(launchers.WHOLE_BLOCK + 1, launchers.ONE_PROGRAM, launchers.ONE_PROGRAM + 1),
+        launchers.SUM_PROGRAMS * BLOCK + 5,
+    ],
 )
 def test_block_edges(size):
     """An element missed or counted twice moves a sum by far more than these tolerances."""
