@@ -18,6 +18,7 @@ from cases import gpu
 from protocol import RESULTS, Case, conclude, run_cases, slug, wall_clock
 
 ROUNDS, QUICK_ROUNDS = 10, 2
+SLEEP = 1_000_000  # clock cycles, half a millisecond
 
 
 def main() -> int:
@@ -35,13 +36,21 @@ def main() -> int:
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     path = None if options.quick else options.out / f"kernels-{slug(name)}.csv"
     deadline = time.monotonic() + options.seconds
-    builders = {
-        key: partial(build_in_time, build, deadline)
-        for key, build in gpu.cases(options.device).items()
-        if options.only in key
-    }
-    clock = event_clock if options.device == "cuda" else wall_clock
-    verdicts, failures = run_cases(builders, rounds, name, path, clock)
+    verdicts, failures = [], []
+    for clock, builders in (
+        (device_clock, gpu.cases(options.device)),
+        (call_clock, gpu.calls(options.device)),
+    ):
+        chosen = {
+            key: partial(build_in_time, build, deadline)
+            for key, build in builders.items()
+            if options.only in key
+        }
+        judged, failed = run_cases(
+            chosen, rounds, name, path, clock if options.device == "cuda" else wall_clock
+        )
+        verdicts += judged
+        failures += failed
     return conclude(name, rounds, verdicts, failures)
 
 
@@ -53,15 +62,28 @@ def build_in_time(build: Callable[[], Case], deadline: float) -> Case:
     return build()
 
 
-def event_clock(call: Callable[[], object], calls: int) -> float:
-    """Return the seconds one call takes on the device, from `calls` queued in a row between two events."""
+def device_clock(call: Callable[[], object], calls: int) -> float:
+    """Return the seconds one call takes on the device, from `calls` queued in a row between two events.
+
+    The device sleeps while they are queued, or it would wait for the first call's Python.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SLEEP)
     start.record()
     for _ in range(calls):
         call()
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3 / calls
+
+
+def call_clock(call: Callable[[], object], calls: int) -> float:
+    """Return the seconds one call takes by the wall clock, from `calls` in a row and waiting for the last."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 if __name__ == "__main__":

@@ -97,13 +97,13 @@ print(torch.cuda.get_device_name(), versions, REASON or "C++ extension built", s
 # Only files with such tests are collected: others import packages that are not needed here.
 run_tests() {
   cd "$ROOT" && grep -rlE --include='test_*.py' 'mark\.gpu' tests |
-    xargs "$VENV/bin/pytest" -q -m gpu -p no:cacheprovider
+    xargs "$VENV/bin/python" -m pytest -q -m gpu -p no:cacheprovider
 }
 
 # Small launches of every kernel under memcheck; without torch's caching allocator each tensor has its own bounds.
 run_sanitizer() {
   cd "$ROOT" && PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$1" --tool memcheck --error-exitcode 9 \
-    "$VENV/bin/pytest" -q -m gpu -p no:cacheprovider tests/kernels/test_gpu.py \
+    "$VENV/bin/python" -m pytest -q -m gpu -p no:cacheprovider tests/kernels/test_gpu.py \
     -k "closed_sample or ties_go_to or predict_x0 or (nl2 and 13-130) or (search_finds and 5-257)"
 }
 

@@ -6,7 +6,7 @@ On device "cpu" the same code runs tiny problems, to try the plumbing where ther
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ import amg.kernels as kernels
 from . import guided_step, top1_cosine
 from .bandwidth import COPIERS
 
+CALLS = 50  # in a row, where calls are timed by the wall clock
 MATMUL, FAISS = "matmul + max", "faiss-gpu Flat fp16"
 Answer = tuple[Tensor, Tensor]
 
@@ -44,6 +45,16 @@ def copier(tensor: Tensor, sets: int) -> Provider:
     target = torch.empty_like(sources[0])
     moved = 2 * target.numel() * target.element_size()
     return Provider(COPIERS[0], lambda i: target.copy_(sources[i % sets]), moved)
+
+
+def as_called(build: Callable[[], Case], calls: int = CALLS) -> Case:
+    """A case timed by the wall clock, with what a call costs on the host; copying is no rival there."""
+    case = build()
+    found = tuple(
+        replace(provider, sample_calls=calls) for provider in case.providers if provider.name not in COPIERS
+    )
+    bars = tuple(bar for bar in case.bars if bar.rivals != COPIERS)
+    return replace(case, name=f"{case.name}, as called", providers=found, bars=bars)
 
 
 def step_case(sizes: Scale, shape: tuple[int, ...], terms: bool, large: bool) -> Case:
@@ -106,25 +117,36 @@ def search_case(sizes: Scale, batch: int, screened: bool) -> Case:
         for name, search in searches.items()
     ]
     found.append(copier(rows[: len(rows) // 4], 2))
-    bars = (Bar("x best rival", (MATMUL, FAISS), 1.5), Bar("of copy bandwidth", COPIERS, 0.85, "GB/s"))
+    bars = [Bar("of copy bandwidth", COPIERS, 0.85, "GB/s")]
+    if screened:  # else all read the same bytes once, and the bandwidth is the bar
+        bars.append(Bar("x best rival", (MATMUL, FAISS), 1.5))
     kind = "int8 codes" if screened else "fp16"
     name = f"{len(rows) // 1000}k x {width} {kind}, B = {batch}"
     run = partial(top1_cosine.check, searches, rows, sets)
-    return Case("top1_cosine", name, 0, len(sets), tuple(found), bars, run)
+    return Case("top1_cosine", name, 0, len(sets), tuple(found), tuple(bars), run)
 
 
 def cases(device: str) -> dict[str, Callable[[], Case]]:
-    """Builders by name, the ones with the most to say first."""
+    """Builders by name of what is timed on the device, the ones with the most to say first."""
     sizes = scale(device)
-    small, large = (8, 4, 64, 64), (sizes.large_batch, 4, 128, 128)
+    large = (sizes.large_batch, 4, 128, 128)
     builders: dict[str, Callable[[], Case]] = {
         "step-large": partial(step_case, sizes, large, False, True),
         "step-large-amg": partial(step_case, sizes, large, True, True),
-        "step-small": partial(step_case, sizes, small, False, False),
-        "step-small-amg": partial(step_case, sizes, small, True, False),
     }
     for screened in (False, True):
         for batch in (1, 4, 16):
             name = f"top1-{batch}{'-codes' if screened else ''}"
             builders[name] = partial(search_case, sizes, batch, screened)
     return builders
+
+
+def calls(device: str) -> dict[str, Callable[[], Case]]:
+    """Builders by name of what is timed as called: small steps, and searches with their wait."""
+    sizes, small = scale(device), (8, 4, 64, 64)
+    return {
+        "step-small": partial(as_called, partial(step_case, sizes, small, False, False)),
+        "step-small-amg": partial(as_called, partial(step_case, sizes, small, True, False)),
+        "top1-1-called": partial(as_called, partial(search_case, sizes, 1, False), 10),
+        "top1-1-codes-called": partial(as_called, partial(search_case, sizes, 1, True), 10),
+    }
