@@ -144,7 +144,7 @@ def record(
     traces = [verdict.trace for verdict in verdicts]
     recorded = Recorded(
         raw_signals(traces),
-        torch.tensor([[step.similarity for step in trace] for trace in traces]),
+        torch.tensor([[step.similarity for step in trace] for trace in traces], dtype=torch.float32),
         torch.tensor([verdict.memorized for verdict in verdicts]),
         torch.tensor([job["ordinary"] for job in jobs]),
     )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.guidance import classifier_free
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -79,6 +81,16 @@ def predict(
         torch.cat([sample, sample]), t, **both, **conditions.shared
     ).chunk(2)
     return output_uncond, output_cond
+
+
+def predict_guided(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, guidance_scale: float
+) -> Tensor:
+    """The raw output [B, C, H, W] with classifier-free guidance, where there are two halves."""
+    output_uncond, output_cond = predict(denoiser, sample, t, conditions)
+    if output_uncond is None:
+        return output_cond
+    return classifier_free(output_uncond, output_cond, guidance_scale)
 
 
 def predict_neighbours(

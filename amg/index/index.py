@@ -30,6 +30,7 @@ from amg.index.store import (
     read_meta,
 )
 from amg.kernels import Codes
+from amg.precision import full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Index:
         self.searcher: Searcher = _make_searcher("exact", rows, manifest.metric, codes)
 
     @staticmethod
+    @full_precision()
     def build(
         images: Any,
         captions: Sequence[str | None] | str | os.PathLike | None = None,
@@ -225,6 +227,7 @@ class Index:
     def _caption_counts(self) -> torch.Tensor:
         return torch.tensor(self._meta["caption_count"], dtype=torch.int64)
 
+    @full_precision()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """float [B, 3, H, W] in [0, 1] → vectors [B, dimension] fp32, differentiable.
 
@@ -235,9 +238,9 @@ class Index:
             raise ValueError(
                 f"`images` must be float [B, 3, H, W] in [0, 1], got {list(images.shape)} {images.dtype}"
             )
-        images = resize_images(images, self.manifest.image_size)
+        images = resize_images(images.float(), self.manifest.image_size)
         if self.metric == "nl2":
-            return images.float().flatten(1)
+            return images.flatten(1)
         if self.embedder is None:
             expected = self.manifest.embedder
             raise ValueError(
@@ -246,6 +249,7 @@ class Index:
             )
         return unit_vectors(images, self.embedder)
 
+    @full_precision()
     def nearest(
         self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None, limit: float = -math.inf
     ) -> Nearest:
@@ -262,6 +266,7 @@ class Index:
             return nearest_lazily(self.searcher, vectors, kept, limit=limit)
         return self.searcher.nearest(vectors)
 
+    @full_precision()
     def search(self, queries: Any, k: int = 1) -> Hits:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.
 

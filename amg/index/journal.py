@@ -122,13 +122,13 @@ class Journal:
         """Sketches of the rows kept so far [kept, d] fp32, memory-mapped."""
         width = sketch_dimension(self.dimension, self.rule)
         if self.state.kept == 0:
-            return torch.empty(0, width)
+            return torch.empty(0, width, dtype=torch.float32)
         return map_file(self.sketch_path, torch.float32, self.state.kept, width)
 
     def commit(self, rows: torch.Tensor, entries: list[LogEntry], last_digest: str) -> None:
         """Fold a shard in and flush it: rows [n, D] of the n of its entries whose reason is None."""
         hashes, kept = row_hashes(rows), self.rows()
-        sketches = sketch_rows(rows, self.rule) if len(rows) else torch.empty(0, self.sketches().shape[1])
+        sketches = sketch_rows(rows, self.rule) if len(rows) else self.sketches()[:0]
         duplicate_of = same_content(hashes, rows, self.table, kept)
         assigned, keep = fold_shard(rows, sketches, duplicate_of, kept, self.sketches(), self.rule)
         _append(self.rows_path, rows[keep])

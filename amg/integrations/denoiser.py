@@ -28,7 +28,8 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
     vae = pipe.vae
 
     def decode(x0: Tensor) -> Tensor:
-        return vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+        latents = x0.to(vae.dtype) / vae.config.scaling_factor
+        return vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
 
     return Denoiser(run, decode, prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
 

@@ -22,7 +22,7 @@ def guided_step(
     """Return prev_sample, x0_hat and signals [B, 4]; arguments as in amg.kernels.guided_step."""
     inputs = [sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients]
     outputs = [torch.empty(sample.shape, dtype=sample.dtype) for _ in range(2)]
-    signals = torch.empty(sample.shape[0], 4)
+    signals = torch.empty(sample.shape[0], 4, dtype=torch.float32)
     launch(inputs, [*outputs, signals])
     return outputs[0], outputs[1], signals
 

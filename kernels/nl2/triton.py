@@ -113,7 +113,7 @@ def block_bounds(pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     rounded = search.padded(rounded, block_queries, block_k)
     squares = torch.stack([part.square().sum(1) for part in rounded.double().split(segment, dim=1)])
     blocks = triton.cdiv(count, search.BLOCK_ROWS)
-    lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
+    lower, upper = (torch.empty((batch, blocks), dtype=torch.float32, device=rows.device) for _ in range(2))
     screen_blocks[(blocks * triton.cdiv(batch, block_queries),)](
         rows,
         rounded,

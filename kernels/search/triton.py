@@ -228,7 +228,7 @@ def best_row(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[Tens
     """Return score and row [B, 1] of the best row in the listed blocks; nothing here waits for the device."""
     batch, blocks = listed.shape
     shares = min(triton.cdiv(SHARES, batch), blocks * (BLOCK_ROWS // EXACT_ROWS))
-    score = torch.empty((shares, batch), device=listed.device)
+    score = torch.empty((shares, batch), dtype=torch.float32, device=listed.device)
     row = torch.empty((shares, batch), dtype=torch.int64, device=listed.device)
     best_in_blocks[(shares * batch,)](
         *exact[:3],
@@ -254,11 +254,11 @@ def sorted_rows(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[T
     most = int(number.max())
     slots = max(1, min(most, SCORES_AT_ONCE // (batch * BLOCK_ROWS)))
     within = torch.arange(BLOCK_ROWS, device=listed.device)
-    score = torch.empty((batch, 0), device=listed.device)
+    score = torch.empty((batch, 0), dtype=torch.float32, device=listed.device)
     row = torch.empty((batch, 0), dtype=torch.int64, device=listed.device)
     for first in range(0, most, slots):
         slots = min(slots, most - first)
-        scores = torch.empty((batch, slots * BLOCK_ROWS), device=listed.device)
+        scores = torch.empty((batch, slots * BLOCK_ROWS), dtype=torch.float32, device=listed.device)
         scores_in_blocks[(batch * slots * (BLOCK_ROWS // EXACT_ROWS),)](
             *exact[:3],
             listed,

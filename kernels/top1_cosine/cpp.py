@@ -10,7 +10,7 @@ from .contract import Codes
 def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] and row [B, k], best first; arguments as in amg.kernels.topk_cosine."""
     queries, rows = queries.double().contiguous(), rows.contiguous()
-    similarity = torch.empty(len(queries), k)
+    similarity = torch.empty(len(queries), k, dtype=torch.float32)
     row = torch.empty(len(queries), k, dtype=torch.int64)
     parts = [] if codes is None else [part.contiguous() for part in codes]
     if len(queries) > 0:
@@ -33,7 +33,7 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes [N, D], scales [N] and errors [N]; arguments as in amg.kernels.encode_rows."""
     rows = rows.contiguous()
     codes = torch.empty(rows.shape, dtype=torch.int8)
-    scales, errors = torch.empty(len(rows)), torch.empty(len(rows))
+    scales, errors = (torch.empty(len(rows), dtype=torch.float32) for _ in range(2))
     outputs = [tensor.data_ptr() for tensor in (codes, scales, errors)]
     dtype = DTYPE_CODES[rows.dtype]
     extension().encode_rows(rows.data_ptr(), dtype, *rows.shape, *outputs, torch.get_num_threads())

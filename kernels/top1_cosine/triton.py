@@ -133,7 +133,7 @@ def block_bounds(unit: Tensor, rows: Tensor, codes: Codes | None) -> tuple[Tenso
     queries = search.padded(encoded[0], block_queries, block_k)
     query_scales, losses = (search.padded(part[:, None], block_queries, 1) for part in encoded[1:])
     blocks = triton.cdiv(count, search.BLOCK_ROWS)
-    lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
+    lower, upper = (torch.empty((batch, blocks), dtype=torch.float32, device=rows.device) for _ in range(2))
     screen_blocks[(blocks * triton.cdiv(batch, block_queries),)](
         screened,
         scales,
@@ -178,7 +178,7 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes [N, D], scales [N] and errors [N]; arguments as in amg.kernels.encode_rows."""
     rows = rows.contiguous()
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scales = torch.empty(len(rows), device=rows.device)
+    scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     errors = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     programs = triton.cdiv(len(rows), ENCODE_ROWS)
     encode_blocks[(programs,)](
