@@ -235,12 +235,10 @@ def test_float16_decoders_give_the_gradient_of_small_cotangents(tmp_path):
     index = index_of(tmp_path, embedder_named("tiny"))
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.5
     whole, half = tiny_sd(), tiny_sd().to(torch.float16)
-    found = []
+    plain, found = index.embedder, []
+    faint = index.attach(amg.embed.wrap(lambda images: plain(images * 2.0**-15 + 0.5), **named(plain)))
     for pipe in (whole, half):
-        similarity = similarity_for(index, denoiser_for(pipe))
-        plain = index.embedder
-        faint = amg.embed.wrap(lambda images: plain(images * 2.0**-15 + 0.5), **named(plain))
-        similarity.index = index.attach(faint)
+        similarity = similarity_for(faint, denoiser_for(pipe))
         found.append(similarity.gradient(latents, similarity.measure(latents)))
     unit = [gradient.flatten(1) / gradient.flatten(1).norm(dim=1, keepdim=True) for gradient in found]
     assert bool(((unit[0] * unit[1]).sum(1) > 0.99).all())
