@@ -136,7 +136,7 @@ def record(
                 **_condition(pipe, batch),
                 generator=[torch.Generator().manual_seed(job["seed"]) for job in batch],
                 num_inference_steps=arguments.steps,
-                output_type="pt",
+                output_type="latent",  # a safety checker has no say in what is a copy
                 progress=False,
             )
             verdicts += out.amg

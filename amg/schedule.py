@@ -58,7 +58,7 @@ class Prediction(NamedTuple):
 
     epsilon: eps = m. v_prediction: eps = sqrt(alpha_bar)·v + sqrt(1 - alpha_bar)·x_t.
     sample: eps = (x_t - sqrt(alpha_bar)·x0) / sqrt(1 - alpha_bar).
-    Computed, and returned, in float32 or wider, whatever the denoiser's dtype is.
+    Computed in float32 or wider, whatever the denoiser's dtype is, and so returned by `to_eps`.
     """
 
     kind: str
@@ -77,13 +77,13 @@ class Prediction(NamedTuple):
         raise self._unknown()
 
     def from_eps(self, eps: Tensor, sample: Tensor) -> Tensor:
-        """The denoiser output that stands for the noise prediction `eps`: the inverse of `to_eps`."""
+        """The denoiser output that stands for the noise prediction `eps`, in its dtype: the inverse of
+        `to_eps`."""
         signal, noise = math.sqrt(self.alpha_bar), math.sqrt(1 - self.alpha_bar)
-        eps, sample = _wide(eps), _wide(sample)
         if self.kind == "v_prediction":
-            return (eps - noise * sample) / signal
+            return ((_wide(eps) - noise * _wide(sample)) / signal).to(eps.dtype)
         if self.kind == "sample":
-            return (sample - noise * eps) / signal
+            return ((_wide(sample) - noise * _wide(eps)) / signal).to(eps.dtype)
         if self.kind != "epsilon":
             raise self._unknown()
         return eps

@@ -1,4 +1,4 @@
-"""Conditions of any nesting are cut by rows: halves, rows taken, joined calls, a pipeline with IP-Adapters."""
+"""Conditions of any nesting are cut by rows: halves, rows taken, joined calls, and IP-Adapters."""
 
 from typing import NamedTuple
 

@@ -2,6 +2,8 @@
 rewinds and re-runs really act."""
 
 import contextlib
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from amg.embed.network import NetworkEmbedder, Preprocess
 from amg.embed.photos import load_photos
 from amg.embed.resnet import ResNet50
 from amg.embed.student import LIMITS, Agreement, Student, save_student
+from amg.gate import FORMAT, VERSION
 from amg.integrations.denoiser import denoiser_for
-from amg.integrations.identity import origin_of
+from amg.integrations.identity import key_for, origin_of
 from amg.similarity import similarity_for
 
 from .conftest import TinyEmbedder, tiny_ddpm, tiny_sd
@@ -213,6 +216,26 @@ def test_half_precision_with_a_student(half, way, tmp_path):
     more = {"lambda_min": 0.6, "lambda_max": 0.6, "rewind_threshold": 0.6}
     _, verdicts = draw(way, half, index, acting(index, **more, student=tmp_path / "student.safetensors"))
     assert_acted(way, index, verdicts)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str, indirect=True)
+@pytest.mark.parametrize("way", ["protect", "Sampler", "submit"])
+def test_half_precision_with_a_calibration(half, way, tmp_path):
+    """Its rule calls every sample ordinary at the first check, its alarm every one a copy at step 2."""
+    index = index_of(tmp_path, Typed(embedder_named("tiny")))
+    half.scheduler.set_timesteps(5)
+    key = key_for(half, index, half.scheduler, 7.5, acting(index).for_metric("cosine"))
+    rule = {"signal": "gap", "sign": 1.0, "threshold": 1e9}
+    region = {"mean": [1.0] * 4, "deviation": [1.0] * 4}
+    alarm = {"step": 2, "signal": "region", "sign": 1.0, "threshold": -1.0}
+    body = {"key": asdict(key), "gate": [{"step": 0, **rule}], "region": region, "alarm": alarm}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **body}))
+    _, verdicts = draw(way, half, index, acting(index, calibration=path))
+    assert_acted(way, index, verdicts)
+    for verdict in verdicts:
+        assert verdict.trace[0].similarity is None and "rewind" in verdict.trace[2].terms
+        assert all(len(step.signals) >= 3 for step in verdict.trace)
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str, indirect=True)
