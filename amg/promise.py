@@ -3,7 +3,7 @@ delivered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,12 +67,13 @@ def deliver(
     conditions: Conditions,
     flights: Sequence[Flight],
     also: Sequence[Any] = (),
+    safety: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> Delivery:
     """Check finished images and do what `on_memorized` says with those that break the promise.
 
     "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most
     `max_retries` times, then blocked; "block": a blank image; "flag": delivered, marked; "raise":
-    `MemorizedError`.
+    `MemorizedError`. `safety` is shown what replaces an image, (images, rows) -> what is delivered of them.
     """
     config, index = run.guide.config, run.guide.index
     verdicts = check(images, index, also, config, flights)
@@ -91,7 +92,8 @@ def deliver(
         sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
             sample.dtype
         )
-        images[where] = decode(run, sample[where]).to(images.dtype)
+        again = decode(run, sample[where])
+        images[where] = (again if safety is None else safety(again, bad)).to(images.dtype)
         for row, verdict in zip(bad, check(images[where], index, also, config, mine), strict=True):
             verdicts[row] = verdict
         bad = [row for row in bad if verdicts[row].memorized]
@@ -100,6 +102,8 @@ def deliver(
     for row in bad:
         images[row], sample[row] = 0.0, 0.0
         verdicts[row] = replace(verdicts[row], blocked=True)
+    if safety is not None and bad:
+        images[bad] = safety(images[bad].float(), bad).to(images.dtype)
     return Delivery(images, sample, verdicts, replaced)
 
 
