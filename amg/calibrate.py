@@ -136,7 +136,7 @@ def record(
                 **_condition(pipe, batch),
                 generator=[torch.Generator().manual_seed(job["seed"]) for job in batch],
                 num_inference_steps=arguments.steps,
-                output_type="pt",
+                output_type="latent",  # a safety checker has no say in what is a copy
                 progress=False,
             )
             verdicts += out.amg
@@ -144,7 +144,7 @@ def record(
     traces = [verdict.trace for verdict in verdicts]
     recorded = Recorded(
         raw_signals(traces),
-        torch.tensor([[step.similarity for step in trace] for trace in traces]),
+        torch.tensor([[step.similarity for step in trace] for trace in traces], dtype=torch.float32),
         torch.tensor([verdict.memorized for verdict in verdicts]),
         torch.tensor([job["ordinary"] for job in jobs]),
     )

@@ -275,7 +275,7 @@ def measure(
     copies: Tensor,
 ) -> list[str | float]:
     """One row of the table, in the order of `COLUMN_NAMES`."""
-    similarity = torch.tensor([verdict.similarity for verdict in column.verdicts])
+    similarity = torch.tensor([verdict.similarity for verdict in column.verdicts], dtype=torch.float32)
     delivered = torch.tensor([verdict.memorized and not verdict.blocked for verdict in column.verdicts])
     late = torch.tensor([bool(verdict.retries) or verdict.memorized for verdict in column.verdicts])
     sign = -1 if column.verdicts[0].metric == "nl2" else 1

@@ -171,8 +171,8 @@ def _prompts(index: Any, arguments: argparse.Namespace) -> list[str]:
     captions = [index.captions[row] for row in range(index.count)]
     if all(caption is None for caption in captions):
         raise ValueError("`--prompts` must be given: the index has no captions")
-    weights = torch.tensor([0.0 if caption is None else 1.0 for caption in captions])
-    weights *= index.counts.float()
+    told = torch.tensor([caption is not None for caption in captions])
+    weights = told * index.counts.float()
     generator = torch.Generator().manual_seed(arguments.seed)
     rows = torch.multinomial(weights, arguments.images, replacement=True, generator=generator)
     return [captions[row] for row in rows.tolist()]
@@ -227,7 +227,7 @@ def _generate(
     levels = [alpha_bar_at(scheduler, step) for step in range(len(scheduler.timesteps))]
     parts = {
         "image": torch.arange(first, first + len(prompts)).repeat(len(levels)),
-        "alpha_bar": torch.tensor(levels).repeat_interleave(len(prompts)),
+        "alpha_bar": torch.tensor(levels, dtype=torch.float32).repeat_interleave(len(prompts)),
     }
     for name, kept in zip(("x0_hat", "picture", "embedding"), zip(*recorder.kept, strict=True), strict=True):
         parts[name] = torch.cat(kept).contiguous()
@@ -339,7 +339,7 @@ def _cut(image: Any, ours: Any, close: Any, miss_rate: float) -> float:
 
     from amg.calibration import images_needed, miss_bound
 
-    least = torch.full((int(image.max()) + 1,), math.inf)
+    least = torch.full((int(image.max()) + 1,), math.inf, dtype=torch.float32)
     least = least.scatter_reduce(0, image[close], ours[close], "amin")
     least = least[least < math.inf]
     return -math.inf if len(least) < images_needed(miss_rate) else miss_bound(least, miss_rate)

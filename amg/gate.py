@@ -59,8 +59,8 @@ class Gate:
     key: Key | None = None
     source: str = ""
     rules: dict[int, Rule] = field(default_factory=dict)
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0))
-    deviation: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    deviation: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     alarm: dict[int, Rule] = field(default_factory=dict)
 
     @staticmethod
@@ -73,7 +73,8 @@ class Gate:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             if (record["format"], record["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"{record['format']!r} version {record['version']!r}")
-            region = [torch.tensor(record["region"][name]).double() for name in ("mean", "deviation")]
+            parts = (record["region"][name] for name in ("mean", "deviation"))
+            region = [torch.tensor(part, dtype=torch.float64) for part in parts]
             alarm = [] if record["alarm"] is None else [record["alarm"]]
             rules, key = _rules(record["gate"]), Key(**record["key"])
             return Gate(key, str(path), rules, region[0], region[1], _rules(alarm))

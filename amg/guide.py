@@ -18,23 +18,13 @@ from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
 from amg.ordinary import deduplicated
-from amg.predict import Conditions, Denoiser, predict, predict_neighbours
-from amg.schedule import Prediction, alpha_bar_at, eps_coefficients, threshold_at
+from amg.precision import carried_back, recorded
+from amg.predict import Conditions, Denoiser, predict_guided, predict_neighbours
+from amg.schedule import Prediction, Step, alpha_bar_at, eps_coefficients, threshold_at
 from amg.signals import note_moves
 from amg.similarity import Judge, Measured, Similarity
 from amg.similarity.student import Screen
 from amg.verdict import TraceStep
-
-
-class Step(NamedTuple):
-    """Where in the trajectory a batch is: step `position` of `total`, the scheduler's `t`, alpha_bar and
-    lambda_t."""
-
-    position: int
-    total: int
-    t: Any
-    alpha_bar: float
-    threshold: float
 
 
 class Guided(NamedTuple):
@@ -224,7 +214,7 @@ class _Step:
     def coefficients(self, rows: Tensor, s1: Tensor | None = None, s2: Tensor | None = None) -> Tensor:
         """`eps_coefficients` of `rows` at this step, [R, 10]."""
         scales = [self.scale_of(self.flights[row]) for row in rows.tolist()]
-        s0 = torch.tensor(scales, device=self.output_cond.device)
+        s0 = torch.tensor(scales, dtype=torch.float32, device=self.output_cond.device)
         return eps_coefficients(self.step.alpha_bar, s0, s1, s2)
 
     def x0_hat(self, rows: Tensor, eps: Tensor) -> Tensor:
@@ -322,10 +312,8 @@ class _Step:
         conditions = self.conditions.take(chosen)
         output = predict_neighbours(denoiser, self.sample[chosen], self.step.t, conditions, said)
         eps = self.prediction.to_eps(output, self.sample[chosen])
-        everywhere = eps.new_zeros(
-            len(rows), *eps.shape[1:], dtype=torch.promote_types(eps.dtype, torch.float32)
-        )
-        everywhere[act] = eps.to(everywhere.dtype)
+        everywhere = eps.new_zeros(len(rows), *eps.shape[1:])
+        everywhere[act] = eps
         for row in chosen.tolist():
             self.flights[row].evaluations += 1
             self.terms[row].append("deduplication")
@@ -370,14 +358,14 @@ class _Step:
 
     def full_gradient(self, rows: Tensor, x0_grad: Tensor) -> Tensor:
         """grad_{x_t} sigma through the denoiser: x0_grad carried back along x0_hat(x_t)."""
-        with torch.enable_grad():
-            leaf = self.sample[rows].detach().requires_grad_()
-            uncond, cond = predict(self.guide.denoiser, leaf, self.step.t, self.conditions.take(rows))
-            output = (
-                cond if uncond is None else guidance.classifier_free(uncond, cond, self.guide.guidance_scale)
-            )
-            x0_hat = self.prediction.x0_hat(self.prediction.to_eps(output, leaf), leaf)
-            (gradient,) = torch.autograd.grad(x0_hat, leaf, x0_grad)
+        guide, conditions = self.guide, self.conditions.take(rows)
+
+        def x0_hat_of(sample: Tensor) -> Tensor:
+            output = predict_guided(guide.denoiser, sample, self.step.t, conditions, guide.guidance_scale)
+            return self.prediction.x0_hat(self.prediction.to_eps(output, sample), sample)
+
+        leaf, x0_hat = recorded(x0_hat_of, self.sample[rows])
+        gradient = carried_back(x0_hat, leaf, x0_grad).float()
         for row in rows.tolist():
             self.flights[row].evaluations += self.cost
         return gradient

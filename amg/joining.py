@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.predict import like_sequence
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -16,7 +18,8 @@ class Call:
 
     The first argument is a tensor with one row per sample, and so is the result. Other tensors either have as
     many rows or are numbers (0-d: a timestep), which become one per row when calls meet.
-    What else is among the arguments (or nested in mappings) must be equal for calls to be joined.
+    What else is among the arguments (or nested in mappings, lists and tuples) must be equal for calls to be
+    joined.
     """
 
     function: Callable[..., Tensor]
@@ -56,6 +59,8 @@ def together(calls: Sequence[Call]) -> list[Tensor]:
 def _key(value: Any, rows: int) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((name, _key(inner, rows)) for name, inner in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return (type(value), tuple(_key(inner, rows) for inner in value))
     if not isinstance(value, Tensor):
         return (type(value), value) if isinstance(value, Hashable) else id(value)
     if value.ndim == 0:
@@ -70,6 +75,8 @@ def _join(values: Sequence[Any], rows: Sequence[int]) -> Any:
     first = values[0]
     if isinstance(first, Mapping):
         return {name: _join([value[name] for value in values], rows) for name in first}
+    if isinstance(first, (list, tuple)):
+        return like_sequence(first, [_join(parts, rows) for parts in zip(*values, strict=True)])
     if not isinstance(first, Tensor):
         return first
     if first.ndim and len(first) != rows[0]:

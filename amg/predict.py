@@ -9,10 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.guidance import classifier_free
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """A value nested beside tensors with one row per sample that is itself the same for all rows."""
+
+    value: Any
+
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the denoiser is conditioned on: keyword arguments whose tensors have one row per sample.
+    """What the denoiser is conditioned on: keyword arguments whose tensors have one row per sample, nested in
+    mappings, lists and tuples too; what is the same for all rows there is `Same`.
 
     `uncond` is None without classifier-free guidance; `shared` holds arguments that are the same for all
     rows.
@@ -55,11 +65,10 @@ def replace_captions(
     if not rows or denoiser.encode_captions is None:
         return conditions
     cond = dict(conditions.cond)
-    for name, value in denoiser.encode_captions(
-        [caption for caption in captions if caption is not None]
-    ).items():
+    said = denoiser.encode_captions([caption for caption in captions if caption is not None])
+    for name, value in _like(cond, said).items():
         cond[name] = cond[name].clone()
-        cond[name][rows] = value.to(cond[name].dtype)
+        cond[name][rows] = value
     return Conditions(cond, conditions.uncond, conditions.shared)
 
 
@@ -72,13 +81,23 @@ def predict(
     Without classifier-free guidance the first is None and the second the plain output.
     """
     if conditions.uncond is None:
-        return None, denoiser.network(sample, t, **conditions.cond, **conditions.shared)
-    both = _join(conditions.uncond, conditions.cond)
+        return None, denoiser.network(sample, t, **_plain(conditions.cond), **conditions.shared)
+    both = {name: joined(value, conditions.cond[name]) for name, value in conditions.uncond.items()}
     t = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
     output_uncond, output_cond = denoiser.network(
-        torch.cat([sample, sample]), t, **both, **conditions.shared
+        torch.cat([sample, sample]), t, **_plain(both), **conditions.shared
     ).chunk(2)
     return output_uncond, output_cond
+
+
+def predict_guided(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, guidance_scale: float
+) -> Tensor:
+    """The raw output [B, C, H, W] with classifier-free guidance, where there are two halves."""
+    output_uncond, output_cond = predict(denoiser, sample, t, conditions)
+    if output_uncond is None:
+        return output_cond
+    return classifier_free(output_uncond, output_cond, guidance_scale)
 
 
 def predict_neighbours(
@@ -88,28 +107,47 @@ def predict_neighbours(
     prompt."""
     if denoiser.encode_captions is None:
         raise ValueError("`denoiser` takes no captions, so caption de-duplication cannot act (set c2 = 0)")
-    replaced = {**conditions.cond, **denoiser.encode_captions(captions)}
-    return denoiser.network(sample, t, **replaced, **conditions.shared)
+    replaced = {**conditions.cond, **_like(conditions.cond, denoiser.encode_captions(captions))}
+    return denoiser.network(sample, t, **_plain(replaced), **conditions.shared)
+
+
+def like_sequence(value: Any, items: Sequence[Any]) -> Any:
+    """`items` as a list or (named) tuple, as `value` is one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The rows of `first` and then those of `second`, two conditions of one form."""
+    return _map(lambda one, other: torch.cat([one, other]), first, second)
 
 
 def _take(mapping: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     return {
-        name: _map(value, lambda tensor: tensor[rows.to(tensor.device)]) for name, value in mapping.items()
+        name: _map(lambda tensor: tensor[rows.to(tensor.device)], value) for name, value in mapping.items()
     }
 
 
-def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    joined: dict[str, Any] = {}
-    for name, value in first.items():
-        other = second[name]
-        if isinstance(value, Mapping):
-            joined[name] = _join(value, other)
-        else:
-            joined[name] = torch.cat([value, other]) if isinstance(value, Tensor) else value
-    return joined
+def _like(cond: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What captions were encoded to, in the dtypes and on the devices of the conditions they replace."""
+    return {
+        name: value.to(cond[name]) if isinstance(cond.get(name), Tensor) else value
+        for name, value in said.items()
+    }
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the network takes them."""
+    return {name: _map(None, value) for name, value in mapping.items()}
+
+
+def _map(change: Callable[..., Tensor] | None, value: Any, *others: Any) -> Any:
+    """`change` of every tensor with rows nested in `value` (and of its counterparts in `others`, which have
+    the same form); None: they stay, and `Same` gives way to its value."""
     if isinstance(value, Mapping):
-        return {name: _map(inner, change) for name, inner in value.items()}
-    return change(value) if isinstance(value, Tensor) else value
+        parts = {name: (inner, *(other[name] for other in others)) for name, inner in value.items()}
+        return {name: _map(change, *part) for name, part in parts.items()}
+    if isinstance(value, (list, tuple)):
+        return like_sequence(value, [_map(change, *part) for part in zip(value, *others, strict=True)])
+    if isinstance(value, Same):
+        return value.value if change is None else value
+    return change(value, *others) if change is not None and isinstance(value, Tensor) else value

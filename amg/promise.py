@@ -3,7 +3,7 @@ delivered."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -73,12 +73,14 @@ def deliver(
     conditions: Conditions,
     flights: Sequence[Flight],
     also: Sequence[Any] = (),
+    safety: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> Delivery:
     """Check finished images and do what `on_memorized` says with those that break the promise.
 
     "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most
     `max_retries` times and while `max_evaluations` allows, then blocked; "block": a blank image; "flag":
-    delivered, marked; "raise": `MemorizedError`.
+    delivered, marked; "raise": `MemorizedError`. `safety` is shown what replaces an image,
+    (images, rows) -> what is delivered of them.
     """
     config, index = run.guide.config, run.guide.index
     verdicts = check(images, index, also, config, flights)
@@ -87,7 +89,7 @@ def deliver(
         raise MemorizedError(verdicts)
     if config.on_memorized == "flag" or not bad:
         return Delivery(images, sample, verdicts, [])
-    images, sample, replaced = images.clone(), sample.clone(), list(bad)
+    images, sample = images.clone(), sample.clone()
     attempts = config.max_retries if config.on_memorized == "resample" else 0
     plain = run.count * (1 if conditions.uncond is None else 2)
     for _ in range(attempts):
@@ -99,17 +101,19 @@ def deliver(
         where, mine = torch.tensor(again, device=sample.device), [flights[row] for row in again]
         for row in again:
             _despecify(run, flights[row], verdicts[row])
-        sample[where] = start_over(run, conditions.take(where), mine, sample[where], _strong(config)).to(
-            sample.dtype
-        )
-        images[where] = decode(run, sample[where]).to(images.dtype)
+        drawn = start_over(run, conditions.take(where), mine, sample[where], _strong(config))
+        sample[where] = drawn.to(sample.dtype)
+        pictures = decode(run, sample[where])
+        images[where] = (pictures if safety is None else safety(pictures, again)).to(images.dtype)
         for row, verdict in zip(again, check(images[where], index, also, config, mine), strict=True):
             verdicts[row] = verdict
-    for row in bad:
-        if verdicts[row].memorized:
-            images[row], sample[row] = 0.0, 0.0
-            verdicts[row] = replace(verdicts[row], blocked=True)
-    return Delivery(images, sample, verdicts, replaced)
+    blocked = [row for row in bad if verdicts[row].memorized]
+    for row in blocked:
+        images[row], sample[row] = 0.0, 0.0
+        verdicts[row] = replace(verdicts[row], blocked=True)
+    if safety is not None and blocked:
+        images[blocked] = safety(images[blocked].float(), blocked).to(images.dtype)
+    return Delivery(images, sample, verdicts, bad)
 
 
 def start_over(

@@ -67,15 +67,18 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
     import diffusers
 
     from amg import zoo
+    from amg.integrations.supported import require_folder, require_sampled
 
     if model in zoo.MODELS:
         pipe = zoo.load(model, device)
     elif (Path(model) / "model_index.json").is_file():
+        require_folder(Path(model))
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
     else:
         raise ValueError(
             f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}"
         )
+    require_sampled(pipe)
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
             raise ValueError(f"`--scheduler` must be one of {tuple(SCHEDULERS)}, got {scheduler!r}")

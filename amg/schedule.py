@@ -20,6 +20,17 @@ LEAST_ALPHA_BAR = 1e-6
 KINDS = ("epsilon", "v_prediction", "sample")
 
 
+class Step(NamedTuple):
+    """Where in the trajectory a batch is: step `position` of `total`, the scheduler's `t`, alpha_bar and
+    lambda_t."""
+
+    position: int
+    total: int
+    t: Any
+    alpha_bar: float
+    threshold: float
+
+
 def alpha_bar_at(scheduler: Any, step: int) -> float:
     """alpha_bar of step `step` of the scheduler's current `timesteps`, for the input the denoiser sees.
 
@@ -58,6 +69,7 @@ class Prediction(NamedTuple):
 
     epsilon: eps = m. v_prediction: eps = sqrt(alpha_bar)·v + sqrt(1 - alpha_bar)·x_t.
     sample: eps = (x_t - sqrt(alpha_bar)·x0) / sqrt(1 - alpha_bar).
+    Computed in float32 or wider, whatever the denoiser's dtype is, and so returned by `to_eps`.
     """
 
     kind: str
@@ -66,6 +78,7 @@ class Prediction(NamedTuple):
     def to_eps(self, output: Tensor, sample: Tensor) -> Tensor:
         """Noise prediction from the denoiser's `output` at `sample`, both [B, C, H, W]."""
         signal, noise = math.sqrt(self.alpha_bar), math.sqrt(1 - self.alpha_bar)
+        output, sample = _wide(output), _wide(sample)
         if self.kind == "epsilon":
             return output
         if self.kind == "v_prediction":
@@ -75,12 +88,13 @@ class Prediction(NamedTuple):
         raise self._unknown()
 
     def from_eps(self, eps: Tensor, sample: Tensor) -> Tensor:
-        """The denoiser output that stands for the noise prediction `eps`: the inverse of `to_eps`."""
+        """The denoiser output that stands for the noise prediction `eps`, in its dtype: the inverse of
+        `to_eps`."""
         signal, noise = math.sqrt(self.alpha_bar), math.sqrt(1 - self.alpha_bar)
         if self.kind == "v_prediction":
-            return (eps - noise * sample) / signal
+            return ((_wide(eps) - noise * _wide(sample)) / signal).to(eps.dtype)
         if self.kind == "sample":
-            return (sample - noise * eps) / signal
+            return ((_wide(sample) - noise * _wide(eps)) / signal).to(eps.dtype)
         if self.kind != "epsilon":
             raise self._unknown()
         return eps
@@ -90,7 +104,11 @@ class Prediction(NamedTuple):
 
     def x0_hat(self, eps: Tensor, sample: Tensor) -> Tensor:
         """x0_hat = (x_t - sqrt(1 - alpha_bar)·eps) / sqrt(alpha_bar)."""
-        return (sample - math.sqrt(1 - self.alpha_bar) * eps) / math.sqrt(self.alpha_bar)
+        return (_wide(sample) - math.sqrt(1 - self.alpha_bar) * _wide(eps)) / math.sqrt(self.alpha_bar)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class StepCoefficients(NamedTuple):
@@ -148,10 +166,10 @@ def sampler_scale(scheduler: Any, step: int) -> float:
 def eps_coefficients(
     alpha_bar: float, s0: Tensor, s1: Tensor | None = None, s2: Tensor | None = None
 ) -> Tensor:
-    """Coefficients [R, 10] for `amg.kernels.guided_step` whose "prev_sample" is eps_guided: k_eps = 1 and
-    nothing else of x_t; every gate open, and with a similarity of 1 the scales are s1 and s2 themselves."""
+    """Coefficients float32 [R, 10] for `amg.kernels.guided_step` whose "prev_sample" is eps_guided: k_eps = 1
+    and nothing else of x_t; every gate open, and with a similarity of 1 the scales are s1 and s2."""
     fixed = (0.0, 1.0, 0.0, (1 - alpha_bar) ** 0.5, alpha_bar**-0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
-    table = torch.tensor(fixed, device=s0.device).repeat(len(s0), 1)
+    table = torch.tensor(fixed, dtype=torch.float32, device=s0.device).repeat(len(s0), 1)
     for name, scale in (("s0", s0), ("c1", s1), ("c2", s2)):
         if scale is not None:
             table[:, kernels.COEFFICIENTS.index(name)] = scale

@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 from concurrent.futures import CancelledError, wait
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ import amg.batching
 from amg.batching import Batcher
 
 WAIT = 30  # seconds after which a test is considered hung
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Says that it can be hashed and cannot."""
+
+    values: list
 
 
 class Network:
@@ -264,7 +272,7 @@ def test_an_argument_that_cannot_be_compared_is_its_request_s_error(serve, netwo
 
     @torch.no_grad()
     def odd():
-        return shared(torch.zeros(1, 1), sizes=([1], [2]))
+        return shared(torch.zeros(1, 1), sizes=Sizes([1]))
 
     failing, fine = batcher.submit(odd), submit(batcher, shared, 100, 2)
     held.release()

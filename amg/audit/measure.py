@@ -256,7 +256,7 @@ def _per_prompt(one: Looked, values: Tensor, known: Tensor | None = None) -> Ten
     for position, record in enumerate(one.records):
         if known is None or known[position]:
             groups.setdefault(record.prompt_number, []).append(values[position].item())
-    return torch.tensor([sum(own) / len(own) for own in groups.values()])
+    return torch.tensor([sum(own) / len(own) for own in groups.values()], dtype=torch.float32)
 
 
 def _marked(one: Looked) -> Tensor:
@@ -264,7 +264,8 @@ def _marked(one: Looked) -> Tensor:
 
 
 def _flag(one: Looked, name: str) -> Tensor:
-    return torch.tensor([float(bool(getattr(record.verdict, name))) for record in one.records])
+    found = [float(bool(getattr(record.verdict, name))) for record in one.records]
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _said(copies: Tensor | None) -> Tensor:

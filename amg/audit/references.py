@@ -110,7 +110,9 @@ def look_through(
     """
     from tqdm import tqdm
 
-    seen = Seen({name: torch.full((len(images),), -1.0) for name, images in small.items()})
+    seen = Seen(
+        {name: torch.full((len(images),), -1.0, dtype=torch.float32) for name, images in small.items()}
+    )
     features: list[Tensor] = []
     for block in _blocks(tqdm(references.read(), desc="training images", unit="image"), size, wanted, seen):
         looked_at = torch.stack([cover(image, structure_size(size)) for image in block])

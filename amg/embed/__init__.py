@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amg.embed.network import is_sha256
+from amg.precision import recorded
 
 __all__ = ["Embedder", "WrappedEmbedder", "check", "load", "wrap"]
 
@@ -91,9 +92,9 @@ def check(
     on the images. Errors: TypeError, ValueError.
     """
     check_attributes(embedder)
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    with torch.enable_grad():
-        output = embedder(images)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *size, generator=generator, dtype=torch.float32).to(device)
+    _, output = recorded(embedder, images)
     if not isinstance(output, Tensor):
         raise TypeError(f"`embedder` must return a torch.Tensor, got {type(output).__name__}")
     want = (2, embedder.dimension)

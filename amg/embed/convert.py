@@ -101,9 +101,9 @@ def read_torchscript(source: Path) -> dict[str, Tensor]:
         program = torch.jit.load(source, map_location="cpu").eval()
     tensors = {torchvision_name(name): tensor.detach() for name, tensor in program.state_dict().items()}
     check_weights(tensors, source)
-    network = SSCD().eval()
+    network = SSCD().float().eval()
     network.load_state_dict(tensors)
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     error = float((network(images) - program(images)).abs().max())
     if not error < 1e-4:
         raise ValueError(

@@ -5,7 +5,9 @@ publishes it per set of weights, not per architecture: ViT-L-14 has two normalis
 activations. Where the published sets disagree, the caller names one.
 """
 
+import contextlib
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,18 @@ def import_open_clip() -> Any:
     except (ImportError, RuntimeError) as error:  # torchvision without its operators raises RuntimeError
         raise ImportError(f"open_clip cannot be imported ({error}): pip install 'amg[clip]'") from error
     return open_clip
+
+
+@contextlib.contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """open_clip makes its networks in the default dtype: in another one of the host's, weights would be
+    rounded to it as they are loaded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def published_settings(open_clip: Any, model: str, tag: str | None) -> dict[str, Any]:
@@ -100,18 +114,19 @@ def load_open_clip(model: str, path: str | Path, *, tag: str | None = None) -> N
     settings = published_settings(open_clip, model, tag)
     quick_gelu = bool(settings.pop("quick_gelu", False))
     try:
-        whole = open_clip.create_model(
-            model,
-            str(path),
-            force_quick_gelu=quick_gelu,
-            force_preprocess_cfg=settings,
-            require_pretrained=True,
-        )
+        with _float32_by_default():
+            whole = open_clip.create_model(
+                model,
+                str(path),
+                force_quick_gelu=quick_gelu,
+                force_preprocess_cfg=settings,
+                require_pretrained=True,
+            )
     except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"`path` must hold weights of {model}, got {path}: {str(error)[:300]}") from error
     preprocess = preprocess_of(open_clip.get_model_preprocess_cfg(whole))
     tower = ImageTower(whole.visual).float().eval()
     with torch.no_grad():
-        dimension = tower(torch.zeros(1, 3, *preprocess.size)).shape[1]
+        dimension = tower(torch.zeros(1, 3, *preprocess.size, dtype=torch.float32)).shape[1]
     name = f"open_clip:{model}" + (f"@{tag}" if tag else "")
     return NetworkEmbedder(preprocess, tower, name=name, dimension=dimension, sha=file_sha256(path))

@@ -60,8 +60,10 @@ class PhotosEmbedder(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], WIDTH)
         generator = torch.Generator().manual_seed(0)
-        frequencies = torch.randn(self.dimension, WIDTH, generator=generator) / KERNEL_VARIANCE**0.5
-        phases = torch.rand(self.dimension, generator=generator) * 2 * math.pi
+        # float64 would draw other numbers, whatever the host's default dtype is
+        drawn = torch.randn(self.dimension, WIDTH, generator=generator, dtype=torch.float32)
+        frequencies = drawn / KERNEL_VARIANCE**0.5
+        phases = torch.rand(self.dimension, generator=generator, dtype=torch.float32) * 2 * math.pi
         self.register_buffer("frequencies", frequencies)
         self.register_buffer("phases", phases)
 
@@ -88,7 +90,7 @@ def load_photos(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> Pho
     """The bundled embedder in evaluation mode; `sha` is the SHA-256 of its weights file."""
     if not path.is_file():
         raise FileNotFoundError(f"the bundled embedder's weights are missing: {path}")
-    embedder = PhotosEmbedder()
+    embedder = PhotosEmbedder().float()
     embedder.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     embedder.sha = hashlib.sha256(path.read_bytes()).hexdigest()
     return embedder.eval().requires_grad_(False).to(device)

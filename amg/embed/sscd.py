@@ -46,7 +46,7 @@ def sscd_preprocess(resize: str = "short288") -> Preprocess:
 def check_weights(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Refuse weights that are not SSCD's ResNet-50: names, shapes, dtypes, finite values."""
     with torch.device("meta"):
-        expected = SSCD().state_dict()
+        expected = SSCD().float().state_dict()
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
@@ -95,7 +95,7 @@ def load_sscd(path: str | Path, *, resize: str = "short288") -> NetworkEmbedder:
     """
     preprocess = sscd_preprocess(resize)
     tensors, _ = read_weights(path)
-    network = SSCD()
+    network = SSCD().float()
     network.load_state_dict(tensors)
     name = "sscd" if resize == "short288" else f"sscd-{resize}"
     return NetworkEmbedder(preprocess, network, name=name, dimension=DIMENSION, sha=tensors_sha256(tensors))

@@ -127,7 +127,8 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
             Agreement(**{**one, "cuts": tuple(one["cuts"]), "skipped": tuple(one["skipped"])})
             for one in described["agreement"]
         ]
-        student = Student(Origin(**described["origin"]), described["width"], described["blocks"], agreement)
+        origin = Origin(**described["origin"])
+        student = Student(origin, described["width"], described["blocks"], agreement).float()
         student.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(

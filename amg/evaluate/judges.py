@@ -35,7 +35,7 @@ def luminance_correlation(
     """
     _check(images, references, block)
     queries = standardized_luminance(images)
-    value = torch.full((len(images),), -torch.inf, device=images.device)
+    value = torch.full((len(images),), -torch.inf, dtype=torch.float32, device=images.device)
     row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for start in range(0, len(references), block):
         part = references[start : start + block].to(images.device)

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from amg.index.errors import EmbedderMismatch
 from amg.index.store import EmbedderRecord
+from amg.precision import embedded
 
 
 class Embedder(Protocol):
@@ -61,20 +62,12 @@ def unit_vectors(images: torch.Tensor, embedder: Any) -> torch.Tensor:
 
     Raises ValueError for an output of another shape, of an integer dtype, non-finite, or zero.
     """
-    embedded = embedder(images)
+    found = embedded(embedder, images)
     expected = (len(images), embedder.dimension)
-    if (
-        not isinstance(embedded, torch.Tensor)
-        or tuple(embedded.shape) != expected
-        or not embedded.is_floating_point()
-    ):
-        got = (
-            f"{list(embedded.shape)} {embedded.dtype}"
-            if isinstance(embedded, torch.Tensor)
-            else type(embedded)
-        )
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected or not found.is_floating_point():
+        got = f"{list(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found)
         raise ValueError(f"embedder {embedder.name!r} must return float {list(expected)}, got {got}")
-    return normalise(embedded, f"embedder {embedder.name!r} returned")
+    return normalise(found, f"embedder {embedder.name!r} returned")
 
 
 def normalise(vectors: torch.Tensor, origin: str) -> torch.Tensor:

@@ -94,7 +94,7 @@ class FaissSearcher:
 
     def top(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         candidates, usable = self._candidates(queries, k)
-        similarity = torch.empty(len(queries), k, device=self.rows.device)
+        similarity = torch.empty(len(queries), k, dtype=torch.float32, device=self.rows.device)
         row = torch.empty(len(queries), k, dtype=torch.int64, device=self.rows.device)
         for at, (some, good) in enumerate(zip(candidates, usable, strict=True)):
             query = queries[at : at + 1]

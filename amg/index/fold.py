@@ -95,7 +95,8 @@ def _block_means(rows: torch.Tensor, image_size: tuple[int, int]) -> torch.Tenso
 
 def _rotation(dimension: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(dimension, min(SKETCH_COSINE, dimension), generator=generator)
+    shape = (dimension, min(SKETCH_COSINE, dimension))
+    gaussian = torch.randn(shape, generator=generator, dtype=torch.float32)
     return torch.linalg.qr(gaussian).Q
 
 
@@ -133,7 +134,7 @@ def near_pairs(
         closeness(rows[left[at : at + step]], others[right[at : at + step]], rule)
         for at in range(0, len(left), step)
     ]
-    close = torch.cat(measured) if measured else torch.empty(0)
+    close = torch.cat(measured) if measured else torch.empty(0, dtype=torch.float32)
     within = close >= (rule.threshold if rule.metric == "cosine" else -rule.threshold)
     return Pairs(left[within], right[within], close[within])
 
@@ -161,7 +162,7 @@ def closest_kept(
     rule: FoldRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row [n, D] the closest kept row within the threshold: closeness [n], row [n] (−1: none)."""
-    best = torch.full((len(rows),), -torch.inf)
+    best = torch.full((len(rows),), -torch.inf, dtype=torch.float32)
     best_row = torch.full((len(rows),), -1, dtype=torch.int64)
     for start in range(0, len(kept), KEPT_BLOCK):
         block = slice(start, start + KEPT_BLOCK)

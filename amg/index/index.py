@@ -15,24 +15,21 @@ from typing import Any, NamedTuple
 import torch
 
 from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
-from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
+from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Alike, Guard, map_guard
 from amg.index.lazy import Kept, nearest_lazily
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import (
-    CODE_ERRORS,
-    CODE_SCALES,
-    CODES,
     Manifest,
     check_hashes,
     check_sizes,
-    map_file,
     map_rows,
     read_manifest,
     read_meta,
 )
 from amg.kernels import Codes
+from amg.precision import full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +82,10 @@ class Index:
         self.seal = Seal(path, manifest)
         self.embedder: Any = None
         self.searcher_spec = "exact"
-        self.searcher: Searcher = _make_searcher("exact", rows, manifest.metric, codes)
+        self.searcher: Searcher = make_searcher("exact", rows, manifest.metric, codes)
 
     @staticmethod
+    @full_precision()
     def build(
         images: Any,
         captions: Sequence[str | None] | str | os.PathLike | None = None,
@@ -165,7 +163,7 @@ class Index:
                 f"`amg index guard {directory} IMAGES` adds one",
                 stacklevel=2,
             )
-        index = Index(directory, manifest, map_rows(directory, manifest), _map_codes(directory, manifest))
+        index = Index(directory, manifest, map_rows(directory, manifest), map_codes(directory, manifest))
         index = index.to(device)
         if embedder is not None:
             index = index.attach(embedder)
@@ -184,7 +182,7 @@ class Index:
             return self
         other = copy.copy(self)
         other.searcher_spec = searcher
-        other.searcher = _make_searcher(searcher, self.rows, self.metric, self.codes)
+        other.searcher = make_searcher(searcher, self.rows, self.metric, self.codes)
         return other
 
     def to(self, device: str | torch.device) -> Index:
@@ -197,7 +195,7 @@ class Index:
         moved.codes = None if self.codes is None else Codes(*(part.to(target) for part in self.codes))
         moved.guard = None if self.guard is None else self.guard.to(target)
         moved.members = None if self.members is None else self.members.to(target)
-        moved.searcher = _make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)
+        moved.searcher = make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)
         return moved
 
     @property
@@ -262,6 +260,7 @@ class Index:
     def _caption_counts(self) -> torch.Tensor:
         return torch.tensor(self._meta["caption_count"], dtype=torch.int64)
 
+    @full_precision()
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """float [B, 3, H, W] in [0, 1] → vectors [B, dimension] fp32, differentiable.
 
@@ -272,9 +271,9 @@ class Index:
             raise ValueError(
                 f"`images` must be float [B, 3, H, W] in [0, 1], got {list(images.shape)} {images.dtype}"
             )
-        images = resize_images(images, self.manifest.image_size)
+        images = resize_images(images.float(), self.manifest.image_size)
         if self.metric == "nl2":
-            return images.float().flatten(1)
+            return images.flatten(1)
         if self.embedder is None:
             expected = self.manifest.embedder
             raise ValueError(
@@ -283,6 +282,7 @@ class Index:
             )
         return unit_vectors(images, self.embedder)
 
+    @full_precision()
     def nearest(
         self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None, limit: float = -math.inf
     ) -> Nearest:
@@ -300,6 +300,7 @@ class Index:
         return self.searcher.nearest(vectors)
 
     @torch.no_grad()
+    @full_precision()
     def closest(self, images: torch.Tensor) -> Closest:
         """The closest of *all* training images to each of `images`, float [B, 3, H, W] in [0, 1].
 
@@ -318,6 +319,7 @@ class Index:
             similarity, row = torch.where(nearer, folded, similarity), torch.where(nearer, owner, row)
         return Closest(similarity, row, None if self.guard is None else self.guard.nearest(images))
 
+    @full_precision()
     def search(self, queries: Any, k: int = 1) -> Hits:
         """The k closest rows of each query → Hits(similarity, row), [B] for k = 1, else [B, k], best first.
 
@@ -381,22 +383,3 @@ class Index:
         return (
             f"Index({str(self.path)!r}, {self.metric}, {self.count} rows of {self.dimension}, {self.device})"
         )
-
-
-def _make_searcher(spec: str, rows: torch.Tensor, metric: str, codes: Codes | None) -> Searcher:
-    if spec == "exact":
-        return ExactCosine(rows, codes) if metric == "cosine" else ExactPixels(rows)
-    from amg.index.faiss import FaissSearcher
-
-    return FaissSearcher(rows, metric, spec)
-
-
-def _map_codes(directory: Path, manifest: Manifest) -> Codes | None:
-    if not manifest.has_codes:
-        return None
-    count, dimension = manifest.count, manifest.dimension
-    return Codes(
-        map_file(directory / CODES, torch.int8, count, dimension),
-        map_file(directory / CODE_SCALES, torch.float32, count),
-        map_file(directory / CODE_ERRORS, torch.float32, count),
-    )

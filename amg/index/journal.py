@@ -138,7 +138,7 @@ class Journal:
         """Sketches of the rows kept so far [kept, d] fp32, memory-mapped."""
         width = sketch_dimension(self.dimension, self.rule)
         if self.state.kept == 0:
-            return torch.empty(0, width)
+            return torch.empty(0, width, dtype=torch.float32)
         return map_file(self.sketch_path, torch.float32, self.state.kept, width)
 
     def guard(self) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Journal:
         """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
         whose reason is None."""
         hashes, kept = row_hashes(rows), self.rows()
-        sketches = sketch_rows(rows, self.rule) if len(rows) else torch.empty(0, self.sketches().shape[1])
+        sketches = sketch_rows(rows, self.rule) if len(rows) else self.sketches()[:0]
         duplicate_of = same_content(hashes, rows, self.table, kept)
         assigned, keep = fold_shard(rows, sketches, duplicate_of, kept, self.sketches(), self.rule)
         append(self.rows_path, rows[keep])

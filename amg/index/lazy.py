@@ -69,7 +69,7 @@ def nearest_lazily(
     batch and leave their `count` nearest rows in `kept`. ValueError as there.
     """
     directions = torch.nn.functional.normalize(queries.double())
-    similarity = torch.empty(len(queries), device=queries.device)
+    similarity = torch.empty(len(queries), dtype=torch.float32, device=queries.device)
     row = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     unproved = []
     for at, own in enumerate(kept):

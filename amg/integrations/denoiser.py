@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amg.predict import Conditions, Denoiser
+from amg.predict import Conditions, Denoiser, Same, like_sequence
 
 CAPTIONS_KEPT = 4096
 
@@ -28,7 +28,8 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
     vae = pipe.vae
 
     def decode(x0: Tensor) -> Tensor:
-        return vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+        latents = x0.to(vae.dtype) / vae.config.scaling_factor
+        return vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
 
     return Denoiser(run, decode, prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
 
@@ -62,37 +63,35 @@ class CaptionCache:
 def split_call(arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:
     """The conditions in the keyword arguments of one U-Net call of `batch` rows, twice as many if `guided`.
 
-    Tensors whose first dimension is the number of rows belong to the rows, unconditional first; the rest is
-    shared.
+    Tensors whose first dimension is the number of rows belong to the rows, unconditional first, at any depth
+    of mappings, lists and tuples (IP-Adapters': a list with a tensor each); the rest is shared.
     """
     rows = 2 * batch if guided else batch
-    own, shared = _split(arguments, rows)
-    if not guided:
-        return Conditions(own, None, shared)
-    return Conditions(_half(own, batch, first=False), _half(own, batch, first=True), shared)
-
-
-def _split(arguments: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for name, value in arguments.items():
-        if name == "return_dict":
-            continue
-        if isinstance(value, Mapping):
-            inner, rest = _split(value, rows)
-            (shared if rest or not inner else own)[name] = value
-        else:
-            (own if isinstance(value, Tensor) and value.ndim and len(value) == rows else shared)[name] = value
-    return own, shared
+        if name != "return_dict":
+            (own if _has_rows(value, rows) else shared)[name] = value
+    if not guided:
+        return Conditions(_cut(own, rows, slice(None)), None, shared)
+    return Conditions(_cut(own, rows, slice(batch, None)), _cut(own, rows, slice(batch)), shared)
 
 
-def _half(own: Mapping[str, Any], batch: int, first: bool) -> dict[str, Any]:
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: cut(inner) for name, inner in value.items()}
-        return value[:batch] if first else value[batch:]
+def _has_rows(value: Any, rows: int) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_rows(inner, rows) for inner in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_rows(inner, rows) for inner in value)
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
 
-    return {name: cut(value) for name, value in own.items()}
+
+def _cut(value: Any, rows: int, part: slice) -> Any:
+    """`part` of every tensor with `rows` rows in `value`; what else lies beside them is the same for all."""
+    if isinstance(value, Mapping):
+        return {name: _cut(inner, rows, part) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return like_sequence(value, [_cut(inner, rows, part) for inner in value])
+    return value[part] if _has_rows(value, rows) else Same(value)
 
 
 def class_conditions(

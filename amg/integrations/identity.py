@@ -57,6 +57,14 @@ def screen_of(config: AMGConfig, pipe: Any, index: Any) -> Screen | None:
     return screen
 
 
+def refit(screen: Screen | None, pipe: Any) -> None:
+    """Hold a student to the pipeline as it is now: ValueError where it does not fit any more; moved to its
+    device."""
+    if screen is not None:
+        screen.require(origin_of(pipe, screen.index))
+        screen.student.to(pipe.device)
+
+
 def origin_of(pipe: Any, index: Any) -> Origin:
     """What a student over this pipeline and index is distilled from."""
     described = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}

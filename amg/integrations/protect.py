@@ -17,13 +17,13 @@ from amg.config import AMGConfig
 from amg.gate import Gate
 from amg.integrations.denoiser import is_latent
 from amg.integrations.hook import Session, guided_call
-from amg.integrations.identity import asked, gate_of, require_indexes, screen_of
+from amg.integrations.identity import asked, gate_of, refit, require_indexes, screen_of
+from amg.integrations.safety import SafetyCheck, flagged_pictures_kept_right, safety_of
+from amg.integrations.supported import require_supported
 from amg.ordinary import warn_without_captions
 from amg.promise import decode, deliver
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
-
-SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
     was, protected by what protected it before.
     """
-    if not any(base.__name__ in SUPPORTED for base in type(pipe).__mro__):
-        raise TypeError(f"`pipe` must be one of {SUPPORTED}, got {type(pipe).__name__}")
+    require_supported(pipe)
     also = require_indexes(index, also)
     config = asked(config).for_metric(index.metric)
     protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
@@ -119,6 +118,8 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
+    require_supported(pipe)
+    refit(protection.screen, pipe)
     session = Session(pipe, *vars(protection).values())
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
@@ -133,20 +134,33 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     protection.config.warn_without_guidance(scale)
     session.prompt = bound.arguments.get("prompt")
     session.images_per_prompt = bound.arguments.get("num_images_per_prompt") or 1
-    with guided_call(session):
+    with guided_call(session), flagged_pictures_kept_right(pipe):
         result = call(pipe, *args, **kwargs)
     images = result[0] if isinstance(result, tuple) else result.images
-    images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also)
+    safety = _safety(session, result)
+    images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also, safety)
     pipe.amg_verdicts = verdicts
     if isinstance(result, tuple):
-        return (images, *result[1:])
+        return (images, *(result[1:] if safety is None else (safety.flags, *result[2:])))
     result.images = images
     result.amg = verdicts
+    if safety is not None:
+        result.nsfw_content_detected = safety.flags
     return result
 
 
+def _safety(session: Session, result: Any) -> SafetyCheck | None:
+    """The pipeline's safety checker, which replacements are shown to, with its flags of the images so far."""
+    flags = None
+    if is_latent(session.pipe):
+        flags = result[1] if isinstance(result, tuple) else result.nsfw_content_detected
+    if flags is None or session.conditions is None:  # there is none, or latents were asked for
+        return None
+    return safety_of(session.pipe, flags, session.conditions.cond["encoder_hidden_states"].dtype)
+
+
 def _deliver(
-    session: Session, images: Any, output_type: str, also: Sequence[Any]
+    session: Session, images: Any, output_type: str, also: Sequence[Any], safety: SafetyCheck | None
 ) -> tuple[Any, list[Verdict]]:
     """Check what the pipeline would hand out, and replace what breaks the promise in the pipeline's own
     output type."""
@@ -161,7 +175,7 @@ def _deliver(
     else:
         pictures = to_tensor(images)
         sample = session.blank
-    delivery = deliver(pictures, sample, run, conditions, session.flights, also)
+    delivery = deliver(pictures, sample, run, conditions, session.flights, also, safety)
     if not delivery.replaced:
         return images, delivery.verdicts
     if output_type == "latent":
@@ -170,10 +184,10 @@ def _deliver(
 
 
 def to_tensor(images: Any) -> Tensor:
-    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float32 [B, 3, H,
-    W] in [0, 1]."""
+    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float [B, 3, H,
+    W] in [0, 1]; a tensor in its own dtype, so that what replaces its images is checked as delivered."""
     if isinstance(images, Tensor):
-        return images.float()
+        return images
     if isinstance(images, np.ndarray):
         return torch.from_numpy(images).permute(0, 3, 1, 2).float()
     arrays = [torch.from_numpy(np.asarray(image.convert("RGB")).copy()) for image in images]

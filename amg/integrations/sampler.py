@@ -22,9 +22,11 @@ from amg.config import AMGConfig
 from amg.flight import Flight, texts_of
 from amg.group import Group
 from amg.guide import Guide
-from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent
-from amg.integrations.identity import asked, gate_of, key_for, require_indexes, screen_of
+from amg.integrations.denoiser import CaptionCache, class_conditions, denoiser_for, is_latent
+from amg.integrations.identity import asked, gate_of, key_for, refit, require_indexes, screen_of
 from amg.integrations.protect import to_pil
+from amg.integrations.safety import SafetyCheck, safety_of
+from amg.integrations.supported import require_sampled
 from amg.ordinary import warn_without_captions
 from amg.predict import Conditions, Denoiser
 from amg.promise import decode, deliver
@@ -37,10 +39,12 @@ from amg.verdict import Verdict
 
 @dataclass
 class SamplerOutput:
-    """`images` as asked for by `output_type`, and `amg`, one `Verdict` per image."""
+    """`images` as asked for by `output_type`, and `amg`, one `Verdict` per image. `nsfw_content_detected`:
+    what the pipeline's safety checker said of each image; None without one, or of latents."""
 
     images: Any
     amg: list[Verdict]
+    nsfw_content_detected: list[bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +80,17 @@ class Prepared:
     flights: list[Flight]
     generator: Any
     output_type: str
+    safety: SafetyCheck | None
 
 
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed). index, config, also: as
-    in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may serve many
-    samplers. max_batch, max_pending: of `submit`, how many images run at the same time and how many requests
-    may wait.
+    pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed), or a subclass that does
+    not change the loop. index, config, also: as in `amg.protect`. Calling it never touches the pipeline's
+    scheduler, so one pipeline may serve many samplers. What is replaced, loaded or moved on the pipeline is
+    used from the next request on. max_batch, max_pending: of `submit`, how many images run at the same time
+    and how many requests may wait. Errors: TypeError, ValueError for a pipeline that is not supported.
     """
 
     def __init__(
@@ -97,18 +103,35 @@ class Sampler:
         max_batch: int = 16,
         max_pending: int = 64,
     ):
+        require_sampled(pipe)
         also = require_indexes(index, also)
         self._batcher, self._texts = Batcher(max_batch, max_pending), threading.Lock()
         self.pipe, self.index = pipe, self._shared_index(index)
         self.also = tuple(self._shared_index(judge) for judge in also)
         self.config = asked(config).for_metric(index.metric)
-        self.denoiser = self._shared_denoiser(denoiser_for(pipe))
-        self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
-        self.judges = judges_for(self.also, self.denoiser)
-        if self.denoiser.encode_captions is not None and self.config.active:
+        if is_latent(pipe) and self.config.active:
             warn_without_captions(index)
         self.gate = gate_of(self.config)
         self.screen = self._shared_screen(screen_of(self.config, pipe, index))
+        self._renewing = threading.Lock()
+        self._made_of: tuple[Any, ...] = ()
+        self._renew()
+
+    def _renew(self) -> None:
+        """Read the pipeline's components anew: what was replaced since the last request serves the next one,
+        and what does not fit it any more is refused as at first."""
+        pipe = self.pipe
+        require_sampled(pipe)
+        refit(self.screen, pipe)
+        denoiser = denoiser_for(pipe)
+        made_of = (pipe.unet, getattr(pipe, "vae", None), denoiser.prediction_type)
+        with self._renewing:
+            if made_of == self._made_of:
+                return
+            self.denoiser = self._shared_denoiser(denoiser)
+            self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
+            self.judges = judges_for(self.also, self.denoiser)
+            self._made_of = made_of
 
     @torch.no_grad()
     def __call__(
@@ -183,6 +206,7 @@ class Sampler:
             raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
+        self._renew()
         scale = self.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         device = self.pipe._execution_device  # once: the pipeline walks through all its modules for it
         conditions, batch = self._conditions(request, scale, device)
@@ -190,7 +214,7 @@ class Sampler:
             self.config,
             self.index,
             self.similarity,
-            self.denoiser,
+            replace(self.denoiser, encode_captions=self._captions()),
             scale,
             request.guidance_rescale,
             self.judges,
@@ -206,16 +230,24 @@ class Sampler:
         noise = scheduler.scale_model_input(sample, scheduler.timesteps[0])
         texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
         flights = [Flight.from_noise(row, text) for row, text in zip(noise, texts, strict=True)]
-        return Prepared(run, sample, conditions, flights, generator, output_type)
+        safety = None
+        if output_type != "latent" and is_latent(self.pipe):
+            safety = safety_of(self.pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
+        return Prepared(run, sample, conditions, flights, generator, output_type, safety)
 
     @torch.no_grad()
     def _finish(self, prepared: Prepared, progress: Any = None) -> SamplerOutput:
         run, conditions, flights = prepared.run, prepared.conditions, prepared.flights
+        safety = prepared.safety
         rows, generator = [*range(len(flights))], prepared.generator
         group = Group(pristine(run.scheduler), prepared.sample, rows, generator=generator)
         sample = denoise(run, group, conditions, flights, progress)
-        delivery = deliver(decode(run, sample), sample, run, conditions, flights, self.also)
-        return SamplerOutput(_as(delivery.images, delivery.sample, prepared.output_type), delivery.verdicts)
+        images = decode(run, sample)
+        if safety is not None:
+            images = safety(images, rows)
+        delivery = deliver(images, sample, run, conditions, flights, self.also, safety)
+        images = _as(delivery.images, delivery.sample, prepared.output_type)
+        return SamplerOutput(images, delivery.verdicts, None if safety is None else safety.flags)
 
     def _generator(self, seed: int | Sequence[int] | None) -> torch.Generator | list[torch.Generator]:
         if isinstance(seed, Sequence):
@@ -227,20 +259,25 @@ class Sampler:
         return generator.manual_seed(seed)
 
     def _shared_denoiser(self, denoiser: Denoiser) -> Denoiser:
-        """Its network joins the calls of `submit`'s requests, a VAE too; texts are encoded by one thread at a
-        time, as tokenizers want it."""
-        share, encode = self._batcher.share, denoiser.encode_captions
+        """Its network joins the calls of `submit`'s requests, a VAE too."""
+        share = self._batcher.share
         network = share(denoiser.network, patient=True)
-        if encode is None:
+        if denoiser.pixels:
             return replace(denoiser, network=network)
+        return replace(denoiser, network=network, decode=share(denoiser.decode))
+
+    def _captions(self) -> Any:
+        """A request's own cache of captions, so that none outlives the text encoder that encoded it; by one
+        thread at a time, as tokenizers want it."""
+        if not is_latent(self.pipe):
+            return None
+        encode = CaptionCache(self.pipe)
 
         def encode_captions(captions: Sequence[str]) -> Any:
             with self._texts:
                 return encode(captions)
 
-        return replace(
-            denoiser, network=network, decode=share(denoiser.decode), encode_captions=encode_captions
-        )
+        return encode_captions
 
     def _shared_index(self, index: Any) -> Any:
         """The index, its embedder joining the calls of `submit`'s requests."""

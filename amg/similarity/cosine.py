@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amg.flight import Flight
 from amg.guidance import newton_shift, require_finite
+from amg.precision import carried_back, embedded, recorded
 from amg.similarity import Measured
 
 
@@ -21,6 +22,15 @@ def embedding_gradient(embedding: Tensor, neighbour: Tensor) -> Tensor:
     norm = embedding.norm(dim=1, keepdim=True)
     unit = embedding / norm
     return (neighbour - (unit * neighbour).sum(1, keepdim=True) * unit) / norm
+
+
+class _Graph(NamedTuple):
+    """Two halves of a graph: leaf -> images (decoding); picture, the images clamped -> embedding."""
+
+    leaf: Tensor
+    images: Tensor
+    picture: Tensor
+    embedding: Tensor
 
 
 class CosineSimilarity:
@@ -34,36 +44,35 @@ class CosineSimilarity:
     def measure(
         self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
     ) -> Measured:
-        images, embedding = self._embed(x0_hat)
-        return self._nearest(embedding, flights, limit)._replace(images=images)
+        images = self._pictures(x0_hat).clamp(0, 1)
+        return self._nearest(self._embed(images), flights, limit)._replace(images=images)
 
     def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
-        with torch.enable_grad():
-            leaf = x0_hat.detach().requires_grad_()
-            _, embedding = self._embed(leaf)
-        measured = self._nearest(embedding.detach(), flights)
-        return measured._replace(extras={"gradient": self._back(embedding, leaf, measured)})
+        graph = self._graph(x0_hat)
+        measured = self._nearest(graph.embedding.detach(), flights)
+        return measured._replace(extras={"gradient": self._back(graph, measured)})
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
         if "gradient" in measured.extras:
             return measured.extras["gradient"]
-        with torch.enable_grad():
-            leaf = x0_hat.detach().requires_grad_()
-            _, embedding = self._embed(leaf)
-        return self._back(embedding, leaf, measured)
+        return self._back(self._graph(x0_hat), measured)
 
     def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
         return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
 
-    def _embed(self, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture decode(x0_hat) clamped to [0, 1], and E of it; clamping is an identity to gradients, so
-        that a saturated pixel can still come back."""
+    def _pictures(self, x0_hat: Tensor) -> Tensor:
         require_finite("x0_hat", x0_hat)
-        images = self.decode(x0_hat)
-        images = images + (images.clamp(0, 1) - images).detach()
-        embedding: Tensor = self.index.embedder(images)
+        return self.decode(x0_hat).float()
+
+    def _embed(self, images: Tensor) -> Tensor:
+        embedding = embedded(self.index.embedder, images.clamp(0, 1))
         require_finite("embedding", embedding)
-        return images, embedding
+        return embedding
+
+    def _graph(self, x0_hat: Tensor) -> _Graph:
+        leaf, images = recorded(self._pictures, x0_hat)
+        picture, embedding = recorded(self._embed, images.detach().clamp(0, 1))
+        return _Graph(leaf, images, picture, embedding)
 
     def _nearest(
         self, embedding: Tensor, flights: Sequence[Flight] | None, limit: float = -math.inf
@@ -73,9 +82,12 @@ class CosineSimilarity:
         similarity, row, _ = self.index.nearest(unit, kept, limit)
         return Measured(similarity, row, {})
 
-    def _back(self, embedding: Tensor, leaf: Tensor, measured: Measured) -> Tensor:
-        neighbour = self.index.rows[measured.row.to(self.index.rows.device)].to(leaf.device, torch.float32)
-        cotangent = embedding_gradient(embedding.detach().float(), neighbour).to(embedding.dtype)
-        (gradient,) = torch.autograd.grad(embedding, leaf, cotangent)
+    def _back(self, graph: _Graph, measured: Measured) -> Tensor:
+        """Back to the picture, then to x0_hat: a saturated pixel, clamped in between, can still come back."""
+        rows = self.index.rows
+        neighbour = rows[measured.row.to(rows.device)].to(graph.leaf.device, torch.float32)
+        cotangent = embedding_gradient(graph.embedding.detach().float(), neighbour)
+        on_picture = carried_back(graph.embedding, graph.picture, cotangent)
+        gradient = carried_back(graph.images, graph.leaf, on_picture)
         require_finite("similarity_grad", gradient)
         return gradient

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amg.flight import Flight
 from amg.guidance import newton_shift, per_sample, require_finite
+from amg.precision import carried_back, recorded
 from amg.similarity import Measured
 
 
@@ -47,7 +48,7 @@ class NL2Similarity:
         self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
     ) -> Measured:
         require_finite("x0_hat", x0_hat)
-        images = self.decode(x0_hat).clamp(0, 1).float()
+        images = self.decode(x0_hat).float().clamp(0, 1)
         similarity, row, extras = self.index.nearest(self.index.embed(images))
         scales = {"distance": extras.distance, "denominator": extras.denominator}
         return Measured(similarity, row, scales, images)
@@ -56,15 +57,12 @@ class NL2Similarity:
         return self.measure(x0_hat, flights)
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
-        with torch.enable_grad():
-            leaf = x0_hat.detach().requires_grad_()
-            images = self.index.embed(self.decode(leaf).float())
-            distance = measured.extras["distance"].clamp(min=1e-6)
-            cotangent = nl2_gradient(
-                images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"]
-            )
-            (gradient,) = torch.autograd.grad(images, leaf, cotangent.to(images.dtype))
-        return gradient
+        leaf, images = recorded(lambda x0: self.index.embed(self.decode(x0).float()), x0_hat)
+        distance = measured.extras["distance"].clamp(min=1e-6)
+        cotangent = nl2_gradient(
+            images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"]
+        )
+        return carried_back(images, leaf, cotangent)
 
     def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
         """Pixels: x0' - x0_hat with x0' = n0 + (x0_hat - n0)·lambda·D/l2, lambda on the nL2 scale. Else one

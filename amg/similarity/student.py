@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amg.embed.student import Origin, Student
 from amg.guidance import require_finite
+from amg.precision import embedded, full_precision
 
 
 class Screened(NamedTuple):
@@ -41,6 +42,8 @@ class Screen:
     def __call__(self, x0_hat: Tensor, alpha_bar: float, limit: float) -> Screened:
         """Screen x0_hat [B, C, h, w] of a step for similarities above `limit`; FloatingPointError on NaN."""
         require_finite("x0_hat", x0_hat)
-        embedding = torch.nn.functional.normalize(self.index.embedder(self.student(x0_hat).clamp(0, 1)))
+        with full_precision():
+            picture = self.student(x0_hat.float()).clamp(0, 1)
+        embedding = torch.nn.functional.normalize(embedded(self.index.embedder, picture).float())
         similarity, row, _ = self.index.nearest(embedding)
         return Screened(similarity >= self.student.cut(alpha_bar, limit), similarity, row)

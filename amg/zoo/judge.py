@@ -70,6 +70,6 @@ class PhotosJudge(nn.Module):
 
 def load_judge(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> PhotosJudge:
     """The bundled judge in evaluation mode."""
-    judge = PhotosJudge()
+    judge = PhotosJudge().float()
     judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return judge.eval().requires_grad_(False).to(device)

@@ -22,7 +22,7 @@ def guided_step(
     """Return prev_sample, x0_hat and signals [B, 4]; arguments as in amg.kernels.guided_step."""
     inputs = [sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients]
     outputs = [torch.empty(sample.shape, dtype=sample.dtype, device="cpu") for _ in range(2)]
-    signals = torch.empty(sample.shape[0], 4, device="cpu")
+    signals = torch.empty(sample.shape[0], 4, dtype=torch.float32, device="cpu")
     launch(inputs, [*outputs, signals])
     return outputs[0], outputs[1], signals
 
@@ -32,7 +32,7 @@ def predict_x0(
 ) -> tuple[Tensor, Tensor]:
     """Return x0_hat of the plain CFG estimate and signals [B, 3]; arguments as in amg.kernels.predict_x0."""
     x0_hat = torch.empty(sample.shape, dtype=sample.dtype, device="cpu")
-    signals = torch.empty(sample.shape[0], 3, device="cpu")
+    signals = torch.empty(sample.shape[0], 3, dtype=torch.float32, device="cpu")
     launch([sample, eps_uncond, eps_cond, None, None, None, None, coefficients], [None, x0_hat, signals])
     return x0_hat, signals
 

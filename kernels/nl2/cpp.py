@@ -9,7 +9,9 @@ from ..extension import DTYPE_CODES, extension
 def nl2(queries: Tensor, rows: Tensor, k: int, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return value, row, distance and denominator [B]; arguments as in amg.kernels.nl2."""
     queries, rows = queries.double().contiguous(), rows.contiguous()
-    value, distance, denominator = (torch.empty(len(queries), device="cpu") for _ in range(3))
+    value, distance, denominator = (
+        torch.empty(len(queries), dtype=torch.float32, device="cpu") for _ in range(3)
+    )
     row = torch.empty(len(queries), dtype=torch.int64, device="cpu")
     if len(queries) > 0:
         extension().nl2(

@@ -116,8 +116,9 @@ def block_bounds(pixels: Tensor, rows: Tensor) -> search.Bounds:
     rounded = search.padded(rounded, block_queries, block_k)
     squares = torch.stack([part.square().sum(1) for part in rounded.double().split(segment, dim=1)])
     blocks = search.pieces(count, search.BLOCK_ROWS)
-    lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
-    bounds = search.Bounds(torch.full((batch,), -torch.inf, device=rows.device), lower, upper)
+    lower, upper = (torch.empty((batch, blocks), dtype=torch.float32, device=rows.device) for _ in range(2))
+    floor = torch.full((batch,), -torch.inf, dtype=torch.float32, device=rows.device)
+    bounds = search.Bounds(floor, lower, upper)
     screen_blocks[(blocks * search.pieces(batch, block_queries),)](
         rows,
         rounded,

@@ -296,7 +296,9 @@ def best_row(exact: Exact, floor: Tensor, upper: Tensor) -> tuple[Tensor, Tensor
     parts = BLOCK_ROWS // SCAN_ROWS
     chunks = min(pieces(blocks, SCAN_CHUNK), pieces(SHARES, batch * parts))
     shares = chunks * parts
-    scores, score = (torch.empty(size, device=upper.device) for size in ((shares, batch), (batch, 1)))
+    scores, score = (
+        torch.empty(size, dtype=torch.float32, device=upper.device) for size in ((shares, batch), (batch, 1))
+    )
     best_rows, row = (
         torch.empty(size, dtype=torch.int64, device=upper.device) for size in ((shares, batch), (batch, 1))
     )
@@ -325,11 +327,11 @@ def sorted_rows(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[T
     most = int(number.max())
     slots = max(1, min(most, SCORES_AT_ONCE // (batch * BLOCK_ROWS)))
     within = torch.arange(BLOCK_ROWS, device=listed.device)
-    score = torch.empty((batch, 0), device=listed.device)
+    score = torch.empty((batch, 0), dtype=torch.float32, device=listed.device)
     row = torch.empty((batch, 0), dtype=torch.int64, device=listed.device)
     for first in range(0, most, slots):
         slots = min(slots, most - first)
-        scores = torch.empty((batch, slots * BLOCK_ROWS), device=listed.device)
+        scores = torch.empty((batch, slots * BLOCK_ROWS), dtype=torch.float32, device=listed.device)
         scores_in_blocks[(batch * slots * (BLOCK_ROWS // EXACT_ROWS),)](
             *exact[:3],
             listed,

@@ -21,7 +21,7 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
     directions = queries.double()
     norms = directions.norm(dim=1, keepdim=True)
     check_norms(norms[:, 0])
-    similarity = torch.empty(len(queries), 0, device=rows.device)
+    similarity = torch.empty(len(queries), 0, dtype=torch.float32, device=rows.device)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     for start, block in row_blocks(rows, len(queries)):
         scores = (directions @ block.T / norms).float()
@@ -63,8 +63,7 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = max|r| / 127 in fp32, code = round(r / scale); the error is measured in float64 and rounded up.
     """
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scales = torch.empty(rows.shape[0], device=rows.device)
-    errors = torch.empty(rows.shape[0], device=rows.device)
+    scales, errors = (torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device) for _ in range(2))
     for start, block in row_blocks(rows, 0):
         stop = start + len(block)
         if not bool(block.isfinite().all()):

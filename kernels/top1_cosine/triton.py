@@ -258,7 +258,7 @@ def block_bounds(prepared: Prepared, batch: int, rows: Tensor, codes: Codes | No
     screened, scales, errors = (rows, None, None) if codes is None else (part.contiguous() for part in codes)
     count, dimension = rows.shape
     blocks, block_queries = search.pieces(count, search.BLOCK_ROWS), search.query_block(batch)
-    lower, upper = (torch.empty((batch, blocks), device=rows.device) for _ in range(2))
+    lower, upper = (torch.empty((batch, blocks), dtype=torch.float32, device=rows.device) for _ in range(2))
     screen_blocks[(blocks * (len(prepared.encoded) // block_queries),)](
         screened,
         scales,
@@ -286,7 +286,7 @@ def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes [N, D], scales [N] and errors [N]; arguments as in amg.kernels.encode_rows."""
     rows = rows.contiguous()
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scales = torch.empty(len(rows), device=rows.device)
+    scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     errors = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     programs = search.pieces(len(rows), ENCODE_ROWS)
     encode_blocks[(programs,)](

@@ -1,0 +1,89 @@
+"""Which pipelines are taken: one list and one check, for `protect`, `Sampler` and every command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
+TEXT_TO_IMAGE = "StableDiffusionPipeline"
+# what a subclass may not change of a pipeline that `Sampler` samples from, as it runs none of it
+LOOP = (
+    "__call__",
+    "prepare_latents",
+    "prepare_extra_step_kwargs",
+    "do_classifier_free_guidance",
+    "guidance_scale",
+    "guidance_rescale",
+)
+# options of a U-Net whose inputs a text-to-image pipeline does not make: upscalers', SDXL's
+FOREIGN = ("num_class_embeds", "class_embed_type", "addition_embed_type")
+# and those whose inputs it makes, in a part of its call that `Sampler` has no counterpart of
+UNSAMPLED = {
+    "time_cond_proj_dim": "a distilled U-Net's embedded guidance scale",
+    "encoder_hid_dim_type": "IP-Adapters' image embeddings",
+}
+
+
+def require_class(names: Iterable[str], argument: str = "pipe") -> str:
+    """The supported class among `names`, a pipeline's class and its bases; TypeError naming the first if
+    there is none."""
+    names = [*names]
+    for name in names:
+        if name in SUPPORTED:
+            return name
+    raise TypeError(f"`{argument}` must be one of {SUPPORTED}, got {names[0]}")
+
+
+def require_folder(folder: Path) -> None:
+    """TypeError, before any weights are read, for a folder that holds a pipeline of another class."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    require_class([str(index.get("_class_name"))], "MODEL")
+
+
+def require_supported(pipe: Any) -> None:
+    """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
+    (inpainting, upscaling, learned variances)."""
+    text = require_class(base.__name__ for base in type(pipe).__mro__) == TEXT_TO_IMAGE
+    for name in ("unet", "scheduler", *(("vae",) if text else ())):
+        if getattr(pipe, name, None) is None:
+            raise ValueError(f"`pipe.{name}` must not be None: nothing can be sampled or checked without it")
+    config = pipe.unet.config
+    channels = {"pipe.unet's out_channels": config.out_channels}
+    if text:
+        channels["pipe.vae's latent_channels"] = getattr(pipe.vae.config, "latent_channels", None)
+    for name, found in channels.items():
+        if found is not None and found != config.in_channels:
+            raise ValueError(
+                "`pipe.unet` must take as many channels as it denoises (no inpainting, upscaling or learned "
+                f"variances), got in_channels={config.in_channels} and {name}={found}"
+            )
+    for name in FOREIGN if text else ():
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"`pipe.unet` must be conditioned on text alone, got {name}={getattr(config, name)}; "
+                f"supported are {SUPPORTED}"
+            )
+
+
+def require_sampled(pipe: Any) -> None:
+    """`require_supported`, and refuse what `Sampler`'s own loop would leave out: TypeError for a subclass
+    with a loop of its own, ValueError for a U-Net with further inputs."""
+    require_supported(pipe)
+    kind = type(pipe).__mro__[1] if hasattr(pipe, "_amg_protection") else type(pipe)
+    base = next(base for base in kind.__mro__ if base.__name__ in SUPPORTED)
+    for name in LOOP:
+        if getattr(kind, name, None) is not getattr(base, name, None):
+            raise TypeError(
+                f"`pipe` must be sampled as {base.__name__} does it, got {kind.__name__}, whose `{name}` is "
+                "its own and which `Sampler` does not run: use `amg.protect`, or give the Sampler "
+                f"{base.__name__}(**pipe.components)"
+            )
+    for name, what in UNSAMPLED.items() if base.__name__ == TEXT_TO_IMAGE else ():
+        if getattr(pipe.unet.config, name, None) is not None:
+            raise ValueError(
+                f"`pipe.unet` must not need {what} for `Sampler`, got {name}="
+                f"{getattr(pipe.unet.config, name)!r}: use `amg.protect`"
+            )
