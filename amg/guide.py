@@ -266,10 +266,10 @@ class _Step:
                 flights = [self.flights[row] for row in rows.tolist()]
                 measured = self.guide.similarity.measure_with_gradient(x0_hat, flights)
                 opened = self.opened(measured)
-        if not self.config.c3 or not bool(opened.any()):
-            return eps
         if self.config.gradient == "full":
             opened = opened & self.affords(rows, self.rest + self.cost).to(opened.device)
+        if not self.config.c3 or not bool(opened.any()):
+            return eps
         inner = opened.nonzero().flatten()
         for row in rows[inner].tolist():
             self.terms[row].append("dissimilarity")

@@ -33,6 +33,7 @@ ACTING = {
     "max_rewinds": 1,
     "rewind_guidance": 1.0,
     "on_memorized": "flag",
+    "max_evaluations": None,
 }
 OPEN = {"cosine": -1.0, "nl2": -9.0}  # below every similarity
 EMBEDDERS = ("tiny", "photos", "resnet", "wrapped")
@@ -125,6 +126,14 @@ def assert_acted(way, index, verdicts):
         assert verdict.rewinds == (way != "AMGScheduler")
 
 
+def assert_closest(index, images, verdicts):
+    """The similarity is that of the delivered float32 picture, or of its 8 bits, the larger."""
+    raw = images.float()
+    looks = [index.search(one, k=1).similarity for one in (raw, (raw * 255).round() / 255)]
+    for verdict, similarity in zip(verdicts, torch.maximum(*looks).tolist(), strict=True):
+        assert verdict.similarity == pytest.approx(similarity, abs=1e-3)
+
+
 @pytest.fixture
 def half(request):
     diffusers.logging.set_verbosity_error()  # "should be kept in float32: []"
@@ -137,9 +146,7 @@ def test_half_precision_with_every_embedder(half, way, name, tmp_path):
     index = index_of(tmp_path, Typed(embedder_named(name)))
     images, verdicts = draw(way, half, index, acting(index))
     assert_acted(way, index, verdicts)
-    found = index.search(images.float(), k=1)
-    for verdict, similarity in zip(verdicts, found.similarity.tolist(), strict=True):
-        assert verdict.similarity == pytest.approx(similarity, abs=1e-3)
+    assert_closest(index, images, verdicts)
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str, indirect=True)
@@ -148,9 +155,7 @@ def test_half_precision_with_a_pixel_index(half, way, tmp_path):
     index = index_of(tmp_path, None)
     images, verdicts = draw(way, half, index, acting(index))
     assert_acted(way, index, verdicts)
-    found = index.search(images.float(), k=1)
-    for verdict, similarity in zip(verdicts, found.similarity.tolist(), strict=True):
-        assert verdict.similarity == pytest.approx(similarity, abs=1e-3)
+    assert_closest(index, images, verdicts)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
