@@ -23,10 +23,24 @@ def full_precision() -> Iterator[None]:
 
 
 def embedded(embedder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """An embedder's vectors of float pictures [B, 3, H, W] in any dtype: it gets float32, as its protocol
-    says, and computes in no other precision, whatever pipeline it serves."""
+    """An embedder's vectors of float pictures [B, 3, H, W] in any dtype, on the pictures' device.
+
+    It gets float32, as its protocol says, where its weights are, and computes in no other precision, whatever
+    pipeline it serves.
+    """
     with full_precision():
-        return embedder(images.float())
+        return _on(embedder(images.float().to(_place_of(embedder, images.device))), images.device)
+
+
+def _place_of(embedder: Any, otherwise: torch.device) -> torch.device:
+    """Where an embedder's weights are; `otherwise` for one that has none or goes where its pictures are."""
+    parameters = getattr(embedder, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return otherwise if first is None else first.device
+
+
+def _on(found: Any, device: torch.device) -> Any:
+    return found.to(device) if isinstance(found, Tensor) else found  # what is no tensor is refused by name
 
 
 def recorded(function: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:

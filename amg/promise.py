@@ -45,8 +45,7 @@ def check(
     counts. `also` are held to their metric's threshold of the same preset. Raises where a check cannot be
     made (values that are not finite or not in [0, 1], a corrupt index): never an unchecked image.
     """
-    require_finite("images", images)
-    _require_range(images)
+    _require_pictures(images, len(flights))
     verdicts = _under(images, index, config)
     others = [_under(images, judge, config.under(judge.metric)) for judge in also]
     finished = []
@@ -98,21 +97,21 @@ def deliver(
         ]
         if not again:
             break
-        where, mine = torch.tensor(again, device=sample.device), [flights[row] for row in again]
+        mine, wanted = [flights[row] for row in again], conditions.take(torch.tensor(again))
         for row in again:
             _despecify(run, flights[row], verdicts[row])
-        drawn = start_over(run, conditions.take(where), mine, sample[where], _strong(config))
-        sample[where] = drawn.to(sample.dtype)
-        pictures = decode(run, sample[where])
-        images[where] = (pictures if safety is None else safety(pictures, again)).to(images.dtype)
-        for row, verdict in zip(again, check(images[where], index, also, config, mine), strict=True):
+        drawn = start_over(run, wanted, mine, sample[again], _strong(config))
+        sample[again] = drawn.to(sample.dtype)
+        pictures = decode(run, sample[again])
+        images[again] = (pictures if safety is None else safety(pictures, again)).to(images)
+        for row, verdict in zip(again, check(images[again], index, also, config, mine), strict=True):
             verdicts[row] = verdict
     blocked = [row for row in bad if verdicts[row].memorized]
     for row in blocked:
         images[row], sample[row] = 0.0, 0.0
         verdicts[row] = replace(verdicts[row], blocked=True)
     if safety is not None and blocked:
-        images[blocked] = safety(images[blocked].float(), blocked).to(images.dtype)
+        images[blocked] = safety(images[blocked].float(), blocked).to(images)
     return Delivery(images, sample, verdicts, bad)
 
 
@@ -150,11 +149,19 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _require_range(images: Tensor) -> None:
+def _require_pictures(images: Any, count: int) -> None:
     """What is checked must be what is seen: a copy in other units is far from every training image."""
-    low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
+    wanted = f"`images` must be a float tensor [{count}, 3, H, W] in [0, 1] to be checked"
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{wanted}, got {type(images).__name__}")
+    if images.shape[:2] != (count, 3) or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{wanted}, got {list(images.shape)} {images.dtype}")
+    if not images.is_floating_point() or images.layout != torch.strided or images.is_meta:
+        raise ValueError(f"{wanted}, got {images.dtype} {images.layout} on {images.device}")
+    require_finite("images", images)
+    low, high = (float(bound) for bound in images.aminmax())
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"`images` must be in [0, 1] to be checked, got values from {low:g} to {high:g}")
+        raise ValueError(f"{wanted}, got values from {low:g} to {high:g}")
 
 
 def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:

@@ -37,6 +37,9 @@ class AMGScheduler:
         decode: Callable[[Tensor], Tensor] | None = None,
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
+        if not hasattr(index, "closest"):
+            raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
+        index.seal.check()
         config = (config or AMGConfig.preset("main")).for_metric(index.metric)
         for name in ("calibration", "student"):
             if getattr(config, name) is not None:
@@ -63,6 +66,8 @@ class AMGScheduler:
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # a copy in the making has none yet
+            raise AttributeError(name)
         return getattr(self.scheduler, name)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +94,7 @@ class AMGScheduler:
                 f"got {list(output_cond.shape)}"
             )
         if not self._flights:
+            self.index.seal.check()
             self.amg_config.warn_without_guidance(
                 None if output_uncond is None else self.amg_config.guidance_scale
             )
@@ -113,8 +119,6 @@ class AMGScheduler:
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
-        if len(images) != len(self._flights):
-            raise ValueError(f"`images` must be the {len(self._flights)} of this batch, got {len(images)}")
         return check(images, self.index, (), self.amg_config, self._flights)
 
     def _network(self, sample: Tensor, t: Any, **conditions: Any) -> Tensor:

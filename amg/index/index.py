@@ -55,6 +55,10 @@ def _pick(values: list, rows: list) -> list:
     return [_pick(values, row) if isinstance(row, list) else values[row] for row in rows]
 
 
+def _reopened(path: Path, embedder: Any, searcher: str, device: str) -> Index:
+    return Index.open(path, embedder, searcher=searcher, device=device)
+
+
 class Closest(NamedTuple):
     """Of each picture: similarity [B] to the closest training image and its row [B], over every picture
     indexed; and the guard's answer, None where the index has none."""
@@ -147,7 +151,7 @@ class Index:
         searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
         Raises IndexNotFound, IndexCorrupt, IndexVersionError, EmbedderMismatch.
         """
-        directory = Path(path)
+        directory = Path(path).absolute()  # the program may change its directory
         manifest = read_manifest(directory)
         (check_hashes if verify else check_sizes)(directory, manifest)
         if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
@@ -197,6 +201,18 @@ class Index:
         moved.members = None if self.members is None else self.members.to(target)
         moved.searcher = make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)
         return moved
+
+    def __copy__(self) -> Index:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: Any) -> Index:
+        return copy.copy(self)  # rows are mapped and never change: shared
+
+    def __reduce__(self) -> Any:
+        """Pickled by its path: opened again where it is unpickled."""
+        return _reopened, (self.path, self.embedder, self.searcher_spec, str(self.device))
 
     @property
     def device(self) -> torch.device:
@@ -309,6 +325,7 @@ class Index:
         (see `seal`).
         """
         self.seal.check()
+        images = images.to(self.device)
         vectors = self._check(self.embed(images))
         found = self.with_searcher("exact").searcher.nearest(vectors)
         similarity, row = found.similarity, found.row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -29,6 +30,10 @@ class Seal:
         self.directory, self.manifest = directory, manifest
         self.opened = self._stamps()
         self._checked: dict[str, Stamp] | None = None
+        self._renew_lock()
+        _renew_after_fork(weakref.ref(self))
+
+    def _renew_lock(self) -> None:
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -69,6 +74,18 @@ class Seal:
                     f"has norm {norms[row].item():g}: build the index again"
                 )
             start += len(block)
+
+
+def _renew_after_fork(seal: weakref.ref[Seal]) -> None:
+    """A lock that another thread holds while the process forks would never be released in the child."""
+
+    def renew() -> None:
+        found = seal()
+        if found is not None:
+            found._renew_lock()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
 
 
 def _stamp(path: Path) -> Stamp:

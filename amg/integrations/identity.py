@@ -16,6 +16,8 @@ from amg.index.store import MANIFEST
 from amg.integrations.denoiser import is_latent
 from amg.similarity.student import Screen
 
+ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "guard", "seal", "captioned")
+
 
 def asked(config: AMGConfig | None) -> AMGConfig:
     """The config given, or the preset `main`; TypeError for anything else."""
@@ -27,17 +29,19 @@ def asked(config: AMGConfig | None) -> AMGConfig:
 def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
     """`also` as a tuple, after making sure that every index can be asked about a finished image.
 
-    TypeError for what is no index, ValueError for one of embeddings without its embedder.
+    TypeError for what is no index, ValueError for one of embeddings without its embedder, IndexCorrupt for
+    one whose files are not what its manifest says.
     """
     if not isinstance(also, (tuple, list)):
         raise TypeError(f"`also` must be a list of indexes, got {type(also).__name__}")
     for name, one in [("index", index), *((f"also[{n}]", one) for n, one in enumerate(also))]:
-        if not all(hasattr(one, needed) for needed in ("metric", "embed", "nearest", "with_searcher")):
+        if not all(hasattr(one, needed) for needed in ASKED_OF_AN_INDEX):
             raise TypeError(f"`{name}` must be an amg.Index, got {type(one).__name__}")
         if one.metric == "cosine" and one.embedder is None:
             raise ValueError(
                 f"`{name}` must have its embedder attached (`Index.open(path, embedder)`), got none"
             )
+        one.seal.check()
     return tuple(also)
 
 

@@ -118,6 +118,8 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
+    for index in (protection.index, *protection.also):
+        index.seal.check()  # before any work, and before a truncated map is touched
     require_supported(pipe)
     refit(protection.screen, pipe)
     session = Session(pipe, *vars(protection).values())
@@ -128,8 +130,9 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
-    if bound.arguments.get("num_inference_steps", 1) < 1:
-        raise ValueError(f"`num_inference_steps` must be >= 1, got {bound.arguments['num_inference_steps']}")
+    steps = bound.arguments.get("num_inference_steps")
+    if steps is not None and steps < 1:
+        raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
     protection.config.warn_without_guidance(scale)
     session.prompt = bound.arguments.get("prompt")
@@ -189,9 +192,30 @@ def to_tensor(images: Any) -> Tensor:
     if isinstance(images, Tensor):
         return images
     if isinstance(images, np.ndarray):
+        if images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"`images` must be [B, H, W, 3] to be checked, got {list(images.shape)}")
         return torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    arrays = [torch.from_numpy(np.asarray(image.convert("RGB")).copy()) for image in images]
+    if not isinstance(images, (list, tuple)) or not images:
+        got = type(images).__name__
+        raise TypeError(f"`images` must be PIL images, an array or a tensor to be checked, got {got}")
+    arrays = [_pixels_of(image) for image in images]
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(f"`images` must be of one size, got {sorted({array.shape for array in arrays})}")
     return torch.stack(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def _pixels_of(image: Any) -> Tensor:
+    """uint8 [H, W, 3] of a PIL image that every viewer shows alike; ValueError for any other."""
+    from PIL import ExifTags, Image
+
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"`images` must hold PIL images to be checked, got {type(image).__name__}")
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    clear = "transparency" in image.info
+    if image.mode not in ("RGB", "L") or clear or turned != 1:
+        got = f"mode {image.mode}{', transparency' if clear else ''}, EXIF orientation {turned}"
+        raise ValueError(f"`images` must be opaque, upright, of mode RGB or L to be checked, got {got}")
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy())
 
 
 def to_pil(images: Tensor) -> list[Any]:

@@ -207,6 +207,8 @@ class Sampler:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
         self._renew()
+        for index in (self.index, *self.also):
+            index.seal.check()  # before any work, and before a truncated map is touched
         scale = self.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
         device = self.pipe._execution_device  # once: the pipeline walks through all its modules for it
         conditions, batch = self._conditions(request, scale, device)

@@ -62,7 +62,7 @@ def test_own_loop(pixel_index):
     for verdict in scheduler.verdicts((sample / 2 + 0.5).clamp(0, 1)):
         assert verdict.similarity <= verdict.threshold and verdict.guard is not None
         assert verdict.guard.memorized and verdict.memorized
-    with pytest.raises(ValueError, match=r"`images` must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"in \[0, 1\] to be checked, got values from"):
         scheduler.verdicts(sample)
 
 
