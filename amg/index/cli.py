@@ -55,6 +55,12 @@ def add_parser(subparsers: Any) -> None:
     )
     guard.add_argument("path", metavar="INDEX", help="directory of the index")
     guard.add_argument("images", metavar="IMAGES", help="what it was built of: a folder or Parquet")
+    guard.add_argument(
+        "--embedder",
+        metavar="SPEC",
+        help="as the index was built with: compares every picture with its row, and covers folded ones under "
+        "the metric too (pixel indexes need none)",
+    )
     guard.add_argument("--quiet", action="store_true", help="no progress bar")
     guard.set_defaults(run=_reporting(run_guard))
     _add_search(commands)
@@ -205,7 +211,8 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def run_guard(arguments: argparse.Namespace) -> None:
     """amg index guard."""
-    add_guard(arguments.path, arguments.images, progress=not arguments.quiet)
+    embedder = _load_embedder(arguments.embedder)
+    add_guard(arguments.path, arguments.images, embedder, progress=not arguments.quiet)
     print_info(Index.open(arguments.path))
 
 

@@ -65,7 +65,7 @@ def map_guard(directory: Path, manifest: Manifest, folded: Tensor) -> Guard | No
     if manifest.guard != SKETCH:
         raise IndexVersionError(
             f"{directory / GUARD} holds {manifest.guard!r}, this package compares {SKETCH!r}: "
-            f"`amg index guard {directory} IMAGES` makes them anew"
+            "build the index again"
         )
     sketches = map_file(directory / GUARD, SKETCH_DTYPE, manifest.count + manifest.members, SKETCH_LENGTH)
     return Guard(sketches, torch.cat([torch.arange(manifest.count), folded]))

@@ -163,3 +163,59 @@ def test_sketches_made_otherwise_are_refused(tmp_path, photographs):
     write_manifest(tmp_path / "i", replace(read_manifest(tmp_path / "i"), guard="of another kind"))
     with pytest.raises(IndexVersionError, match="'of another kind'"):
         Index.open(tmp_path / "i")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no guard")
+@pytest.mark.parametrize("how", ["other pictures", "black ones", "another order", "one more", "one less"])
+def test_pictures_that_are_not_the_index_s_are_refused(old, how):
+    path, folder = old
+    first, second = folder / "01.png", folder / "02.png"
+    if how == "other pictures":
+        PIL.Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            first
+        )
+    elif how == "black ones":
+        PIL.Image.new("RGB", (16, 16)).save(first)
+    elif how == "another order":
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    elif how == "one more":
+        PIL.Image.new("RGB", (16, 16)).save(folder / "extra.png")
+    else:
+        (folder / "10-near.png").unlink()
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(IndexBuildError, match=r"`images`"):
+        add_guard(path, folder, progress=False)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*has no guard")
+def test_folded_pictures_of_an_old_index_come_under_its_metric(old):
+    path, folder = old
+    add_guard(path, folder, progress=False)
+    index, whole = Index.open(path), Index.open(path.with_name("new"))
+    queries = torch.rand(4, 3, 16, 16)
+    assert torch.equal(index.members.vectors, whole.members.vectors)
+    assert torch.equal(index.closest(queries).similarity, whole.closest(queries).similarity)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no guard")
+def test_an_index_of_embeddings_compares_where_it_is_given_the_embedder(old, embedder, tmp_path):
+    _, folder = old
+    whole = build(folder, tmp_path / "e", embedder=embedder)
+    shutil.copytree(tmp_path / "e", tmp_path / "alone")
+    for name in ("e", "alone"):
+        strip_guard(tmp_path / name)
+    add_guard(tmp_path / "e", folder, embedder, progress=False)
+    index = Index.open(tmp_path / "e", embedder)
+    assert index.guard.rows.tolist() == whole.guard.rows.tolist()
+    torch.testing.assert_close(index.members.vectors, whole.members.vectors, rtol=0, atol=1e-3)
+    add_guard(tmp_path / "alone", folder, progress=False)
+    alone = Index.open(tmp_path / "alone", embedder)
+    assert alone.members is None and len(alone.guard.rows) == len(whole.guard.rows)
+    assert any("guard alone" in note for note in alone.manifest.notes)
+    strip_guard(tmp_path / "e")
+    PIL.Image.new("RGB", (16, 16), (200, 3, 9)).save(folder / "01.png")
+    with pytest.raises(IndexBuildError, match=r"01.png is not the picture of row"):
+        add_guard(tmp_path / "e", folder, embedder, progress=False)
