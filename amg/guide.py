@@ -13,7 +13,7 @@ from torch import Tensor
 
 import amg.kernels as kernels
 from amg import guidance
-from amg.checkpoint import affords, hears_alarms, is_checkpoint, screens, send_back, too_close
+from amg.checkpoint import affords, guarded, hears_alarms, is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
@@ -152,16 +152,19 @@ class _Step:
 
     def near(self, screen: Screen, checked: Sequence[int], output: Tensor) -> list[int]:
         """Those of the `checked` rows that the student cannot tell to be ordinary."""
-        if self.guide.judges and is_checkpoint(self.config, self.step.position, self.step.total):
+        checkpoint = is_checkpoint(self.config, self.step.position, self.step.total)
+        if self.guide.judges and checkpoint:
             return list(checked)  # the student speaks for one index only
         rows = torch.tensor(checked, device=output.device)
         eps = self.prediction.to_eps(output[rows], self.sample[rows])
         found = screen(self.x0_hat(rows, eps), self.step.alpha_bar, self.limit)
-        far = ~found.near
-        measured = Measured(found.similarity[far], found.row[far], {})
-        self.note(rows[far], measured, torch.zeros_like(measured.similarity, dtype=torch.bool))
-        self.estimated.update(rows[far].tolist())
-        return rows[found.near].tolist()
+        near = found.near
+        if checkpoint:
+            near = near | guarded(self.config, self.guide.index, found.measured)[0]
+        measured = found.measured.take(~near)
+        self.note(rows[~near], measured, torch.zeros_like(measured.similarity, dtype=torch.bool))
+        self.estimated.update(rows[~near].tolist())
+        return rows[near].tolist()
 
     def classifier_free(self) -> tuple[Tensor, Tensor]:
         """Plain guidance, except that a later try of a rewound sample starts with a lower scale, see

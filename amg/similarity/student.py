@@ -11,14 +11,15 @@ from torch import Tensor
 from amg.embed.student import Origin, Student
 from amg.guidance import require_finite
 from amg.precision import embedded, full_precision
+from amg.similarity import Measured
 
 
 class Screened(NamedTuple):
-    """`near` [B] bool, samples that may lie above the limit; `similarity`, `row` [B] by the student."""
+    """`near` [B] bool, samples that may lie above the limit; what the student measured, of its own
+    pictures."""
 
     near: Tensor
-    similarity: Tensor
-    row: Tensor
+    measured: Measured
 
 
 @dataclass(frozen=True)
@@ -46,4 +47,5 @@ class Screen:
             picture = self.student(x0_hat.float()).clamp(0, 1)
         embedding = torch.nn.functional.normalize(embedded(self.index.embedder, picture).float())
         similarity, row, _ = self.index.nearest(embedding)
-        return Screened(similarity >= self.student.cut(alpha_bar, limit), similarity, row)
+        measured = Measured(similarity, row, {}, picture)
+        return Screened(similarity >= self.student.cut(alpha_bar, limit), measured)

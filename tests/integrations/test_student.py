@@ -101,6 +101,19 @@ def test_no_known_cut_screens_nothing_and_a_large_one_everything(sd, embedding_i
         assert all(-1 <= verdict.similarity <= 1 for verdict in out.amg)  # the final check is the teacher's
 
 
+def test_the_teacher_looks_at_checkpoints_where_the_student_s_picture_alarms_the_guard(
+    sd, embedding_index, written
+):
+    options = {"check_at": (0.0,), "rewind_at": (1.0,), "on_memorized": "flag", "max_rewinds": 0}
+    for guard_threshold, estimated in ((0.99, True), (1e-3, False)):
+        config = AMGConfig.preset("main", student=written(3.0), guard_threshold=guard_threshold, **options)
+        out = amg.Sampler(sd, embedding_index, config)(
+            PROMPTS, generator=generators(), num_inference_steps=STEPS, progress=False
+        )
+        assert {verdict.trace[-1].estimated for verdict in out.amg} == {estimated}
+        assert {verdict.trace[0].estimated for verdict in out.amg} == {True}, "no checkpoint, no guard"
+
+
 def test_a_further_judge_is_asked_at_checkpoints_whatever_the_student_says(sd, embedding_index, written):
     config = AMGConfig.preset(
         "main", student=written(3.0), check_at=(0.0,), rewind_at=(1.0,), on_memorized="flag", max_rewinds=0
