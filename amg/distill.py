@@ -142,8 +142,13 @@ def _settle(folder: Path, settings: Mapping[str, Any]) -> None:
     record = folder / SETTINGS
     if not record.exists():
         write_atomically(record, json.dumps(settings))
-    made = json.loads(record.read_text(encoding="utf-8"))
-    other = [name for name, value in settings.items() if made.get(name) != value]
+    try:
+        made = json.loads(record.read_bytes())
+        other = [name for name, value in settings.items() if made.get(name) != value]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"`--out`: {record} is damaged ({error}): remove that folder to start anew"
+        ) from error
     if other:
         option = "MODEL" if other[0] == "model" else f"--{other[0].replace('_', '-')}"
         raise ValueError(
@@ -155,7 +160,7 @@ def _of_earlier_version(folder: Path) -> bool:
     """Whether a folder without a marker is what a killed run left before there were markers."""
     try:
         return {"model", "embedder", "prompts"} <= json.loads((folder / SETTINGS).read_bytes()).keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

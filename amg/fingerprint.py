@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from amg.config import AMGConfig
 from amg.index.store import MANIFEST, read_manifest
 
 FILES = ("calibration", "student")  # fields of a config that name one
-SAMPLED = 64
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16}  # what values of so many bytes are read as; larger ones as int32
+ROW, ROWS = 1 << 16, 1 << 6  # values in one sum, and sums taken together
+SEAL = re.compile(rb'(\{.*), "digest": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
 def short(text: str | bytes) -> str:
@@ -30,6 +32,27 @@ def file_fingerprint(path: str | Path) -> str:
     """The sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(record: Mapping[str, Any]) -> str:
+    """A record as JSON in one line, the last field of which, `digest`, is the sha256 of all before it.
+
+    Against accidents and edits by others than the writer, not against a forger, who makes the digest anew.
+    Half a surrogate is written as its escape.
+    """
+    body = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return f'{body[:-1].decode()}, "digest": "{hashlib.sha256(body).hexdigest()}"}}\n'
+
+
+def unsealed(line: bytes) -> dict[str, Any]:
+    """The record that `sealed` wrote; ValueError where a byte of it is another."""
+    found = SEAL.fullmatch(line.rstrip(b"\r\n"))
+    if found is None or hashlib.sha256(found[1] + b"}").hexdigest() != found[2].decode():
+        raise ValueError("it must end with the sha256 of its content as `digest`: it was changed or damaged")
+    try:
+        return json.loads(found[1] + b"}")
+    except RecursionError as error:
+        raise ValueError("it must not be nested so deeply") from error
 
 
 def index_fingerprint(index: Any) -> str:
@@ -75,11 +98,27 @@ def model_fingerprint(pipe: Any) -> str:
 
 
 def _values(values: Tensor) -> str:
-    """A tensor by its first values and the sum of all their bits as integers: no float is added, so it is the
-    same on every device; a value that changes changes it."""
+    """A tensor by weighted sums of its bits as integers, of which every value has its place's own weight: no
+    float is added, so it is the same on every device; a value that changes, or changes places, changes it."""
     flat = values.detach().contiguous().flatten()
-    bits = flat.view(BITS[flat.element_size()])
-    return f"{bits[:SAMPLED].tolist()} {int(bits.sum(dtype=torch.int64))}"
+    bits = flat.view(BITS.get(flat.element_size(), torch.int32))
+    weights = _weights(bits.device)
+    return short(" ".join(str(total) for part in bits.split(ROW * ROWS) for total in _sums(part, weights)))
+
+
+def _sums(bits: Tensor, weights: Tensor) -> Iterator[int]:
+    """The weighted sum modulo 2^64 of every `ROW` values, the last of what is left."""
+    whole = len(bits) // ROW * ROW
+    yield from (bits[:whole].view(-1, ROW) * weights).sum(1).tolist()
+    yield int((bits[whole:] * weights[: len(bits) - whole]).sum())
+
+
+def _weights(device: torch.device) -> Tensor:
+    """`ROW` different numbers, int64, in no order that a permutation of weights could follow."""
+    place = torch.arange(1, ROW + 1, device=device)
+    mixed = place * 0x1E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+    return mixed ^ (mixed >> 32)
 
 
 def _public(config: Any) -> str:

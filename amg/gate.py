@@ -78,7 +78,7 @@ class Gate:
             alarm = [] if record["alarm"] is None else [record["alarm"]]
             rules, key = _rules(record["gate"]), Key(**record["key"])
             return Gate(key, str(path), rules, region[0], region[1], _rules(alarm))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`calibration` must be a file of `amg calibrate`, {FORMAT} version {VERSION}, "
                 f"got {path} ({error!r})"

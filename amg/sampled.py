@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import amg
 from amg.fingerprint import (
@@ -20,13 +20,22 @@ from amg.fingerprint import (
     index_fingerprint,
     model_fingerprint,
     scheduler_fingerprint,
+    sealed,
     short,
+    unsealed,
 )
 from amg.index.store import write_atomically
 from amg.verdict import Verdict
 
-VERDICTS, REQUEST, VERSION = "verdicts.jsonl", "request.json", 2
+VERDICTS, REQUEST, VERSION = "verdicts.jsonl", "request.json", 3
 INFORMATION = ("amg",)  # kept to be read, not compared
+
+
+class Delivered(NamedTuple):
+    """What is known of a picture: its verdict, and what a safety checker said of it, None without one."""
+
+    verdict: Verdict
+    nsfw: bool | None = None
 
 
 def request_of(sampler: Any, jobs: Sequence[Mapping[str, Any]], steps: int, device: str) -> dict[str, Any]:
@@ -55,17 +64,19 @@ def request_of(sampler: Any, jobs: Sequence[Mapping[str, Any]], steps: int, devi
 
 def hold_to(folder: Path, request: Mapping[str, Any]) -> None:
     """Keep the request in its folder, which is made where there is none; ValueError naming what differs in a
-    folder with pictures of another one."""
+    folder with pictures of another one, or what is there in a folder that is not ours: nothing in it is
+    touched."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`--out` must be a folder, got {folder}, which is none")
     kept = folder / REQUEST
-    made = [path.name for path in folder.glob("*") if re.fullmatch(rf"{VERDICTS}|-?\d+\.png", path.name)]
-    if not kept.exists() and made:
+    inside = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if inside and REQUEST not in inside:
         raise ValueError(
-            f"`--out` must be empty or hold the same request, got {folder} with {min(made)} and no {REQUEST} "
-            "to say what was asked for and checked"
+            f"`--out` must be empty or hold the same request, got {folder} with {min(inside)} and no "
+            f"{REQUEST} to say what was asked for and checked"
         )
-    different = _differences(_read(kept), request) if kept.exists() else []
+    made = any(re.fullmatch(rf"{VERDICTS}|-?\d+\.png", name) for name in inside)
+    different = _differences(_read(kept, request), request) if inside else []
     if different and made:
         raise ValueError(
             f"`--out` must be empty or hold the same request, got {folder}, where {'; '.join(different)}"
@@ -74,12 +85,13 @@ def hold_to(folder: Path, request: Mapping[str, Any]) -> None:
     write_atomically(kept, json.dumps(request, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The request kept in a folder; ValueError where it is none of ours that says all that `asked` does."""
     try:
         kept = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--out`: {path} is damaged ({error}); give another folder") from error
-    if not isinstance(kept, dict) or kept.get("version") != VERSION:
+    if not isinstance(kept, dict) or kept.get("version") != VERSION or kept.keys() != asked.keys():
         raise ValueError(
             f"`--out` must be empty or hold the same request, got {path} of another version of amg, which "
             "does not say all that was checked: give another folder"
@@ -101,18 +113,18 @@ def _differences(kept: Mapping[str, Any], asked: Mapping[str, Any], of: str = ""
     return found
 
 
-def take_up(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> dict[int, Verdict]:
-    """Verdicts by seed of the jobs that are done: those whose picture is the one their line names.
+def take_up(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> dict[int, Delivered]:
+    """What is known, by seed, of the jobs that are done: those whose picture is the one their line names.
 
     Lines of others are dropped from the file and what is there of their pictures is removed: they are sampled
-    again.
+    again. The folder must be held to their request.
     """
-    path, wanted = folder / VERDICTS, {job["seed"] for job in jobs}
+    path, wanted = folder / VERDICTS, {job["seed"]: job for job in jobs}
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    done: dict[int, tuple[bytes, Verdict]] = {}
+    done: dict[int, tuple[bytes, Delivered]] = {}
     for line in lines:
-        entry = _entry(folder, line)
-        if entry is not None and entry[0] in wanted:
+        entry = _entry(folder, line, wanted)
+        if entry is not None:
             done[entry[0]] = line, entry[1]
     kept = [line for line, _ in done.values()]
     if kept != lines:
@@ -121,17 +133,24 @@ def take_up(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> dict[int, Verdic
         (folder / (name_of(seed) + ".partial")).unlink(missing_ok=True)
         if seed not in done:
             (folder / name_of(seed)).unlink(missing_ok=True)
-    return {seed: verdict for seed, (_, verdict) in done.items()}
+    return {seed: found for seed, (_, found) in done.items()}
 
 
-def _entry(folder: Path, line: bytes) -> tuple[int, Verdict] | None:
-    """Seed and verdict of a line whose picture is there; None where either is not whole."""
+def _entry(
+    folder: Path, line: bytes, wanted: Mapping[int, Mapping[str, Any]]
+) -> tuple[int, Delivered] | None:
+    """Seed and what is known of a picture that is there; None where it or its line is not whole, or not that
+    of the job of this seed."""
     try:
-        record = json.loads(line) if line.endswith(b"\n") else {}
-        if file_fingerprint(folder / name_of(record["seed"])) != record["sha256"]:
+        record = unsealed(line) if line.endswith(b"\n") else {}
+        job, name = wanted[record["seed"]], name_of(record["seed"])
+        own = record["file"] == name and all(record[key] == value for key, value in job.items())
+        if not own or file_fingerprint(folder / name) != record["sha256"]:
             return None
-        return record["seed"], Verdict.from_dict(record["verdict"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not isinstance(record["nsfw"], bool | None):
+            return None
+        return job["seed"], Delivered(Verdict.from_dict(record["verdict"]), record["nsfw"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -140,17 +159,20 @@ def name_of(seed: int) -> str:
     return f"{seed:06d}.png"
 
 
-def keep(folder: Path, job: Mapping[str, Any], image: Any, verdict: Verdict) -> None:
-    """Write a picture and its line of verdict: the line first, then the picture under its name."""
+def keep(
+    folder: Path, job: Mapping[str, Any], image: Any, verdict: Verdict, nsfw: bool | None = None
+) -> None:
+    """Write a picture and its line of verdict: the line first, then the picture under its name. nsfw: what
+    the safety checker said of it."""
     name = name_of(job["seed"])
     partial = folder / (name + ".partial")
     try:
         image.save(partial, format="PNG")
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        record = {"file": name, "sha256": file_fingerprint(partial), **job, "verdict": verdict.as_dict()}
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        _append(folder / VERDICTS, line.encode("utf-8", "backslashreplace"))  # half a surrogate as its escape
+        record = {"file": name, "sha256": file_fingerprint(partial), **job, "nsfw": nsfw}
+        line = sealed({**record, "verdict": verdict.as_dict()})
+        _append(folder / VERDICTS, line.encode("utf-8"))
         os.replace(partial, folder / name)
     finally:
         partial.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from amg.integrations.sampler import Sampler
-    from amg.promise import summary
-    from amg.sampled import hold_to, keep, request_of, take_up
+    from amg.sampled import Delivered, hold_to, keep, request_of, take_up
 
     jobs = list(_jobs(arguments))
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     hold_to(arguments.out, request_of(sampler, jobs, arguments.steps, arguments.device))
     done = take_up(arguments.out, jobs)
-    verdicts = list(done.values())
+    delivered = list(done.values())
     waiting = [job for job in jobs if job["seed"] not in done]
     for start in tqdm(range(0, len(waiting), arguments.batch_size), disable=not waiting, unit="batch"):
         batch = waiting[start : start + arguments.batch_size]
@@ -52,14 +51,29 @@ def run(arguments: argparse.Namespace) -> int:
         out = sampler(
             **_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False
         )
-        for job, image, verdict in zip(batch, out.images, out.amg, strict=True):
-            keep(arguments.out, job, image, verdict)
-            verdicts.append(verdict)
+        flags: Sequence[bool | None] = out.nsfw_content_detected or [None] * len(batch)
+        for job, image, verdict, nsfw in zip(batch, out.images, out.amg, flags, strict=True):
+            keep(arguments.out, job, image, verdict, nsfw)
+            delivered.append(Delivered(verdict, nsfw))
             if verdict.blocked:
-                near = f"too close to training image {verdict.neighbour.id!r}"
-                print(f"seed {job['seed']}: blocked, {near}", file=sys.stderr)
-    print(f"{arguments.out}: {summary(verdicts)}")
+                print(f"seed {job['seed']}: blocked, {_shown(verdict.reason)}", file=sys.stderr)
+    print(f"{arguments.out}: {_summary(delivered)}")
     return 0
+
+
+def _shown(reason: str | None) -> str:
+    """A text for the terminal, on which what an index holds must not act: unprintable characters escaped."""
+    escaped = (one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(reason))
+    return "".join(escaped)
+
+
+def _summary(delivered: Sequence[Any]) -> str:
+    """The line of `amg.promise.summary`, and how many pictures the safety checker flagged, if any."""
+    from amg.promise import summary
+
+    flagged = sum(known.nsfw is True for known in delivered)
+    line = summary([known.verdict for known in delivered])
+    return f"{line}, {flagged} flagged by the safety checker" if flagged else line
 
 
 def open_model(model: str, scheduler: str | None, device: str) -> Any:
@@ -121,20 +135,25 @@ def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     """The prompts of a file: one a line, or JSONL with `caption`; ValueError naming `option` if none."""
     if not path.is_file():
         raise ValueError(f"`{option}` must be a file of prompts, got {path}, which is none")
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if not lines:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    prompts = [_caption(line, option, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
         raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")
-    return [_caption(line, option) for line in lines]
+    return prompts
 
 
-def _caption(line: str, option: str) -> str:
+def _caption(line: str, option: str, where: str) -> str:
     if not line.lstrip().startswith("{"):
         return line.strip()
     try:
-        return str(json.loads(line)["caption"])
-    except (ValueError, KeyError) as error:
+        caption = json.loads(line)["caption"]
+        if not isinstance(caption, str):
+            raise ValueError(f"`caption` is {caption!r}")
+        return caption
+    except (ValueError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"`{option}` must hold JSON with `caption` in each such line, got {line!r}"
+            f"`{option}` must hold JSON with `caption`, a text, in each such line, got {line[:200]!r} "
+            f"in {where}"
         ) from error
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -93,22 +96,45 @@ class Verdict:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Verdict:
-        """The verdict that `as_dict` described."""
-        trace = tuple(
-            TraceStep(
-                **{
-                    **step,
-                    "terms": tuple(step["terms"]),
-                    "signals": step["signals"] and tuple(step["signals"]),
-                }
-            )
-            for step in values["trace"]
-        )
-        also = tuple(Verdict.from_dict(other) for other in values["also"])
-        found = values.get("guard")  # verdicts of earlier versions have none
-        guard = found and GuardVerdict(**{**found, "neighbour": Neighbour(**found["neighbour"])})
-        neighbour = Neighbour(**values["neighbour"])
-        return Verdict(**{**values, "neighbour": neighbour, "trace": trace, "also": also, "guard": guard})
+        """The verdict that `as_dict` described. ValueError naming a field that is missing, unknown or of
+        another type; those with a default may be missing, as in verdicts of earlier versions."""
+        return _record(Verdict, values, "verdict")
+
+
+PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """A value as JSON keeps it as one of `kind`: a class of this module, a tuple, a plain type, or None."""
+    if get_origin(kind) is types.UnionType:
+        return None if value is None else _value(get_args(kind)[0], value, name)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"`{name}` must be a list, got {value!r}")
+        return tuple(_value(get_args(kind)[0], one, f"{name}[{at}]") for at, one in enumerate(value))
+    if is_dataclass(kind):
+        return _record(kind, value, name)
+    if not isinstance(value, PLAIN[kind]) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"`{name}` must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _record(kind: Any, values: Any, name: str) -> Any:
+    """An object of JSON as a `kind`, field by field."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`{name}` must be an object of the fields of {kind.__name__}, got {values!r}")
+    hints = _hints(kind)
+    unknown = [field for field in values if field not in hints]
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
+    if unknown or missing:
+        wrong = f"no field {unknown[0]!r}" if unknown else f"the field {missing[0]!r}"
+        raise ValueError(f"`{name}` must have {wrong}, got {sorted(map(str, values))}")
+    return kind(**{field: _value(hints[field], value, f"{name}.{field}") for field, value in values.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 class MemorizedError(RuntimeError):

@@ -24,7 +24,9 @@ def test_prompts_of_jsonl_and_text(tmp_path):
     ("text", "message"),
     [
         ('a\n{"caption": 3}', "prompts.txt:2 must have a `caption`"),
+        ('{"caption": null}', "prompts.txt:1 must have a `caption`"),
         ("{broken", "prompts.txt:1 is not JSON"),
+        ('{"caption": ' + "[" * 100_000, "prompts.txt:1 is not JSON"),
         ("\n\n", "at least one prompt"),
     ],
 )
@@ -65,6 +67,7 @@ def test_guidances_by_name_and_from_files(tmp_path):
         ("mine.json", "[1]", "must hold one object"),
         ("mine.json", '{"on_memorized": "raise"}', "must not be 'raise'"),
         ("mine.json", "{", "must be a JSON file"),
+        ("mine.json", "[" * 100_000, r"must be a JSON file, got .*mine.json \(maximum recursion"),
         ("report.json", "{}", "must not be named report.json"),
         ("main.json", "{}", "got 'main' twice"),
     ],

@@ -179,6 +179,22 @@ def test_a_file_of_another_kind_is_refused(changes: dict, tmp_path: Path) -> Non
         Gate.load(written(tmp_path / "bad.json", **changes))
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"region": ' + "[" * 100_000, "{", "[]", "null", "\udcff"])
+def test_a_file_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"`calibration` must be a file of `amg calibrate`.*bad\.json"):
+        Gate.load(path)
+
+
+@pytest.mark.parametrize("step", ["1e999", "null", '"x"', "[]"])
+def test_a_rule_at_no_step_is_refused(step: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "bad.json", gate=[{"step": 12345, "signal": "gap", "sign": 1, "threshold": 0}])
+    path.write_text(path.read_text().replace("12345", step))
+    with pytest.raises(ValueError, match=r"`calibration` must be a file of `amg calibrate`.*bad\.json"):
+        Gate.load(path)
+
+
 def test_the_guide_gates_rows_by_their_signals(tmp_path: Path) -> None:
     """At the check of step 4 the gate passes over the two rows with the smallest gap and keeps their bits."""
     index, case = toy.build("cosine", tmp_path / "index"), make_case(-1.0)

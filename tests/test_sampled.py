@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,7 @@ import torch
 import amg
 from amg import sampled
 from amg.cli import main
-from amg.fingerprint import model_fingerprint, scheduler_fingerprint
-from amg.verdict import Neighbour, Verdict
+from amg.verdict import GuardVerdict, Neighbour, Verdict
 
 pytest.importorskip("diffusers")
 pytest.importorskip("skimage")
@@ -92,7 +93,7 @@ def test_a_fault_at_any_point_leaves_no_picture_without_its_mark(tmp_path, monke
         (1, 0.8),
     ]
     assert_each_picture_has_its_mark(tmp_path)
-    assert sampled.take_up(tmp_path, JOBS) == {0: verdict(0), 1: verdict(1, 0.8)}
+    assert sampled.take_up(tmp_path, JOBS) == {0: (verdict(0), None), 1: (verdict(1, 0.8), None)}
 
 
 @pytest.mark.parametrize("written", [0, 7])
@@ -137,6 +138,13 @@ def test_what_does_not_belong_together_is_sampled_again(tmp_path):
     assert list(sampled.take_up(tmp_path, JOBS)) == [2, 3]
     assert [record["seed"] for record in lines(tmp_path)] == [2, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.png", "000003.png", "verdicts.jsonl"]
+
+
+def test_what_the_safety_checker_said_is_kept_and_taken_up(tmp_path):
+    for seed, flag in enumerate((None, True, False)):
+        sampled.keep(tmp_path, JOBS[seed], picture(seed), verdict(seed), flag)
+    assert [record["nsfw"] for record in lines(tmp_path)] == [None, True, False]
+    assert [known.nsfw for known in sampled.take_up(tmp_path, JOBS).values()] == [None, True, False]
 
 
 def test_a_picture_whose_line_is_gone_is_removed(tmp_path):
@@ -228,8 +236,6 @@ def test_an_index_rebuilt_at_the_same_path_is_another_request(asked, tmp_path, c
 
 
 def test_the_content_of_a_prompts_file_counts_and_not_its_path(indexes, tmp_path):
-    from types import SimpleNamespace
-
     from amg import zoo
 
     pipe, index = zoo.load("photos-ddpm"), amg.Index.open(indexes / "small.amg")
@@ -262,6 +268,18 @@ def test_prompts_are_lines_of_text(tmp_path):
     assert read_prompts(path) == ["a cat", "a\u2028dog"]
 
 
+@pytest.mark.parametrize("caption", ["null", "3", '["a"]', "{}", "[" * 100_000])
+def test_a_caption_that_is_no_text_is_refused_naming_the_line(tmp_path, caption):
+    from amg.sampling import read_prompts
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'a cat\n\n{{"caption": {caption}}}\n')
+    with pytest.raises(
+        ValueError, match=r"`--prompts` must hold JSON with `caption`, a text.* in .*jsonl:3$"
+    ):
+        read_prompts(path)
+
+
 def old_request(folder):
     names = ("model", "index", "embedder", "prompt", "prompts", "label", "preset", "steps", "scheduler")
     (folder / "request.json").write_text(json.dumps({name: "None" for name in names}))
@@ -284,6 +302,43 @@ def test_a_folder_that_does_not_say_what_was_checked_is_refused(asked, tmp_path,
     assert delivered(tmp_path / "out") == pictures
 
 
+FOREIGN = ("000001.png.partial", "request.json.tmp", "verdicts.jsonl.tmp", "notes.txt", ".hidden", "7.png")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_nothing_is_touched_in_a_folder_that_is_not_ours(asked, tmp_path, capsys, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert asked() == 2
+    assert (
+        f"must be empty or hold the same request, got {tmp_path}/out with {name}" in capsys.readouterr().err
+    )
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {name: "mine"}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"version": 3}', "\xff", "null"])
+def test_a_request_that_is_none_of_ours_is_named_and_left_alone(asked, tmp_path, capsys, text):
+    (tmp_path / "out").mkdir()
+    for name in ("request.json", "000001.png.partial"):
+        (tmp_path / "out" / name).write_text(text, encoding="latin-1")
+    assert asked() == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/out/request.json" in error and "give another folder" in error
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_text(encoding="latin-1") == text
+
+
+def test_our_own_leftovers_are_removed(asked, tmp_path):
+    assert asked() == 0
+    for name in ("000001.png.partial", "request.json.tmp"):
+        (tmp_path / "out" / name).write_text("half")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    assert asked() == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("000000.png", "000001.png", "request.json", "verdicts.jsonl", "notes.txt")
+    }
+
+
 def test_a_file_is_no_folder_and_a_request_that_delivered_nothing_binds_nobody(asked, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert asked() == 2 and "`--out` must be a folder" in capsys.readouterr().err
@@ -293,45 +348,24 @@ def test_a_file_is_no_folder_and_a_request_that_delivered_nothing_binds_nobody(a
     assert asked() == 0
 
 
-def test_a_model_is_known_by_what_it_is(tmp_path):
-    from amg import zoo
+def test_what_was_blocked_and_what_was_flagged_is_said(asked, tmp_path, monkeypatch, capsys):
+    from amg.integrations.sampler import Sampler
 
-    one, other = zoo.load("photos-sd"), zoo.load("photos-sd")
-    before = model_fingerprint(one)
-    assert model_fingerprint(other) == before
-    weight = other.unet.conv_out.weight
-    with torch.no_grad():
-        weight.view(-1)[-1] += 1e-3  # far behind the first values
-    assert model_fingerprint(other) != before
-    del other
-    one.vae.register_to_config(scaling_factor=0.5)
-    assert model_fingerprint(one) != before
-    steps = scheduler_fingerprint(one.scheduler)
-    one.scheduler.register_to_config(prediction_type="v_prediction")
-    assert scheduler_fingerprint(one.scheduler) != steps
+    call = Sampler.__call__
+    guard = GuardVerdict(0.9124, 0.8, Neighbour(5, "id\x1b[2J\u202e", None))
 
+    def judged(self, *arguments, **options):
+        out = call(self, *arguments, **options)
+        verdicts = [replace(out.amg[0], blocked=True, guard=guard), out.amg[1]]
+        return replace(out, amg=verdicts, nsfw_content_detected=[False, True])
 
-def test_an_index_that_was_rebuilt_while_open_is_refused(tmp_path):
-    from amg.fingerprint import index_fingerprint
-
-    build_small(tmp_path / "i.amg", 0)
-    index = amg.Index.open(tmp_path / "i.amg")
-    assert index_fingerprint(index).startswith("nl2, 60 rows, ")
-    shutil.rmtree(tmp_path / "i.amg")
-    build_small(tmp_path / "i.amg", 1)
-    with pytest.raises(ValueError, match="must not change while it is open"):
-        index_fingerprint(index)
-
-
-@pytest.mark.parametrize("name", ["calibration", "student"])
-def test_the_files_of_a_config_count_by_content(tmp_path, name):
-    from amg.fingerprint import config_fingerprint
-
-    path = tmp_path / "file"
-    found = []
-    for text in ("one", "two", "one"):
-        path.write_text(text)
-        found.append(config_fingerprint(amg.AMGConfig.preset("main", **{name: path}))[name])
-    assert found[0] == found[2] != found[1] and found[0].startswith("sha256 ")
-    with pytest.raises(FileNotFoundError):
-        config_fingerprint(amg.AMGConfig.preset("main", **{name: tmp_path / "gone"}))
+    monkeypatch.setattr(Sampler, "__call__", judged)
+    assert asked() == 0
+    said = capsys.readouterr()
+    assert "seed 0: blocked, guard 0.912 > 0.8 to 'id\\x1b[2J\\u202e'\n" in said.err
+    assert said.out.endswith("delivered marked as memorised, 1 flagged by the safety checker\n")
+    assert [record["nsfw"] for record in lines(tmp_path / "out")] == [False, True]
+    monkeypatch.undo()
+    assert asked() == 0 and capsys.readouterr().out == said.out  # taken up
+    assert asked(out="another") == 0 and "flagged" not in capsys.readouterr().out
+    assert [record["nsfw"] for record in lines(tmp_path / "another")] == [None, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,12 +20,20 @@ from amg.fingerprint import (
     index_fingerprint,
     model_fingerprint,
     scheduler_fingerprint,
+    sealed,
     short,
+    unsealed,
 )
 from amg.index.store import write_atomically
 from amg.verdict import Verdict
 
 SETTINGS, CONFIG = "settings.json", "config.json"
+WRITTEN = ("table.json", "table.csv", "images.parquet", "report")  # beside the guidances' folders
+COSTS: dict[str, tuple[type, ...]] = {
+    "seconds": (float, int),
+    "batch": (int,),
+    "peak_mib": (float, int, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def hold_to(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     """Write what a folder's pictures are drawn with, or refuse to go on with anything else, by its name."""
     wanted = json.loads(json.dumps(wanted, default=str))
     if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = _read(path)
         different = [name for name in {**kept, **wanted} if kept.get(name) != wanted.get(name)]
         if different:
             name = different[0]
@@ -84,10 +91,25 @@ def hold_to(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     write_atomically(path, json.dumps(wanted, indent=1) + "\n")
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`--out`: {path} is damaged ({error}): give another `--out`") from error
+    if not isinstance(kept, dict):
+        raise ValueError(f"`--out`: {path} must hold one object, got {kept!r}: give another `--out`")
+    return kept
+
+
 def hold_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Hold an audit's folder to its settings; one with guidances and without settings is refused."""
+    """Hold an audit's folder to its settings; one without them that has guidances, or anything that would be
+    written over, is refused."""
     if not (out / SETTINGS).is_file():
-        _require_unmade(out / SETTINGS, [path for path in out.glob(f"*/{CONFIG}") if _is_config(path)])
+        names = [*WRITTEN, *(f"{name}.tmp" for name in (SETTINGS, *WRITTEN))]
+        there = [out / name for name in names if (out / name).exists()]
+        _require_unmade(
+            out / SETTINGS, [*there, *(path for path in out.glob(f"*/{CONFIG}") if _is_config(path))]
+        )
     hold_to(out / SETTINGS, settings, "")
 
 
@@ -103,8 +125,9 @@ def _require_unmade(path: Path, made: Sequence[Path]) -> None:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """The pictures and records of a guidance's folder, whole or not."""
-    return [path for path in folder.glob("*") if re.fullmatch(r"\d{6,}\.(png|json)(\.tmp)?", path.name)]
+    """The pictures and records of a guidance's folder, whole or not, and half a config."""
+    ours = rf"\d{{6,}}\.(png|json)(\.tmp)?|{CONFIG}\.tmp"
+    return [path for path in folder.glob("*") if re.fullmatch(ours, path.name)]
 
 
 def hold_guidance(out: Path, guidance: Guidance) -> Path:
@@ -131,33 +154,46 @@ def keep(folder: Path, job: Job, image: Tensor, record: Mapping[str, Any]) -> No
         Image.fromarray(array).save(partial, format="PNG")
         body = {**asdict(job), "picture": path.name, "sha256": file_fingerprint(partial), **record}
         path.unlink(missing_ok=True)  # one that was damaged, or left without its JSON
-        write_atomically(path.with_suffix(".json"), json.dumps(body, ensure_ascii=False) + "\n")
+        write_atomically(path.with_suffix(".json"), sealed(body))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def complete(folder: Path, job: Job) -> bool:
-    """Whether a job's picture and JSON are there and belong together."""
+    """Whether a job's picture and JSON are there, whole, and belong to it and together."""
     try:
-        record = json.loads((folder / f"{job.number:06d}.json").read_text(encoding="utf-8"))
-        content = (folder / record["picture"]).read_bytes()
-    except (OSError, ValueError, KeyError):
+        _record(folder, job)
+    except (OSError, ValueError):
         return False
-    return hashlib.sha256(content).hexdigest() == record["sha256"] and record["seed"] == job.seed
+    return True
 
 
 def read_records(folder: Path, jobs: Sequence[Job]) -> list[Record]:
-    """The records of all jobs, in their order."""
-    records = []
-    for job in jobs:
-        path = folder / f"{job.number:06d}.json"
-        body = json.loads(path.read_text(encoding="utf-8"))
-        verdict = Verdict.from_dict(body["verdict"])
-        cost = (body["seconds"], body["batch"], body["peak_mib"])
-        picture = folder / body["picture"]
-        records.append(Record(job.number, job.prompt_number, job.seed, job.prompt, picture, verdict, *cost))
-    return records
+    """The records of all jobs, in their order. ValueError naming one that is not whole."""
+    return [_record(folder, job) for job in jobs]
+
+
+def _record(folder: Path, job: Job) -> Record:
+    """A job's record. OSError, or ValueError naming the file, where it or its picture is missing, changed or
+    another job's."""
+    picture = folder / f"{job.number:06d}.png"
+    path = picture.with_suffix(".json")
+    try:
+        body = unsealed(path.read_bytes())
+        own = {**json.loads(json.dumps(asdict(job))), "picture": picture.name}
+        own["sha256"] = file_fingerprint(picture)
+        for name, value in own.items():
+            if json.dumps(body.get(name)) != json.dumps(value):
+                raise ValueError(f"`{name}` must be {value!r}, got {body.get(name)!r}")
+        for name, kinds in COSTS.items():
+            if type(body.get(name, "")) not in kinds:
+                raise ValueError(f"`{name}` must be a number, got {body.get(name)!r}")
+        verdict = Verdict.from_dict(body.get("verdict", {}))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): the same command draws it again") from error
+    cost = (body["seconds"], body["batch"], body["peak_mib"])
+    return Record(job.number, job.prompt_number, job.seed, job.prompt, picture, verdict, *cost)
 
 
 def read_picture(path: Path) -> Tensor:

@@ -79,7 +79,7 @@ def _prompt(line: str, where: str) -> Prompt:
         return Prompt(line.strip())
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`--prompts`: {where} is not JSON ({error})") from error
     if not isinstance(record.get("caption"), str) or not record["caption"].strip():
         raise ValueError(f"`--prompts`: {where} must have a `caption` that is text, got {record}")
@@ -115,7 +115,7 @@ def _from_file(path: Path, metric: str, guidance_scale: float) -> Guidance:
     """A config named after its file; `preset_name` in it says which preset its open fields come from."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`--config` must be a JSON file, got {path} ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f"`--config` must hold one object of AMGConfig's fields, got {given!r} in {path}")

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import amg
 from amg import sampling
 from amg.cli import main
 from amg.config import AMGConfig
-from amg.embed.student import LIMITS, SCALE, Agreement, Origin, Student, load_student, save_student
+from amg.embed.student import FORMAT, LIMITS, SCALE, Agreement, Origin, Student, load_student, save_student
 from amg.integrations.identity import origin_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -165,6 +166,13 @@ def test_a_file_is_read_as_written_and_others_are_refused(tmp_path):
             load_student(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "null", "{}"])
+def test_metadata_that_cannot_be_read_is_named(tmp_path, text):
+    save_file({"x": torch.zeros(1)}, tmp_path / "bad", {FORMAT: text})
+    with pytest.raises(ValueError, match=r"`student` must be a file of `amg distill`.* got .*bad \("):
+        load_student(tmp_path / "bad")
+
+
 def test_the_cut_is_the_order_statistic_of_each_generation_s_least():
     from amg.distill import _cut
 
@@ -216,6 +224,10 @@ def test_distilling_resumes_and_refuses_another_run_s_folder(distilled, tmp_path
     assert distilled("--seed", "5") == 2
     assert "`--seed` must be that of the run kept in" in capsys.readouterr().err
     assert json.loads((folder / "settings.json").read_text())["seed"] == "0"
+    for text in ("[" * 100_000, "[]", "{"):
+        (folder / "settings.json").write_text(text)
+        assert distilled() == 2
+        assert f"{folder}/settings.json is damaged" in capsys.readouterr().err
 
 
 def interrupted(*_):

@@ -1,0 +1,85 @@
+"""A verdict that is read back is one: every field is there and of its type, or the error names it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from amg.verdict import GuardVerdict, Neighbour, TraceStep, Verdict
+
+NEAR = Neighbour(3, "a", "a cat")
+OTHER = Verdict("nl2", -1, 0, Neighbour(1, "b", None), False)  # whole numbers are numbers
+STEPS = (
+    TraceStep(0, 0.9, None, 0.5, None),
+    TraceStep(1, 0.1, 0.3, 0.5, 7, ("rewind",), (1.0, float("-inf")), True),
+)
+VERDICT = Verdict(
+    "cosine", 0.6, 0.5, NEAR, True, 1, 2, False, 40, STEPS, (OTHER,), GuardVerdict(0.9, 0.8, NEAR)
+)
+
+
+def described():
+    return json.loads(json.dumps(VERDICT.as_dict()))
+
+
+def test_a_verdict_comes_back_as_it_was():
+    assert Verdict.from_dict(described()) == Verdict.from_dict(VERDICT.as_dict()) == VERDICT
+    earlier = {name: value for name, value in described().items() if name != "guard"}
+    assert Verdict.from_dict(earlier).guard is None
+
+
+WRONG = [
+    (("rewinds",), None, "`verdict.rewinds` must be int, got None"),
+    (("rewinds",), "x", "`verdict.rewinds` must be int, got 'x'"),
+    (("retries",), 1.5, "`verdict.retries` must be int, got 1.5"),
+    (("evaluations",), True, "`verdict.evaluations` must be int, got True"),
+    (("similarity",), "0.6", "`verdict.similarity` must be float, got '0.6'"),
+    (("similarity",), None, "`verdict.similarity` must be float, got None"),
+    (("threshold",), False, "`verdict.threshold` must be float, got False"),
+    (("memorized",), 0, "`verdict.memorized` must be bool, got 0"),
+    (("metric",), 5, "`verdict.metric` must be str, got 5"),
+    (("neighbour",), 3, "`verdict.neighbour` must be an object of the fields of Neighbour, got 3"),
+    (("neighbour",), None, "`verdict.neighbour` must be an object"),
+    (("neighbour", "row"), "3", "`verdict.neighbour.row` must be int"),
+    (("neighbour", "caption"), 3, "`verdict.neighbour.caption` must be str"),
+    (("neighbour", "more"), 3, "`verdict.neighbour` must have no field 'more'"),
+    (("guard",), [], "`verdict.guard` must be an object"),
+    (("guard",), False, "`verdict.guard` must be an object"),
+    (("guard",), {}, "`verdict.guard` must have the field 'similarity'"),
+    (("guard", "neighbour"), [], "`verdict.guard.neighbour` must be an object"),
+    (("also",), 5, "`verdict.also` must be a list, got 5"),
+    (("also",), {}, "`verdict.also` must be a list"),
+    (("also", 0), 5, r"`verdict.also\[0\]` must be an object"),
+    (("also", 0, "rewinds"), None, r"`verdict.also\[0\].rewinds` must be int"),
+    (("trace",), None, "`verdict.trace` must be a list"),
+    (("trace", 1), [], r"`verdict.trace\[1\]` must be an object"),
+    (("trace", 1, "terms"), "rewind", r"`verdict.trace\[1\].terms` must be a list"),
+    (("trace", 1, "terms"), [1], r"`verdict.trace\[1\].terms\[0\]` must be str"),
+    (("trace", 1, "signals"), 0, r"`verdict.trace\[1\].signals` must be a list"),
+    (("unknown",), 0, "`verdict` must have no field 'unknown'"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG)
+def test_a_field_of_another_type_is_named(path, value, message):
+    values = described()
+    inside = values
+    for step in path[:-1]:
+        inside = inside[step]
+    inside[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        Verdict.from_dict(values)
+
+
+@pytest.mark.parametrize("values", ["x", [], None, 3, [["metric", "cosine"]]])
+def test_what_is_no_object_is_no_verdict(values):
+    with pytest.raises(ValueError, match="`verdict` must be an object of the fields of Verdict, got"):
+        Verdict.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["metric", "similarity", "threshold", "neighbour", "memorized"])
+def test_a_field_that_is_missing_is_named(name):
+    values = {key: value for key, value in described().items() if key != name}
+    with pytest.raises(ValueError, match=f"`verdict` must have the field '{name}'"):
+        Verdict.from_dict(values)
