@@ -206,8 +206,8 @@ def _generate(
 
     from amg.calibrate import EVERY_STEP, UNGUIDED
     from amg.config import AMGConfig
+    from amg.engine.drive import pristine
     from amg.integrations.sampler import Sampler
-    from amg.rewind import pristine
     from amg.schedule import alpha_bar_at
 
     config = AMGConfig.preset("main").for_metric(index.metric)

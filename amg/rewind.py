@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,23 +10,10 @@ from torch import Tensor
 
 from amg.checkpoint import restart
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight
 from amg.group import Group
 from amg.schedule import sampler_scale
-
-
-def pristine(scheduler: Any) -> Any:
-    """A copy of a scheduler whose timesteps are set and which has not stepped yet, free of any instance-level
-    wrapper."""
-    clone = copy.copy(scheduler)
-    clone.__dict__ = {
-        name: value for name, value in vars(scheduler).items() if name not in ("step", "scale_model_input")
-    }
-    if "_step_index" in clone.__dict__:
-        clone._step_index = (
-            None  # a scheduler whose input was already scaled knows its place; a fresh one must not
-        )
-    return copy.deepcopy(clone)
 
 
 def pending_rows(flights: Sequence[Flight]) -> list[int]:

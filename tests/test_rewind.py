@@ -14,11 +14,12 @@ from torch import Tensor
 
 import amg
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight
 from amg.group import Group
 from amg.guide import Guide
 from amg.predict import Conditions
-from amg.rewind import merge_history, pristine
+from amg.rewind import merge_history
 from amg.sampler import Run, advance, denoise
 from amg.schedule import alpha_bar_at
 from amg.similarity import similarity_for

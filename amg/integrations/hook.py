@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight, texts_of
 from amg.gate import Gate
 from amg.group import Group
@@ -26,7 +27,7 @@ from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
-from amg.rewind import merge_history, pristine, rewound
+from amg.rewind import merge_history, rewound
 from amg.sampler import Run, advance
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
