@@ -20,11 +20,12 @@ Result = TypeVar("Result")
 
 
 class Refused(ValueError):
-    """A scheduler that cannot be written as a table; the message names it and the reason in one line."""
+    """A scheduler that cannot be used; the message names it and the reason in one line."""
 
     def __init__(self, scheduler: Any, reason: str):
         super().__init__(
-            f"`scheduler` must be a linear one of at most 3 states, got {name_of(scheduler)}: {reason}"
+            "`scheduler` must be one whose steps are linear, between noise levels it tells, got "
+            f"{name_of(scheduler)}: {reason}"
         )
 
 
@@ -72,7 +73,7 @@ def timed(scheduler: Any, arguments: Mapping[str, Any]) -> Any:
             setattr(clone, name, value.cpu())
     if given:
         clone.set_timesteps(**given)
-    elif getattr(clone, "num_inference_steps", None) is None:
+    elif getattr(clone, "num_inference_steps", 0) is None and not getattr(clone, "custom_timesteps", False):
         raise ValueError(
             "`num_inference_steps`, `timesteps` or `sigmas` must be given where the scheduler's are not set, "
             f"got none for {name_of(scheduler)}"

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amg.engine.drive import Refused, make_step, option, started
-from amg.engine.level import Level, level_at
+from amg.engine.drive import Refused, make_step, started
+from amg.engine.level import SMALL, Level, clip_of, level_at, require_own
 
 X, OUTPUT, CLIPPED, NOISE = range(4)
-SMALL = 1e-6  # of a clip range: an impulse that no clipping touches
-OWN_TOLERANCE = 1e-5
+CLIPS = 1e-5  # coefficients up to this are rounding
 
 
 class Responses(NamedTuple):
@@ -35,7 +34,7 @@ class Responses(NamedTuple):
 
 def responses(scheduler: Any, start: int, arguments: Mapping[str, Any], dtype: torch.dtype) -> Responses:
     """Run a scheduler from step `start` on impulses."""
-    clip = float(option(scheduler, "clip_sample_range", 1.0)) if option(scheduler, "clip_sample") else None
+    clip = clip_of(scheduler)
     running = started(scheduler, start)
     steps = range(start, len(running.timesteps))
     found, levels, draws, said = [], [], [], True
@@ -45,12 +44,14 @@ def responses(scheduler: Any, start: int, arguments: Mapping[str, Any], dtype: t
             raise Refused(scheduler, f"no x0_hat follows from eps where alpha is 0, at step {step}")
         sample, output, noise = _impulses(levels[-1], step - start, len(steps), clip, dtype)
         made = make_step(running, step, sample, output, noise, arguments)
-        _require_own(scheduler, step, levels[-1], made.x0_hat, clip)
+        if made.x0_hat is not None:
+            own = made.x0_hat.double().view(-1, len(steps))[:2].sum(1)
+            require_own(scheduler, step, levels[-1], own / _small(clip))
         found.append(made.sample.double().view(-1, len(steps)))
         draws.append(made.draws)
         said = said and made.x0_hat is not None
     table = _separated(torch.stack(found), levels, clip)
-    if clip is not None and not bool((table[..., CLIPPED].abs() > OWN_TOLERANCE).any()):
+    if clip is not None and not bool((table[..., CLIPPED].abs() > CLIPS).any()):
         clip = None
     return Responses(tuple(levels), table, tuple(draws), clip, said)
 
@@ -60,7 +61,7 @@ def _impulses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample, output and noise of one step, [1, 1, 1, n] each: a block of `count` pixels for x, one for the
     output, one for noise; where x0_hat is clipped two more, whose outputs carry it beyond the range."""
-    small = 1.0 if clip is None else SMALL * clip
+    small = _small(clip)
     blocks = torch.zeros(3, 3 if clip is None else 5, count, dtype=dtype, device="cpu")
     blocks[0, 0, place], blocks[1, 1, place], blocks[2, 2, place] = small, small, 1.0
     if clip is not None:
@@ -68,6 +69,11 @@ def _impulses(
         blocks[1, 3, place], blocks[1, 4, place] = far, 2 * far
     sample, output, noise = blocks.view(3, 1, 1, 1, -1)
     return sample, output, noise
+
+
+def _small(clip: float | None) -> float:
+    """An impulse which no clipping touches."""
+    return 1.0 if clip is None else SMALL * clip
 
 
 def _beyond(level: Level, clip: float) -> float:
@@ -86,22 +92,5 @@ def _separated(found: Tensor, levels: list[Level], clip: float | None) -> Tensor
     a = found.new_tensor([level.x0_hat[0] for level in levels])
     table[..., OUTPUT] = (found[:, 4] - found[:, 3]) / far
     table[..., CLIPPED] = (found[:, 3] - table[..., OUTPUT] * far) / clip
-    table[..., X] = found[:, 0] / (SMALL * clip) - table[..., CLIPPED] * a
+    table[..., X] = found[:, 0] / _small(clip) - table[..., CLIPPED] * a
     return table
-
-
-def _require_own(scheduler: Any, step: int, level: Level, x0_hat: Tensor | None, clip: float | None) -> None:
-    """Refuse a scheduler which says of its x0_hat what the level does not."""
-    if x0_hat is None:
-        return
-    own = x0_hat.double().view(3 if clip is None else 5, -1)[:2].sum(1) / (
-        1.0 if clip is None else SMALL * clip
-    )
-    expected = own.new_tensor(level.x0_hat)
-    if not torch.allclose(own, expected, rtol=OWN_TOLERANCE, atol=OWN_TOLERANCE):
-        a, b = expected.tolist()
-        raise Refused(
-            scheduler,
-            f"its x0_hat at step {step} is {own[0]:.6g}·x + {own[1]:.6g}·output, where its sigma says "
-            f"{a:.6g}·x + {b:.6g}·output",
-        )

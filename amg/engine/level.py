@@ -4,15 +4,18 @@ network's output says there (ALGORITHM: one algebra for every parameterisation).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amg.engine.drive import Refused, input_scale, option
+from amg.engine.drive import Refused, in_double, input_scale, make_step, option, quietly, started, timed
 
 KINDS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
 SCALE_TOLERANCE = 1e-6
+OWN_TOLERANCE = 1e-5
+SMALL = 1e-6  # of a clip range: what no clipping touches
 
 
 class Level(NamedTuple):
@@ -79,6 +82,44 @@ def level_at(scheduler: Any, step: int) -> Level:
     if scale != 1:
         raise Refused(scheduler, f"it scales the network's input by {scale:.6g} at step {step}, and not by 1")
     return Level(kind, scale, alpha, sigma)
+
+
+@quietly
+def levels(scheduler: Any) -> tuple[Level, ...]:
+    """The level of every step of a scheduler whose timesteps are set; `Refused` where it tells none."""
+    ready = timed(scheduler, {})
+    return in_double(lambda dtype: (*_walk(ready, dtype),))
+
+
+def _walk(scheduler: Any, dtype: torch.dtype) -> Iterator[Level]:
+    """One that scales its network's input knows its place by the steps it made."""
+    running, counts = started(scheduler, 0), False
+    small = SMALL * (clip_of(scheduler) or 1.0)
+    sample, output = small * torch.eye(2, dtype=dtype, device="cpu").view(2, 1, 1, 1, 2)
+    for step in range(len(running.timesteps)):
+        yield (level := level_at(running, step))
+        counts = counts or level.scale != 1
+        if counts:
+            own = make_step(running, step, sample, output, torch.zeros_like(sample), {}).x0_hat
+            if own is not None:
+                require_own(scheduler, step, level, own.double().flatten() / small)
+
+
+def clip_of(scheduler: Any) -> float | None:
+    """The range that a scheduler's config clips x0_hat to, None: it does not."""
+    return float(option(scheduler, "clip_sample_range", 1.0)) if option(scheduler, "clip_sample") else None
+
+
+def require_own(scheduler: Any, step: int, level: Level, own: Tensor) -> None:
+    """Refuse a scheduler which says of its x0_hat, `own` (a, b), what the level does not."""
+    expected = own.new_tensor(level.x0_hat)
+    if not torch.allclose(own, expected, rtol=OWN_TOLERANCE, atol=OWN_TOLERANCE):
+        a, b = expected.tolist()
+        raise Refused(
+            scheduler,
+            f"its x0_hat at step {step} is {own[0]:.6g}·x + {own[1]:.6g}·output, where its sigma says "
+            f"{a:.6g}·x + {b:.6g}·output",
+        )
 
 
 def _kind(scheduler: Any) -> str:

@@ -88,10 +88,13 @@ def restarts(
     return tuple(step for step in asked if step == 0 or _admits(ready, whole, step, arguments, dtype))
 
 
+@quietly
 def latest(scheduler: Any, wanted: int, step_arguments: Mapping[str, Any] | None = None) -> int:
     """The last step up to `wanted` that a restart may land on, of a scheduler whose timesteps are set."""
+    ready, arguments = timed(scheduler, {}), accepted(scheduler, step_arguments or {})
+    whole, dtype = in_double(functools.partial(_whole, ready, arguments))
     for step in range(wanted, 0, -1):
-        if restarts(scheduler, (step,), step_arguments=step_arguments):
+        if _admits(ready, whole, step, arguments, dtype):
             return step
     return 0
 

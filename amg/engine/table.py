@@ -184,7 +184,7 @@ def _measured(
         raise Refused(scheduler, f"an exact network leaves alpha·x0 + sigma·eps by {off:.2g} of its size")
     machine = _machine(found, TOLERANCE[dtype])
     if machine.states > MOST_STATES:
-        raise Refused(scheduler, f"it needs {machine.states} states")
+        raise Refused(scheduler, f"its steps need {machine.states} states, more than {MOST_STATES}")
     return _written(scheduler, start, found, machine), dtype
 
 

@@ -132,7 +132,7 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
             session.begin(sample, guided, kwargs)
         run = session.run
         assert run is not None and session.conditions is not None
-        step = run.guide.at(run.scheduler, session.index_of_step)
+        step = run.guide.at(run.scheduler, run.levels, session.index_of_step)
         if session.class_conditional:
             uncond, cond = predict(run.guide.denoiser, sample, t, session.conditions)
             found = run.guide(step, sample, uncond, cond, session.conditions, session.flights)
@@ -166,7 +166,7 @@ def send_back(
     left as they were, for the re-run at the end.
     """
     here = Group(scheduler, sample, [*range(len(flights))], index + 1)
-    back = rewound([here], run.scheduler, run.guide.config, flights)
+    back = rewound([here], run, flights)
     if back is None:
         return sample
     for done in advance(run, back, index + 1, conditions, flights):
