@@ -119,10 +119,10 @@ def record(
 
     from amg.calibration import Recorded
     from amg.config import AMGConfig
+    from amg.engine.drive import pristine
     from amg.gate import Gate
     from amg.integrations.identity import key_for
     from amg.integrations.sampler import Sampler
-    from amg.rewind import pristine
     from amg.signals import raw_signals
 
     config = AMGConfig.preset(arguments.preset, guidance_scale=scale).for_metric(index.metric)

@@ -107,7 +107,8 @@ class AMGConfig:
     rewind_at: tuple[float, ...] | None = None
     """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
     rewind_to: float = 0.06
-    """The fraction of the trajectory it goes back to, from fresh noise of its own."""
+    """The fraction of the trajectory it goes back to, from fresh noise of its own: the last step up to there
+    that its scheduler can start from (a whole one; the first, where an order counts on earlier steps)."""
     rewind_threshold: float | None = None
     """Similarity of x0_hat at a checkpoint above which a sample goes back. Cosine: in [-1, 0.99]. nL2: not 0,
     kept as -nL2. To have no rewinds leave `rewind_at` empty."""

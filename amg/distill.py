@@ -211,9 +211,9 @@ def _generate(
 
     from amg.calibrate import EVERY_STEP, UNGUIDED
     from amg.config import AMGConfig
+    from amg.engine.drive import pristine
     from amg.integrations.sampler import Sampler
-    from amg.rewind import pristine
-    from amg.schedule import alpha_bar_at
+    from amg.schedule import LEAST_ALPHA_BAR, levels_of
 
     config = AMGConfig.preset("main").for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
@@ -229,7 +229,7 @@ def _generate(
     )
     scheduler = pristine(pipe.scheduler)
     scheduler.set_timesteps(arguments.steps)
-    levels = [alpha_bar_at(scheduler, step) for step in range(len(scheduler.timesteps))]
+    levels = [max(level.alpha_bar, LEAST_ALPHA_BAR) for level in levels_of(scheduler)]
     parts = {
         "image": torch.arange(first, first + len(prompts)).repeat(len(levels)),
         "alpha_bar": torch.tensor(levels, dtype=torch.float32).repeat_interleave(len(prompts)),

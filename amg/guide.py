@@ -15,12 +15,13 @@ import amg.kernels as kernels
 from amg import guidance
 from amg.checkpoint import affords, guarded, hears_alarms, is_checkpoint, screens, send_back, too_close
 from amg.config import AMGConfig
+from amg.engine.level import Level
 from amg.flight import Flight
 from amg.gate import Gate, rows_to_check
 from amg.ordinary import deduplicated
 from amg.precision import carried_back, recorded
 from amg.predict import Conditions, Denoiser, predict_guided, predict_neighbours
-from amg.schedule import Prediction, Step, alpha_bar_at, eps_coefficients, threshold_at
+from amg.schedule import LEAST_ALPHA_BAR, Prediction, Step, eps_coefficients, threshold_at
 from amg.signals import note_moves
 from amg.similarity import Judge, Measured, Similarity
 from amg.similarity.student import Screen
@@ -50,9 +51,10 @@ class Guide:
     gate: Gate | None = None
     screen: Screen | None = None
 
-    def at(self, scheduler: Any, index: int) -> Step:
-        """The step's place and numbers, out of the scheduler's current timesteps."""
-        cfg, t, alpha_bar = self.config, scheduler.timesteps[index], alpha_bar_at(scheduler, index)
+    def at(self, scheduler: Any, levels: Sequence[Level], index: int) -> Step:
+        """The step's place and numbers, out of the scheduler's current timesteps and their `levels`."""
+        cfg, t = self.config, scheduler.timesteps[index]
+        alpha_bar = max(levels[index].alpha_bar, LEAST_ALPHA_BAR)
         assert cfg.lambda_min is not None and cfg.lambda_max is not None, (
             "config must be resolved by `for_metric`"
         )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from amg.checkpoint import affords
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight
 from amg.group import Group
 from amg.guidance import require_finite
 from amg.ordinary import despecify
 from amg.predict import Conditions
-from amg.rewind import pristine
 from amg.sampler import Run, denoise
 from amg.verdict import GuardVerdict, MemorizedError, Neighbour, Verdict
 

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from amg.checkpoint import restart
-from amg.config import AMGConfig
+from amg.engine.drive import started
 from amg.flight import Flight
 from amg.group import Group
-from amg.schedule import sampler_scale
 
-
-def pristine(scheduler: Any) -> Any:
-    """A copy of a scheduler whose timesteps are set and which has not stepped yet, free of any instance-level
-    wrapper."""
-    clone = copy.copy(scheduler)
-    clone.__dict__ = {
-        name: value for name, value in vars(scheduler).items() if name not in ("step", "scale_model_input")
-    }
-    if "_step_index" in clone.__dict__:
-        clone._step_index = (
-            None  # a scheduler whose input was already scaled knows its place; a fresh one must not
-        )
-    return copy.deepcopy(clone)
+if TYPE_CHECKING:
+    from amg.sampler import Run
 
 
 def pending_rows(flights: Sequence[Flight]) -> list[int]:
@@ -35,34 +21,29 @@ def pending_rows(flights: Sequence[Flight]) -> list[int]:
     return [row for row, flight in enumerate(flights) if flight.pending]
 
 
-def rewound(
-    groups: Sequence[Group], fresh: Any, config: AMGConfig, flights: Sequence[Flight]
-) -> Group | None:
+def rewound(groups: Sequence[Group], run: Run, flights: Sequence[Flight]) -> Group | None:
     """Take the samples that were marked out of `groups`, which have just made a step: a group of their own at
-    the step where rewinds start, None where there are none. `fresh` is an unstepped copy of their scheduler.
+    the step where rewinds start, with a scheduler that starts there; None where there are none.
 
-    They start from fresh noise alone. Re-noising x0_hat instead would leave sqrt(alpha_bar)·x0_hat in it, and
-    at a latent model's early steps (alpha_bar near 0.01) that remnant is enough to bring the same picture
-    back.
+    They start from fresh noise alone, as large as x_t is there. Re-noising x0_hat instead would leave
+    sqrt(alpha_bar)·x0_hat in it, and at a latent model's early steps (alpha_bar near 0.01) that remnant is
+    enough to bring the same picture back.
     """
     rows = pending_rows(flights)
     if not rows:
         return None
-    scheduler = pristine(fresh)
-    # PNDM's warm-up is tied to the first steps
-    pndm = type(scheduler).__name__ == "PNDMScheduler"
-    first = 0 if pndm else restart(config, len(scheduler.timesteps))
-    scale, sample = sampler_scale(scheduler, first), torch.zeros_like(groups[0].sample)
+    first = run.restart
+    size, sample = run.levels[first].size, torch.zeros_like(groups[0].sample)
     for group in groups:
         for row in sorted({*rows} & {*group.rows}):
             flight = flights[row]
-            sample[row] = flight.noise(sample[row]) * scale
+            sample[row] = flight.noise(sample[row]) * size
             flight.pending, flight.suspected = False, False
             flight.rewinds += 1
             flight.total_rewinds += 1
             flight.despecified_until, flight.deduplicated_until = group.position, 0
         group.rows = [row for row in group.rows if row not in rows]
-    return Group(scheduler, sample, rows, first)
+    return Group(started(run.scheduler, first), sample, rows, first)
 
 
 def merge_history(scheduler: Any, inner: Any, rows: list[int], batch: int) -> bool:

@@ -12,20 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amg.checkpoint import restart
+from amg.engine.level import Level
+from amg.engine.restart import latest
 from amg.flight import Flight
 from amg.group import Group, Predicted, predict_together
 from amg.guide import Guide
 from amg.predict import Conditions, replace_captions
 from amg.rewind import rewound
+from amg.schedule import levels_of
 
 
 @dataclass(frozen=True)
 class Run:
-    """One batch's constants: how it is guided, an unstepped scheduler, and extra arguments of its `step`."""
+    """One batch's constants: how it is guided, an unstepped scheduler, extra arguments of its `step`, and the
+    level of every step; `Refused` for a scheduler that tells none."""
 
     guide: Guide
     scheduler: Any
     step_arguments: dict[str, Any]
+    levels: tuple[Level, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            object.__setattr__(self, "levels", levels_of(self.scheduler))
+
+    @functools.cached_property
+    def restart(self) -> int:
+        """The step that samples sent back start from: the last one up to `rewind_to` where a fresh scheduler
+        can."""
+        known = _parameters(type(self.scheduler).step)
+        arguments = {name: value for name, value in self.step_arguments.items() if name in known}
+        return latest(self.scheduler, restart(self.guide.config, self.count), arguments)
 
     @property
     def count(self) -> int:
@@ -61,7 +79,7 @@ def advance(
             conditions, given = replace_captions(run.guide.denoiser, conditions, captions), captions
         for one, found in zip(going, predict_together(run.guide.denoiser, going, conditions), strict=True):
             step_group(run, one, found, conditions, flights)
-        if back := rewound(going, run.scheduler, run.guide.config, flights):
+        if back := rewound(going, run, flights):
             going.append(back)
         finished += [one for one in going if one.rows and one.position == last]
         going = [one for one in going if one.rows and one.position < last]
@@ -75,7 +93,7 @@ def step_group(
     run: Run, group: Group, found: Predicted, conditions: Conditions, flights: Sequence[Flight]
 ) -> None:
     """Guide a group's samples and make its scheduler's step."""
-    scheduler, step = group.scheduler, run.guide.at(group.scheduler, group.position)
+    scheduler, step = group.scheduler, run.guide.at(group.scheduler, run.levels, group.position)
     mine = [flights[row] for row in group.rows]
     output = run.guide(step, *found, group.of_rows(conditions), mine).output
     arguments = arguments_for(scheduler, run.step_arguments, group.noise(flights))

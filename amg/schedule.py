@@ -1,4 +1,4 @@
-"""alpha_bar and step coefficients out of a diffusers scheduler, and the schedules of lambda_t.
+"""Step coefficients out of a diffusers scheduler, the parameterisations, and the schedules of lambda_t.
 
 Schedulers are read through their public attributes only (`alphas_cumprod`, `sigmas`, `timesteps`, `config`),
 so this module does not import diffusers.
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import amg.kernels as kernels
+from amg.engine.drive import Refused
+from amg.engine.level import Level, levels
 
 # With a zero terminal signal-to-noise ratio alpha_bar is 0 and x0_hat a quotient of zeros; at this floor it
 # is right to three digits in float32.
@@ -31,24 +33,13 @@ class Step(NamedTuple):
     threshold: float
 
 
-def alpha_bar_at(scheduler: Any, step: int) -> float:
-    """alpha_bar of step `step` of the scheduler's current `timesteps`, for the input the denoiser sees.
-
-    The denoiser's input is variance preserving in every scheduler (Euler divides by sqrt(sigma² + 1)), so
-    alpha_bar = 1 / (1 + sigma²) wherever the scheduler works in sigmas, and alphas_cumprod[t] elsewhere.
-    """
-    return max(_raw_alpha_bar(scheduler, step), LEAST_ALPHA_BAR)
-
-
-def _raw_alpha_bar(scheduler: Any, step: int) -> float:
-    sigmas = getattr(scheduler, "sigmas", None)
-    if (
-        sigmas is not None
-        and len(sigmas) > step
-        and getattr(scheduler, "num_inference_steps", None) is not None
-    ):
-        return 1.0 / (1.0 + float(sigmas[step]) ** 2)
-    return float(scheduler.alphas_cumprod[int(scheduler.timesteps[step])])
+def levels_of(scheduler: Any) -> tuple[Level, ...]:
+    """The level of every step of a scheduler whose timesteps are set. Errors: `Refused`, a ValueError, where
+    it tells none, and for flow matching, whose output is none of `KINDS`."""
+    found = levels(scheduler)
+    if found and found[0].kind == "flow":
+        raise Refused(scheduler, f"it is of flow matching, and an output must be one of {KINDS}")
+    return found
 
 
 def threshold_at(
@@ -153,14 +144,6 @@ def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoeffi
         # the posterior mean equals DDIM with eta = 1
         deviation = math.sqrt(max(1 - alpha_bar_previous - variance, 0.0))
     return StepCoefficients(k_sample, deviation - k_sample * math.sqrt(1 - alpha_bar), spread)
-
-
-def sampler_scale(scheduler: Any, step: int) -> float:
-    """How much larger the scheduler's own x_t is than the variance-preserving one: sqrt(sigma² + 1) for
-    Euler, else 1."""
-    if type(scheduler).__name__.startswith("Euler"):
-        return math.sqrt(float(torch.as_tensor(scheduler.sigmas[step])) ** 2 + 1)
-    return 1.0
 
 
 def eps_coefficients(

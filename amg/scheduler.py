@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.level import Level
 from amg.flight import Flight
 from amg.guide import Guide
 from amg.predict import Conditions, Denoiser
 from amg.promise import check
+from amg.schedule import levels_of
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
 
@@ -63,6 +65,7 @@ class AMGScheduler:
             self.amg_config.guidance_scale,
         )
         self._flights: list[Flight] = []
+        self._levels: tuple[Level, ...] = ()
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -98,8 +101,9 @@ class AMGScheduler:
             self.amg_config.warn_without_guidance(
                 None if output_uncond is None else self.amg_config.guidance_scale
             )
+            self._levels = levels_of(self.scheduler)
             self._flights = [Flight.from_noise(row) for row in sample]
-        where = self._guide.at(self.scheduler, self._step)
+        where = self._guide.at(self.scheduler, self._levels, self._step)
         if float(where.t) != float(timestep):
             raise ValueError(
                 f"`timestep` must be {float(where.t)}, the next of the schedule, got {float(timestep)}"

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 
 import amg
 from amg.config import AMGConfig
+from amg.engine.level import levels
 from amg.flight import Flight
 from amg.guide import Guide
 from amg.ordinary import despecify
@@ -161,7 +162,7 @@ def test_released_pixel_thresholds_are_the_authors(indexes: dict, t: int) -> Non
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(timesteps=[t])
     published = 1.95 - 0.45 * math.exp(-0.025 * t / 4)
-    assert guide.at(scheduler, 0).threshold == pytest.approx(-published, abs=1e-9)
+    assert guide.at(scheduler, levels(scheduler), 0).threshold == pytest.approx(-published, abs=1e-9)
 
 
 @pytest.mark.parametrize("threshold", [-1.4, -1.2])

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import amg
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight
 from amg.group import Group
 from amg.guide import Guide
 from amg.predict import Conditions
-from amg.rewind import merge_history, pristine
+from amg.rewind import merge_history
 from amg.sampler import Run, advance, denoise
-from amg.schedule import alpha_bar_at
 from amg.similarity import similarity_for
 
 from . import toy
@@ -35,6 +35,12 @@ SCHEDULERS = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "single": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 STEPS, S0 = 10, 3.0
 PICTURES = [3, 17, 40, 8, 29]
@@ -147,10 +153,11 @@ def test_the_order_of_a_batch_does_not_matter(indexes: dict, name: str) -> None:
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_a_rewound_sample_goes_on_as_if_it_had_started_there(indexes: dict, name: str) -> None:
-    """A rewound row equals plain steps from the rewind's own start, multistep history and all."""
+    """A rewound row equals plain steps from the rewind's own start, multistep history and all: a whole step,
+    the first one where the order counts on what came before."""
     scheduler, index = make_scheduler(name), indexes["nl2"]
     config = config_for(
-        "nl2", lambda_min=0.0, lambda_max=0.0, rewind_at=(0.5,), max_rewinds=1
+        "nl2", lambda_min=0.0, lambda_max=0.0, rewind_at=(0.5,), rewind_to=0.18, max_rewinds=1
     )  # rewinds only
     outcome = run(scheduler, config, index, range(5))
     rows = [row for row, flight in enumerate(outcome.flights) if flight.rewinds]
@@ -159,7 +166,7 @@ def test_a_rewound_sample_goes_on_as_if_it_had_started_there(indexes: dict, name
     for row in rows:
         recorded = [step.step for step in outcome.flights[row].trace]
         checkpoint = round(0.5 * (len(scheduler.timesteps) - 1))
-        first = 0 if name == "pndm" else round(0.12 * (len(scheduler.timesteps) - 1))
+        first = {"pndm": 0, "lms": 0}.get(name, 2)  # 3 of 19, where a step is two calls
         assert recorded == [*range(checkpoint + 1), *range(first, len(scheduler.timesteps))]
         expected = by_hand(scheduler, plain, index, row, checkpoint, first)
         torch.testing.assert_close(outcome.sample[row], expected, rtol=1e-5, atol=1e-5)
@@ -178,16 +185,22 @@ def by_hand(
     advance(mine, Group(once, sample, [0]), checkpoint, conditions, [flight])
     if name_takes_noise(once):  # the checkpoint's own step draws before the rewind does
         torch.randn(3, 8, 8, generator=flight.generator)
-    again, low = pristine(scheduler), alpha_bar_at(scheduler, first)
+    again = pristine(scheduler)
+    if hasattr(again, "set_begin_index"):  # timesteps may repeat
+        again.set_begin_index(first)
     begun = torch.randn(1, 3, 8, 8, generator=flight.generator)
-    if "Euler" in type(again).__name__:
-        begun = begun / low**0.5  # sqrt(1 + sigma²) = 1 / sqrt(alpha_bar)
+    if type(again).__name__.startswith(("Euler", "Heun", "KDPM2", "LMS")):
+        begun = begun * (1 + float(again.sigmas[first]) ** 2) ** 0.5
     return denoise(mine, Group(again, begun, [0], first), conditions, [flight])[0]
 
 
 def name_takes_noise(scheduler: Any) -> bool:
     sde = str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
-    return sde or type(scheduler).__name__ in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+    return sde or type(scheduler).__name__ in (
+        "DDPMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",  # every second call: the checkpoint's is one
+    )
 
 
 def test_rewinds_are_bounded_and_counted(indexes: dict) -> None:
@@ -284,7 +297,8 @@ def test_pristine_is_an_unstepped_copy(name: str) -> None:
         sample = clone.step(sample, t, sample).prev_sample
     for key, value in before.items():
         now = vars(scheduler)[key]
-        assert torch.equal(now, value) if isinstance(value, Tensor) else str(now) == str(value)
+        same = torch.allclose(now, value, 0, 0, True) if isinstance(value, Tensor) else str(now) == str(value)
+        assert same, key  # KDPM2 has NaN in the levels it does not use
 
 
 def test_pristine_drops_a_wrapped_step() -> None:

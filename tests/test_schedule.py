@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amg.schedule import Prediction, alpha_bar_at, sampler_scale, step_coefficients, threshold_at
+from amg.engine.level import levels
+from amg.schedule import LEAST_ALPHA_BAR, Prediction, step_coefficients, threshold_at
 
 from . import oracle
 
@@ -30,6 +31,10 @@ def normal(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def alpha_bars(scheduler) -> list[float]:
+    return [max(level.alpha_bar, LEAST_ALPHA_BAR) for level in levels(scheduler)]
+
+
 EXPOSED = [
     (name, kind)
     for name in EXPOSING
@@ -42,9 +47,10 @@ EXPOSED = [
 def test_x0_hat_equals_the_schedulers_own_predicted_original_sample(name: str, kind: str) -> None:
     scheduler = make(name, prediction_type=kind)
     sample = normal(1) * float(scheduler.init_noise_sigma)
+    known = alpha_bars(scheduler)
     for step, t in enumerate(scheduler.timesteps):
         model_input, output = scheduler.scale_model_input(sample, t), normal(100 + step)
-        prediction = Prediction(kind, alpha_bar_at(scheduler, step))
+        prediction = Prediction(kind, known[step])
         found = prediction.x0_hat(prediction.to_eps(output, model_input), model_input)
         result = scheduler.step(output, t, sample, generator=torch.Generator().manual_seed(step))
         torch.testing.assert_close(found, result.pred_original_sample, rtol=2e-5, atol=2e-5)
@@ -56,10 +62,10 @@ def test_x0_hat_equals_the_schedulers_own_predicted_original_sample(name: str, k
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_x0_hat_equals_the_multistep_schedulers_converted_output(name: str, kind: str, spacing: str) -> None:
     scheduler = make(name, prediction_type=kind, timestep_spacing=spacing)
-    sample = normal(1)
+    sample, known = normal(1), alpha_bars(scheduler)
     for step, t in enumerate(scheduler.timesteps):
         output = normal(100 + step)
-        prediction = Prediction(kind, alpha_bar_at(scheduler, step))
+        prediction = Prediction(kind, known[step])
         found = prediction.x0_hat(prediction.to_eps(output, sample), sample)
         before = sample
         sample = scheduler.step(output, t, sample).prev_sample
@@ -71,8 +77,9 @@ def test_x0_hat_equals_the_multistep_schedulers_converted_output(name: str, kind
 def test_alpha_bar_of_pndm_is_that_of_each_of_its_timesteps() -> None:
     scheduler = make("PNDMScheduler", skip_prk_steps=True, steps_offset=1)
     assert len(scheduler.timesteps) == 11  # the second timestep is visited twice
+    known = alpha_bars(scheduler)
     for step, t in enumerate(scheduler.timesteps.tolist()):
-        assert alpha_bar_at(scheduler, step) == float(scheduler.alphas_cumprod[t])
+        assert known[step] == pytest.approx(float(scheduler.alphas_cumprod[t]), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,7 @@ def test_alpha_bar_follows_karras_sigmas(name: str) -> None:
     scheduler = make(name, use_karras_sigmas=True)
     for step in range(10):
         sigma = float(scheduler.sigmas[step])
-        assert alpha_bar_at(scheduler, step) == pytest.approx(1 / (1 + sigma * sigma), rel=1e-7)
+        assert alpha_bars(scheduler)[step] == pytest.approx(1 / (1 + sigma * sigma), rel=1e-7)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 50])
@@ -200,7 +207,7 @@ def test_v_prediction_is_defined_at_zero_terminal_snr() -> None:
     )
     sample, v = normal(1), normal(2)
     assert float(scheduler.alphas_cumprod[scheduler.timesteps[0]]) == 0
-    prediction = Prediction("v_prediction", alpha_bar_at(scheduler, 0))
+    prediction = Prediction("v_prediction", alpha_bars(scheduler)[0])
     torch.testing.assert_close(
         prediction.x0_hat(prediction.to_eps(v, sample), sample), -v, rtol=5e-3, atol=5e-3
     )
@@ -224,10 +231,18 @@ def test_thresholds_go_from_lambda_min_to_lambda_max() -> None:
         threshold_at("linear", 0.3, 0.4, 0.5, 1)
 
 
-@pytest.mark.parametrize("name", [*EXPOSING, *CONVERTING, "PNDMScheduler"])
-def test_sampler_scale_undoes_scale_model_input(name: str) -> None:
+TWO_CALLS = ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+
+
+@pytest.mark.parametrize(
+    "name", [*EXPOSING, *CONVERTING, *TWO_CALLS, "PNDMScheduler", "LMSDiscreteScheduler"]
+)
+def test_levels_undo_scale_model_input(name: str) -> None:
+    """x_t is as many times larger than the variance-preserving one, at a whole run's every step."""
     scheduler, sample = make(name), normal(1)
-    for step, t in enumerate(scheduler.timesteps):
-        scheduler._step_index = step if hasattr(scheduler, "_step_index") else None
+    found = levels(scheduler)
+    assert len(found) == len(scheduler.timesteps)
+    for level, t in zip(found, scheduler.timesteps, strict=True):
         scaled = scheduler.scale_model_input(sample, t)
-        torch.testing.assert_close(scaled * sampler_scale(scheduler, step), sample, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scaled * level.size, sample, rtol=1e-6, atol=1e-6)
+        scheduler.step(sample, t, sample)

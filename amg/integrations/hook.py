@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight, texts_of
 from amg.gate import Gate
 from amg.group import Group
@@ -26,7 +27,7 @@ from amg.guide import Guide
 from amg.integrations.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.integrations.identity import key_for
 from amg.predict import Conditions, predict, replace_captions
-from amg.rewind import merge_history, pristine, rewound
+from amg.rewind import merge_history, rewound
 from amg.sampler import Run, advance
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
@@ -131,7 +132,7 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
             session.begin(sample, guided, kwargs)
         run = session.run
         assert run is not None and session.conditions is not None
-        step = run.guide.at(run.scheduler, session.index_of_step)
+        step = run.guide.at(run.scheduler, run.levels, session.index_of_step)
         if session.class_conditional:
             uncond, cond = predict(run.guide.denoiser, sample, t, session.conditions)
             found = run.guide(step, sample, uncond, cond, session.conditions, session.flights)
@@ -165,7 +166,7 @@ def send_back(
     left as they were, for the re-run at the end.
     """
     here = Group(scheduler, sample, [*range(len(flights))], index + 1)
-    back = rewound([here], run.scheduler, run.guide.config, flights)
+    back = rewound([here], run, flights)
     if back is None:
         return sample
     for done in advance(run, back, index + 1, conditions, flights):

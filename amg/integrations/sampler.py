@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amg.batching import Batcher
 from amg.config import AMGConfig
+from amg.engine.drive import pristine
 from amg.flight import Flight, texts_of
 from amg.group import Group
 from amg.guide import Guide
@@ -30,7 +31,6 @@ from amg.integrations.supported import require_sampled
 from amg.ordinary import warn_without_captions
 from amg.predict import Conditions, Denoiser
 from amg.promise import decode, deliver
-from amg.rewind import pristine
 from amg.sampler import Run, denoise
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen

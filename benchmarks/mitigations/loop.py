@@ -7,6 +7,7 @@ deterministic.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from amg.schedule import Prediction, alpha_bar_at
+from amg.engine.level import Level, levels
+from amg.schedule import LEAST_ALPHA_BAR, Prediction
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,11 @@ class Start:
     def prediction(self, step: int) -> Prediction:
         """Conversions between the network's output and the noise prediction at `step`."""
         kind = getattr(self.scheduler.config, "prediction_type", "epsilon")
-        return Prediction(kind, alpha_bar_at(self.scheduler, step))
+        return Prediction(kind, max(self._levels[step].alpha_bar, LEAST_ALPHA_BAR))
+
+    @functools.cached_property
+    def _levels(self) -> tuple[Level, ...]:
+        return levels(self.scheduler)
 
 
 class Step(NamedTuple):

@@ -3,6 +3,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import amg
 from amg.integrations.protect import to_tensor
@@ -18,6 +19,16 @@ SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+MORE_SCHEDULERS = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "TCDScheduler",
+)
+UNKNOWN = {"EDMEulerScheduler": "scales the network's input", "IPNDMScheduler": "neither `sigmas` nor"}
 OPEN = {"lambda_min": -1.0, "lambda_max": -1.0, "c1": 20.0, "c2": 20.0}
 
 
@@ -132,7 +143,7 @@ def _stop(pipe, step, t, kwargs):
     raise RuntimeError("stop")
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS + MORE_SCHEDULERS)
 def test_open_gates_and_rewinds_act_per_sample(sd, embedding_index, scheduler):
     """A batch of three equals three batches of one, with every gate open and every sample rewound."""
     sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config)
@@ -157,15 +168,17 @@ def test_open_gates_and_rewinds_act_per_sample(sd, embedding_index, scheduler):
         assert [s.terms for s in alone.amg[0].trace] == [s.terms for s in together.amg[i].trace]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_protect_equals_sampler(sd, embedding_index, scheduler):
+@pytest.mark.parametrize("scheduler", SCHEDULERS + MORE_SCHEDULERS)
+@pytest.mark.parametrize("checkpoint", [0.6, 0.53])  # in the middle of a step of two calls, and at its start
+def test_protect_equals_sampler(sd, embedding_index, scheduler, checkpoint):
     sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config)
     # a sampler's rewound samples draw noise of their own to the end, a loop's from the loop's generators
-    draws = scheduler in ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+    draws = "DDPM" in scheduler or "Ancestral" in scheduler
     config = amg.AMGConfig.preset(
         "main",
         **OPEN,
-        rewind_at=() if draws else (0.6,),
+        rewind_at=() if draws else (checkpoint,),
+        rewind_to=0.3,
         rewind_threshold=-1.0,
         max_rewinds=1,
         on_memorized="flag",
@@ -176,6 +189,91 @@ def test_protect_equals_sampler(sd, embedding_index, scheduler):
     hooked = call(amg.protect(sd, embedding_index, config), steps=10)
     assert torch.allclose(ours.images, hooked.images, atol=0.5 / 255 + 1e-4)
     assert [v.rewinds for v in ours.amg] == [v.rewinds for v in hooked.amg] == [0 if draws else 1] * 2
+
+
+class OneNoise(TorchFunctionMode):
+    """Whatever is drawn, by whomever, is the same noise."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.randn:
+            kwargs["generator"] = torch.Generator().manual_seed(11)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("DDPMScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("KDPM2AncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+        ("LCMScheduler", {}),
+    ],
+)
+def test_protect_equals_sampler_but_for_the_streams_of_noise(sd, embedding_index, scheduler, options):
+    """A rewound sample's noise comes from a generator of its own in a sampler, and from the loop's in a
+    pipeline; where both draw the same, the pictures are the same."""
+    sd.scheduler = getattr(diffusers, scheduler).from_config(sd.scheduler.config, **options)
+    more = {"rewind_at": (0.6,), "rewind_to": 0.3, "rewind_threshold": -1.0, "max_rewinds": 1}
+    config = amg.AMGConfig.preset("main", **OPEN, **more, on_memorized="flag")
+    arguments = {"num_inference_steps": 10, "output_type": "pt"}
+    with OneNoise():
+        sampler = amg.Sampler(sd, embedding_index, config)
+        ours = sampler(["abc", "cat, red"], generator=generators(2), progress=False, **arguments)
+        hooked = call(amg.protect(sd, embedding_index, config), steps=10)
+    assert torch.allclose(ours.images, hooked.images, atol=0.5 / 255 + 1e-4)
+    assert [verdict.rewinds for verdict in (*ours.amg, *hooked.amg)] == [1] * 4
+    plain = call(amg.unprotect(sd), steps=10)
+    assert (hooked.images - plain.images).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("scheduler", list(UNKNOWN))
+@pytest.mark.parametrize("preset", ["main", "off"])
+def test_schedulers_whose_noise_is_not_known_are_refused(sd, embedding_index, scheduler, preset):
+    """By name, before the network was asked anything: by a call, `submit`, `protect` and `AMGScheduler`."""
+    sd.scheduler, asked = getattr(diffusers, scheduler)(), []
+    sd.unet.conv_in.register_forward_pre_hook(lambda *_: asked.append(1))
+    config = amg.AMGConfig.preset(preset)
+    refused = pytest.raises(
+        ValueError, match=f"`scheduler` must be .*, got {scheduler}: it .*{UNKNOWN[scheduler]}"
+    )
+    with refused, amg.Sampler(sd, embedding_index, config) as sampler:
+        sampler("abc", num_inference_steps=4)
+    with refused, amg.Sampler(sd, embedding_index, config) as sampler:
+        sampler.submit(amg.Request("abc", num_inference_steps=4))
+    wrapped = amg.AMGScheduler(sd.scheduler, embedding_index, config, decode=lambda x0: x0[:, :3])
+    wrapped.set_timesteps(4)
+    with refused:
+        wrapped.step(torch.zeros(1, 4, 8, 8), wrapped.timesteps[0], torch.zeros(1, 4, 8, 8))
+    with refused:
+        call(amg.protect(sd, embedding_index, config), steps=4)
+    assert not asked
+
+
+def test_a_wrapped_scheduler_of_two_calls_measures_at_its_own_levels(sd, embedding_index):
+    """KDPM2's second calls are between its sigmas: x0_hat of an exact network is x0 there, too."""
+    seen, x0 = [], torch.rand(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    config = amg.AMGConfig.preset(
+        "main", c2=0.0, rewind_at=(), check_at=(), on_memorized="flag", lambda_max=1.0, lambda_min=1.0
+    )
+    scheduler = diffusers.KDPM2DiscreteScheduler.from_config(sd.scheduler.config)
+    wrapped = amg.AMGScheduler(
+        scheduler,
+        embedding_index,
+        config,
+        decode=lambda found: seen.append(found) or found[:, :3].clamp(0, 1),
+    )
+    wrapped.set_timesteps(6)
+    sample = x0 + eps * scheduler.sigmas[0]
+    for t in wrapped.timesteps:
+        wrapped.scale_model_input(sample, t)
+        sample = wrapped.step((eps, eps), t, sample).prev_sample
+    assert len(seen) == 11
+    for found in seen:
+        assert torch.allclose(found, x0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])

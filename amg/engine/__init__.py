@@ -1,0 +1,1 @@
+"""The fast path of sampling. So far: schedulers as tables of numbers."""
