@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from amg.index.finish import finish_index
 from amg.index.images import ImageSource, TrainingImage, open_source
 from amg.index.journal import Journal, State, check_identity, read_state
 from amg.index.plan import BuildPlan
-from amg.index.shards import ShardReader, content_digest
+from amg.index.shards import ShardReader, chain_digest, content_digest
 from amg.index.store import partial_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,12 +88,15 @@ def _run(
     if state.shards:
         journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
     with progress_bar(source.length, state.position, progress) as bar:
-        reader = ShardReader(_resume_stream(source, state), captions, plan, state.image_size, bar)
+        reader = ShardReader(
+            _resume_stream(source, state), captions, plan, state.image_size, bar, state.all_digest
+        )
         while shard := reader.read():
             if journal is None:
                 state = dataclasses.replace(state, dimension=reader.dimension(), image_size=reader.image_size)
                 journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
-            journal.commit(shard.rows, shard.guard, shard.entries, shard.last_digest)
+            digests = (shard.last_digest, shard.all_digest)
+            journal.commit(shard.rows, shard.guard, shard.entries, digests)
     if journal is None:
         raise IndexBuildError("`images` is empty")
     if journal.state.kept == 0:
@@ -102,20 +106,28 @@ def _run(
 
 
 def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
-    """Images from the state's position on, after checking that the one before it is still the same."""
+    """Images from the state's position on, after checking that those before it are still the same.
+
+    Where the source's identity tells of changes, the last of them is enough; else every one is loaded again.
+    """
     if state.position == 0:
         return source.read(0)
-    stream = source.read(state.position - 1)
-    last = next(stream, None)
-    digest = "missing"
-    if last is not None:
+    stream = source.read(state.position - 1 if source.identity_tells else 0)
+    seen, digest, last = "", "", None
+    for last in islice(stream, 1 if source.identity_tells else state.position):
         try:
             digest = content_digest(last.load().pixels)
         except UnreadableImage as error:
             digest = content_digest(str(error))
-    if digest != state.last_digest:
+        seen = chain_digest(seen, digest)
+    whole = last is not None and last.position == state.position - 1
+    found, known = (digest, state.last_digest) if source.identity_tells else (seen, state.all_digest)
+    if not whole or found != known:
+        which = (
+            f"image {state.position - 1}" if source.identity_tells else f"one of the first {state.position}"
+        )
         raise IndexBuildError(
-            f"`images` changed since the build was interrupted (image {state.position - 1} differs): "
+            f"`images` changed since the build was interrupted ({which} differs): "
             "pass resume=False (--no-resume) to start again"
         )
     return stream

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from amg.index.decode import (
-    IMAGE_SUFFIXES,
     RASTER_FORMATS,
     Picture,
     UnreadableImage,
@@ -47,12 +46,14 @@ class TrainingImage:
 class ImageSource(Protocol):
     """Images in a fixed order; length: None when only reading tells; identity: compared on resume.
 
-    passed_over: what lies among the images and is none, by reason. first(): the first image, not loaded, to
-    see what it is called; unlike read() it draws nothing from an iterator.
+    identity_tells: whether any change shows in it; else a resumed build compares every
+    image it has seen. passed_over: what lies among the images and is none, by reason. first(): the first
+    image, not loaded, to see what it is called; unlike read() it draws nothing from an iterator.
     """
 
     length: int | None
     identity: str
+    identity_tells: bool
     passed_over: Tally
 
     def first(self) -> TrainingImage | None: ...
@@ -85,12 +86,13 @@ def _open_path(path: Path, caption_column: str | None, background: str | None) -
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise IndexBuildError(f"`images` must be {ACCEPTED}, got the file {path}")
-        alone = [Found(path.name, path.stat().st_size)]
+        info = path.stat()
+        alone = [Found(path.name, info.st_size, None, info.st_mtime_ns)]
         return ParquetSource(path.parent, alone, caption_column, background)
     if not path.is_dir():
         raise IndexBuildError(f"`images` is a path that does not exist: {path}")
     listing = list_folder(path)
-    pictures, tables, passed_over = listing
+    pictures, tables, passed_over, _ = listing
     if pictures and tables:
         raise IndexBuildError(
             f"`images` is ambiguous: {path} holds {len(pictures)} image files and {len(tables)} Parquet files"
@@ -111,14 +113,17 @@ def _open_path(path: Path, caption_column: str | None, background: str | None) -
 
 
 class FolderSource:
-    """Pictures under a folder, in path order; `name.txt` beside `name.png` is its caption."""
+    """Pictures under a folder, in path order; `name.png.txt` or `name.txt` is the caption of `name.png`."""
+
+    identity_tells = True
 
     def __init__(self, folder: Path, listing: Listing, background: str | None):
         self.folder, self.files, self.background = folder, listing.pictures, background
         self.length: int | None = len(self.files)
         self.passed_over = listing.passed_over
-        self.identity = _identity("folder", self.files)
-        self.texts = {file.name for file in self.files if file.name.endswith(".txt")}  # pictures all the same
+        self.captions = listing.captions
+        texts = (self.captions.get(file.name) for file in self.files)
+        self.identity = _identity("folder", self.files + [text for text in texts if text is not None])
 
     def first(self) -> TrainingImage:
         return self._image(0)
@@ -134,15 +139,14 @@ class FolderSource:
         return TrainingImage(position, name, name, self._caption(file.name), load)
 
     def _caption(self, name: str) -> Caption:
-        stem, suffix = os.path.splitext(name)
-        for text in (stem + ".txt",) if suffix.lower() in IMAGE_SUFFIXES else (name + ".txt", stem + ".txt"):
-            if text not in self.texts and os.path.lexists(self.folder / text):
-                return read_sidecar(self.folder / text, self.folder, plain_name(text))
-        return Caption()
+        text = self.captions.get(name)
+        if text is None:
+            return Caption()
+        return read_sidecar(self.folder / text.name, self.folder, plain_name(text.name))
 
 
 def _identity(kind: str, files: list[Found]) -> str:
-    listing = "\n".join(f"{file.name} {file.size}" for file in files)
+    listing = "\n".join(f"{file.name}\0{file.size} {file.written}" for file in files)
     return f"{kind} {hashlib.sha256(os.fsencode(listing)).hexdigest()}"
 
 
@@ -159,6 +163,8 @@ def _decode_file(file: Path, fault: str | None, background: str | None) -> Pictu
 class TensorSource:
     """A uint8 or float tensor [N, 3, H, W]."""
 
+    identity_tells = False
+
     def __init__(self, images: torch.Tensor):
         if (
             images.ndim != 4
@@ -173,7 +179,7 @@ class TensorSource:
             raise IndexBuildError(f"`images` is empty: {list(images.shape)}")
         self.images = images.detach()
         self.length: int | None = len(images)
-        self.identity = f"tensor {list(images.shape)} {images.dtype}"
+        self.identity = f"tensor {list(images.shape)} {images.dtype}, every image compared"
         self.passed_over = Tally()
 
     def first(self) -> TrainingImage:
@@ -201,14 +207,16 @@ class TensorSource:
 
 
 class IterableSource:
-    """An iterable of PIL images; a resumed build draws and drops those it has already seen."""
+    """An iterable of PIL images; a resumed build draws and compares and drops those it has already seen."""
+
+    identity_tells = False
 
     def __init__(self, images: Iterable[Any], background: str | None):
         self.images, self.background = images, background
         self.length: int | None = len(images) if isinstance(images, Sized) else None
         if self.length == 0:
             raise IndexBuildError("`images` is empty")
-        self.identity = f"iterable {self.length}"
+        self.identity = f"iterable {self.length}, every image compared"
         self.passed_over = Tally()
 
     def first(self) -> TrainingImage:
@@ -231,6 +239,8 @@ class IterableSource:
 
 class ParquetSource:
     """Rows of Parquet files with encoded images: a struct column {bytes, path} or a binary column."""
+
+    identity_tells = True
 
     def __init__(
         self,

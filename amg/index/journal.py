@@ -46,8 +46,8 @@ HASH_BLOCK_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class State:
-    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W), and
-    folded images kept beside their rows."""
+    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W),
+    folded images kept beside their rows, and digest of all images."""
 
     identity: dict[str, Any]
     position: int = 0
@@ -57,6 +57,7 @@ class State:
     image_size: tuple[int, int] | None = None
     dimension: int | None = None
     members: int = 0
+    all_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ class Journal:
         return map_file(self.guard_path, SKETCH_DTYPE, self.state.kept, SKETCH_LENGTH)
 
     def commit(
-        self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], last_digest: str
+        self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], digests: tuple[str, str]
     ) -> None:
         """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
-        whose reason is None."""
+        whose reason is None; digests: of the last image and of all so far."""
         hashes, kept = row_hashes(rows), self.rows()
         sketches = sketch_rows(rows, self.rule) if len(rows) else self.sketches()[:0]
         duplicate_of = same_content(hashes, rows, self.table, kept)
@@ -166,7 +167,7 @@ class Journal:
         ]
         _write_log(_log_path(self.partial, self.state.shards), numbered)
         self.table.add(hashes[keep], self.state.kept)
-        self._advance(entries[-1].position + 1, self.state.kept + len(keep), last_digest)
+        self._advance(entries[-1].position + 1, self.state.kept + len(keep), digests)
 
     def _add_members(
         self, rows: torch.Tensor, guard: torch.Tensor, assigned: list[int], keep: list[int]
@@ -182,14 +183,15 @@ class Journal:
         other = folded[differing(rows[folded], guard[folded], own_rows, own_guard)]
         self.members.add(rows[other], guard[other], own[other].tolist())
 
-    def _advance(self, position: int, kept: int, last_digest: str) -> None:
+    def _advance(self, position: int, kept: int, digests: tuple[str, str]) -> None:
         shards = self.state.shards + 1
         state = dataclasses.replace(
             self.state,
             position=position,
             kept=kept,
             shards=shards,
-            last_digest=last_digest,
+            last_digest=digests[0],
+            all_digest=digests[1],
             members=self.members.count,
         )
         write_atomically(self.partial / STATE, json.dumps(dataclasses.asdict(state)))

@@ -18,6 +18,7 @@ CONTROL = "control characters in a caption, replaced"
 SEVERAL = "several captions, the first one that is not empty taken"
 OUTSIDE = "caption file is a link out of the folder, not read"
 TOO_LARGE = "caption file larger than 1 MB, not read"
+NO_FILE = "called like a caption file, but no file, not read"
 NOT_READ = "caption file that cannot be read"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -87,7 +88,7 @@ def read_sidecar(text: Path, root: Path, name: str) -> Caption:
     """
     try:
         if not text.is_file():
-            return Caption()
+            return Caption(notes=(Note(NO_FILE, name),))
         if text.is_symlink() and not _within(text, root, text.parent):
             return Caption(notes=(Note(OUTSIDE, name),))
         with open(text, "rb") as file:

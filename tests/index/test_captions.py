@@ -1,16 +1,19 @@
 """Captions as people's files hold them: bad text is replaced, counted and named; nothing foreign is read."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from amg.index import Index, IndexBuildError
+from amg.index.listing import BESIDE
 from amg.index.text import (
     CONTROL,
     HALF_PAIR,
     MOST_BYTES,
+    NO_FILE,
     NOT_READ,
     NOT_UTF8,
     OUTSIDE,
@@ -271,7 +274,8 @@ def test_sidecars_are_read_only_within_the_folder(tmp_path, folder):
     (folder / "b" / "5.txt").symlink_to(folder / "b" / "nothing")
     index = build(folder, path=tmp_path / "i")
     assert index.captions == ["picture 0", None, "picture 2", "picture 0", "picture 4", None]
-    assert index.manifest.notes == {OUTSIDE: 1} and index.manifest.examples[OUTSIDE] == ["a/1.txt"]
+    assert index.manifest.notes == {OUTSIDE: 1, NO_FILE: 1}
+    assert index.manifest.examples[OUTSIDE] == ["a/1.txt"] and index.manifest.examples[NO_FILE] == ["b/5.txt"]
 
 
 def test_sidecars_in_a_linked_class_folder(tmp_path, folder):
@@ -308,3 +312,30 @@ def test_make_caption_by_itself():
     assert make_caption(b"\xff\xfea\0b\0", "w").text == "ab"
     with pytest.raises(IndexBuildError, match=r"w must be a str or None .*, got float"):
         make_caption(["a", 1.5], "w")
+
+
+def test_sidecars_by_the_whole_name_and_in_capitals(tmp_path, folder):
+    for file in folder.rglob("*.txt"):
+        file.unlink()
+    (folder / "a" / "0.png.txt").write_text("whole name")
+    (folder / "a" / "1.TXT").write_text("capitals")
+    (folder / "a" / "2.png.txt").write_text("more exact")
+    (folder / "a" / "2.txt").write_text("less exact")
+    (folder / "b" / "3.PNG.txt").write_text("of another name")
+    (folder / "b" / "4.TXT").write_text("capitals")
+    (folder / "b" / "4.txt").write_text("usual")
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions == ["whole name", "capitals", "more exact", None, "usual", None]
+    assert index.manifest.passed_over == {BESIDE: 4, "text or tables": 3}
+    assert index.manifest.examples["text or tables"] == ["a/2.txt", "b/3.PNG.txt", "b/4.TXT"]
+
+
+def test_a_sidecar_that_is_no_file_is_counted(tmp_path, folder):
+    (folder / "a" / "1.txt").mkdir()
+    (folder / "b" / "3.TXT").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "b" / "5.png.txt")
+    (folder / "b" / "x.txt").mkdir()
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions == ["picture 0", None, "picture 2", None, "picture 4", None]
+    assert index.manifest.notes == {NO_FILE: 3}
+    assert index.manifest.examples[NO_FILE] == ["a/1.txt", "b/3.TXT", "b/5.png.txt"]
