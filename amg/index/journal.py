@@ -33,6 +33,7 @@ from amg.index.store import (
     DTYPES,
     GUARD,
     ROWS_FILE,
+    TEMPORARY,
     append,
     import_parquet,
     map_file,
@@ -200,6 +201,8 @@ class Journal:
     def clear(self) -> None:
         """Remove everything that is not part of the finished index; the state first."""
         (self.partial / STATE).unlink(missing_ok=True)
+        for temporary in self.partial.glob(TEMPORARY + "*"):
+            temporary.unlink()
         self.sketch_path.unlink(missing_ok=True)
         self.members.clear()
         shutil.rmtree(self.partial / SHARDS)

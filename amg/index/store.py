@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ FORMAT = "amg-index"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 META = "meta.parquet"
+TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random ending
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
 SKETCH_BYTES = 4096  # of one picture in the guard
@@ -192,13 +194,18 @@ def partial_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write, flush to disk, then rename over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write, flush to disk, then rename over `path`; nothing that lies there is written through a link."""
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def truncate(path: Path, size: int) -> None:

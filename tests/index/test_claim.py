@@ -11,6 +11,7 @@ import pytest
 
 from amg.index import Index, IndexBuildError
 from amg.index.claim import MARKER, claimed, empty, remove
+from amg.index.store import TEMPORARY, write_atomically
 
 pytest.importorskip("pyarrow")
 
@@ -169,3 +170,59 @@ def test_a_directory_that_is_not_held_is_never_emptied(somebodys):
         with contextlib.suppress(RuntimeError):
             act(somebodys)
         assert content(somebodys) == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_is_written_through_no_link(tmp_path, mask):
+    """Whatever lies beside it under a name that a temporary file might have."""
+    precious, target = tmp_path / "precious", tmp_path / "manifest.json"
+    precious.write_text("mine")
+    for name in ("manifest.json.tmp", "manifest.json~", ".manifest.json.tmp"):
+        (tmp_path / name).symlink_to(precious)
+    target.symlink_to(precious)
+    before = os.umask(mask)
+    try:
+        write_atomically(target, "ours")
+    finally:
+        os.umask(before)
+    assert precious.read_text() == "mine" and target.read_text() == "ours" and not target.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~mask
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_link_under_the_temporary_name_itself_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("mine")
+    monkeypatch.setattr("amg.index.store.secrets.token_hex", lambda size: "known")
+    (tmp_path / (TEMPORARY + "known")).symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "manifest.json", "ours")
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["half a pair \ud800", None])
+def test_a_failed_write_leaves_what_was_there(tmp_path, text):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises((UnicodeEncodeError, TypeError)):
+        write_atomically(tmp_path / "a.json", text)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_links_beside_the_files_of_a_build_are_not_written_through(tmp_path, pictures):
+    precious, partial = tmp_path / "precious", tmp_path / "X.amg.partial"
+    precious.write_text("mine")
+    partial.mkdir()
+    for name in (MARKER, "state.json", "manifest.json"):
+        (partial / f"{name}.tmp").symlink_to(precious)
+    with pytest.raises(IndexBuildError, match="nothing in it was touched"):
+        build(pictures, tmp_path / "X.amg")
+    (partial / MARKER).write_text(json.dumps({"format": "amg unfinished directory", "mode": 0o755}))
+    index = build(pictures, tmp_path / "X.amg")
+    assert precious.read_text() == "mine" and index.count == 80
+    assert not [file.name for file in index.path.iterdir() if file.is_symlink()]
+
+
+def test_what_a_killed_write_left_is_not_in_the_index(interrupted, pictures, tmp_path):
+    (interrupted / (TEMPORARY + "0123")).write_text("{")
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert not [file.name for file in index.path.iterdir() if file.name.startswith(".")]
