@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from amg.index.columns import check_caption_column, image_column, open_table, read_group
 from amg.index.decode import (
     RASTER_FORMATS,
     Picture,
@@ -23,7 +24,6 @@ from amg.index.decode import (
 from amg.index.errors import IndexBuildError
 from amg.index.listing import Found, Listing, list_folder
 from amg.index.notes import Tally
-from amg.index.store import import_parquet
 from amg.index.text import Caption, make_caption, plain_name, read_sidecar
 
 ACCEPTED = (
@@ -253,11 +253,11 @@ class ParquetSource:
         files = [folder / file.name for file in found]
         self.names, self.caption_column, self.background = found, caption_column, background
         self.passed_over = passed_over or Tally()
-        self.tables = [_open_table(file) for file in files]
-        self.columns = [_image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
+        self.tables = [open_table(file) for file in files]
+        self.columns = [image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
         for table, file, column in zip(self.tables, files, self.columns, strict=True):
             if caption_column is not None:
-                _check_caption_column(table, file, caption_column, column)
+                check_caption_column(table, file, caption_column, column)
         self.length: int | None = sum(table.metadata.num_rows for table in self.tables)
         if self.length == 0:
             raise IndexBuildError(f"`images` is empty: no rows in {', '.join(map(str, files))}")
@@ -274,7 +274,7 @@ class ParquetSource:
                 size = table.metadata.row_group(group).num_rows
                 if position + size > start:
                     skip = max(start - position, 0)
-                    for offset, record in _read_group(table, group, column, self.caption_column, skip):
+                    for offset, record in read_group(table, group, column, self.caption_column, skip):
                         where = f"{name}#{row + offset}"
                         yield self._image(position + offset, where, record[column], record)
                 position, row = position + size, row + size
@@ -294,93 +294,3 @@ def _decode_cell(content: bytes | None, name: str, background: str | None) -> Pi
     if not content:
         raise UnreadableImage("no image bytes in this row")
     return decode_image(content, name, background)
-
-
-def _open_table(file: Path) -> Any:
-    parquet = import_parquet()
-    try:
-        return parquet.ParquetFile(file)
-    except Exception as error:  # pyarrow raises many types on damaged files
-        raise IndexBuildError(f"`images`: {file} cannot be read as Parquet ({error})") from error
-
-
-def _image_column(table: Any, file: Path) -> str:
-    import pyarrow
-
-    def holds_bytes(kind: Any) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-    found = [field.name for field in table.schema_arrow if holds_bytes(field.type)]
-    named = [
-        name for name in found if name.lower() in ("image", "img", "images", "png", "jpg", "jpeg", "webp")
-    ]
-    choice = named if len(named) == 1 else found
-    if len(choice) != 1:
-        fault = "several image columns" if found else "no image column"
-        raise IndexBuildError(
-            f"`images`: {file} has {fault} among {table.schema_arrow.names}; "
-            "one struct {bytes, path} or binary column is expected"
-        )
-    return choice[0]
-
-
-def _read_group(
-    table: Any, group: int, column: str, caption_column: str | None, skip: int
-) -> Iterator[tuple[int, dict]]:
-    import pyarrow
-
-    columns = [column] if caption_column is None else [column, caption_column]
-    offset = 0
-    for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-        first = min(max(skip - offset, 0), batch.num_rows)
-        fields = [(field.name, _without_text(field.type)) for field in batch.schema]
-        rest = batch.slice(first).cast(pyarrow.schema(fields))
-        yield from enumerate(rest.to_pylist(), start=offset + first)
-        offset += batch.num_rows
-
-
-def _check_caption_column(table: Any, file: Path, column: str, image_column: str) -> None:
-    """Text, integers, or lists of text. Raises IndexBuildError naming the column's type."""
-    import pyarrow
-
-    schema, types = table.schema_arrow, pyarrow.types
-    if column not in schema.names:
-        raise IndexBuildError(f"`captions` names column {column!r}; {file} has {schema.names}")
-    kind = schema.field(column).type
-    inner = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
-    if column == image_column:
-        raise IndexBuildError(f"`captions` names column {column!r}, which holds the images of {file}")
-    if not (_is_text(inner) or types.is_null(inner) or (inner == kind and types.is_integer(kind))):
-        raise IndexBuildError(
-            f"`captions` names column {column!r}, which must hold text, integers or lists of text; "
-            f"in {file} it holds {kind}"
-        )
-
-
-def _is_list(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return text or types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _without_text(kind: Any) -> Any:
-    """A column type with bytes for text: pyarrow stops at a whole batch for one string that is not UTF-8."""
-    import pyarrow
-
-    types = pyarrow.types
-    if types.is_dictionary(kind):
-        return _without_text(kind.value_type)
-    if _is_list(kind):
-        return pyarrow.large_list(_without_text(kind.value_type))
-    if types.is_struct(kind):
-        return pyarrow.struct([(field.name, _without_text(field.type)) for field in kind])
-    return pyarrow.large_binary() if _is_text(kind) else kind

@@ -183,7 +183,7 @@ def test_caption_columns_of_every_sensible_type(tmp_path, pictures, kind):
 )
 def test_other_caption_columns_are_refused_by_name_before_reading(tmp_path, pictures, values, monkeypatch):
     table = parquet(tmp_path / "t.parquet", pictures[:2], pyarrow.array(values))
-    monkeypatch.setattr("amg.index.images._read_group", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("amg.index.images.read_group", lambda *_: pytest.fail("read"))
     refuse(tmp_path, r"column 'text'.*text, integers or lists of text.*t\.parquet it holds", table, "text")
     refuse(tmp_path, "column 'image', which holds the images", table, "image")
 
