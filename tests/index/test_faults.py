@@ -16,6 +16,7 @@ from amg.index import (
     IndexNotFound,
     IndexVersionError,
 )
+from amg.index.store import _digest_of
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -259,6 +260,79 @@ def test_newer_and_damaged_manifests(index):
     file.unlink()
     with pytest.raises(IndexNotFound, match="is not an index"):
         Index.open(index.path)
+
+
+def signed_anew(index: Index, **changes) -> None:
+    """Change fields of the manifest and give it the sha256 it then has."""
+    file = index.path / "manifest.json"
+    record = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({**record, "sha256": _digest_of(record)}))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"format": "amg-index", "x": ' + "[" * 9999]
+)
+def test_a_deeply_nested_manifest_is_refused(index, content):
+    (index.path / "manifest.json").write_text(content)
+    with pytest.raises(IndexCorrupt, match=r"manifest\.json is not valid JSON"):
+        Index.open(index.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("files", value) for value in ([], None, "x", {"rows.f16": []}, {"rows.f16": None})),
+        ("files", {"rows.f16": {"size": 1.5, "sha256": ""}}),
+        ("files", {"rows.f16": {"size": True, "sha256": ""}}),
+        ("files", {"../rows.f16": {"size": 1, "sha256": ""}}),
+        *(("passed_over", value) for value in ([1], None, {"a": "b"}, {"a": None}, {"a": -1}, 5)),
+        *(("notes", value) for value in (None, [], {"a": 1.5}, "x")),
+        *(("examples", value) for value in (None, [], {"a": "b"}, {"a": [1]}, {"a": None})),
+        *(("count", value) for value in ("60", 80.0, None, True, -80, 0, [80])),
+        *(("images", value) for value in ("60", 80.0, None, -1)),
+        *(("dimension", value) for value in (24.0, "24", None, -24, 0, True)),
+        *(("near_duplicate", value) for value in ("x", [], True, float("nan"), float("inf"))),
+        *(("version", value) for value in (True, 1.0, "1", None, [])),
+        *(("skipped", value) for value in (None, {}, [1], [{}], [{"position": "0", "id": "", "reason": ""}])),
+        ("skipped", [{"position": 0, "id": "", "reason": "", "more": 1}]),
+        *(("image_size", value) for value in (5, [8], [8, 8, 8], ["8", "8"], [8.0, 8.0], [0, 8], "88")),
+        *(("embedder", value) for value in ("toy", [], {}, {"name": 1, "sha256": "", "preprocessing": ""})),
+        *(("metric", value) for value in ("l2", None, ["cosine"], {})),
+        *(("dtype", value) for value in ("int8", "uint8", None, [])),
+        *(("preprocessing", value) for value in (None, 1, [])),
+        *(("guard", value) for value in (1, [], True)),
+        *(("background", value) for value in (1, "no colour", [])),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name_though_signed(index, field, value):
+    signed_anew(index, **{field: value})
+    with pytest.raises(IndexCorrupt, match=r"manifest\.json") as refused:
+        Index.open(index.path)
+    assert f"`{field}" in str(refused.value)
+
+
+def test_a_count_that_no_file_holds_is_refused(index):
+    signed_anew(index, count=10**400)
+    with pytest.raises(IndexCorrupt, match=r"rows\.f16 has \d+ bytes, 10{400} rows of 24"):
+        Index.open(index.path)
+
+
+def test_a_missing_field_is_refused_by_name(index):
+    file = index.path / "manifest.json"
+    whole = json.loads(file.read_text())
+    for field in ("metric", "dimension", "count", "images", "dtype", "files", "skipped", "version"):
+        record = {name: value for name, value in whole.items() if name != field}
+        file.write_text(json.dumps({**record, "sha256": _digest_of(record)}))
+        with pytest.raises(IndexCorrupt, match=f"`{field}` (is missing|must be)"):
+            Index.open(index.path)
+
+
+def test_the_picture_size_of_a_pixel_index_is_that_of_its_rows(tmp_path, pictures):
+    index = build(pictures, path=tmp_path / "p")
+    for size in (None, [8, 9], [4, 4]):
+        signed_anew(index, image_size=size)
+        with pytest.raises(IndexCorrupt, match=r"`image_size` must be \[H, W\] with 3 H W = 192"):
+            Index.open(index.path)
 
 
 def test_every_flipped_byte_of_the_manifest_is_found(index):
