@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError, IndexStorageError
 from amg.index.finish import finish_index
 from amg.index.images import ImageSource, TrainingImage, open_source
-from amg.index.journal import Journal, State, check_identity, read_state
+from amg.index.journal import STATE, Journal, State, check_identity, read_state
 from amg.index.plan import BuildPlan
 from amg.index.shards import ShardReader, chain_digest, content_digest
 from amg.index.store import partial_path
@@ -86,6 +87,7 @@ def _run(
     """Shards from where the state stands to the end, then the finished files."""
     journal = None
     if state.shards:
+        _check_rows(state, plan, partial)
         journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
     with progress_bar(source.length, state.position, progress) as bar:
         reader = ShardReader(
@@ -103,6 +105,17 @@ def _run(
         raise IndexBuildError(f"`images`: none of the {journal.state.position} images could be read")
     plan.check_totals(captions, journal.state.position)
     finish_index(journal, plan, source.passed_over)
+
+
+def _check_rows(state: State, plan: BuildPlan, partial: Path) -> None:
+    """The rows of a resumed build must be as long as those to come. Raises IndexBuildError."""
+    size = plan.size if plan.embedder is not None else plan.size or state.image_size
+    length = plan.embedder.dimension if plan.embedder is not None else 3 * math.prod(size or (0,))
+    if state.image_size != size or state.dimension != length:
+        raise IndexBuildError(
+            f"{partial / STATE} has rows of {state.dimension} from images of {state.image_size}, this build "
+            f"makes rows of {length} from images of {size}: it has to start again"
+        )
 
 
 def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from amg.index.errors import IndexBuildError
+from amg.index.fields import read_fields
 from amg.index.fold import (
     FoldRule,
     HashTable,
@@ -77,11 +78,28 @@ class LogEntry:
 def read_state(partial: Path) -> State | None:
     """The state a killed build left, None if it left none that can be used."""
     try:
-        record = json.loads((partial / STATE).read_bytes())
-        size = record["image_size"]
-        return State(**{**record, "image_size": None if size is None else (size[0], size[1])})
-    except (OSError, ValueError, KeyError, TypeError):
+        state = read_fields(State, json.loads((partial / STATE).read_bytes()))
+    except (OSError, ValueError, RecursionError):
         return None
+    size = state.image_size
+    whole = (
+        state.shards and state.dimension and (size is None or min(size)) and state.members <= state.position
+    )
+    return state if whole and _logged(partial, state.shards) == (state.position, state.kept) else None
+
+
+def _logged(partial: Path, shards: int) -> tuple[int, int] | None:
+    """Images and rows in the logs of so many shards, None where one is missing or damaged."""
+    parquet, images, rows = import_parquet(), 0, 0
+    for shard in range(shards):
+        try:
+            log = parquet.read_metadata(_log_path(partial, shard))
+            at = log.schema.names.index("row")
+            last = [log.row_group(group).column(at).statistics.max for group in range(log.num_row_groups)]
+            images, rows = images + log.num_rows, max(rows, *(row + 1 for row in last))
+        except Exception:  # pyarrow raises many types on damaged files
+            return None
+    return images, rows
 
 
 def check_identity(state: State, identity: dict[str, Any], partial: Path) -> None:
@@ -99,7 +117,12 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
     """The log table of each shard, in order."""
     parquet = import_parquet()
     for shard in range(shards):
-        yield parquet.read_table(_log_path(partial, shard))
+        path = _log_path(partial, shard)
+        try:
+            log = parquet.read_table(path)
+        except Exception as error:  # pyarrow raises many types on damaged files
+            raise IndexBuildError(f"{path} is damaged ({error}): the build has to start again") from error
+        yield log
 
 
 def _log_path(partial: Path, shard: int) -> Path:
