@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -72,7 +73,17 @@ class Captions:
             if self.folder is not None:
                 names += [f"{top}/{image.source}" for top in (self.folder, os.path.abspath(self.folder))]
         table = self.tables[key]
-        return next((table[name] for name in names if name in table), None)
+        found = next((table[name] for name in names if name in table), None)
+        if found is not None or key not in ("file", NAME):
+            return found
+        plain = (self._plain_paths[key].get(os.path.normpath(name)) for name in names)
+        return next((table[name] for name in plain if name is not None), None)
+
+    @functools.cached_property
+    def _plain_paths(self) -> dict[str, dict[str, str]]:
+        """Of each table with paths, its keys by what they are without `.`, `..` and doubled slashes."""
+        tables = {key: table for key, table in self.tables.items() if key in ("file", NAME)}
+        return {key: {os.path.normpath(name): name for name in table} for key, table in tables.items()}
 
     def check_total(self, total: int) -> None:
         """As many captions as images. Raises IndexBuildError."""

@@ -95,6 +95,11 @@ def _mode(directory: Path) -> int | None:
     return mode if type(mode) is int and 0 <= mode <= 0o7777 else None
 
 
+def is_marked(directory: Path) -> bool:
+    """Whether a directory holds our marker: that of a build or an audit that is under way or was stopped."""
+    return _mode(directory) is not None
+
+
 def empty(directory: Path) -> None:
     """Remove everything but the marker from a directory that is held by `claimed`."""
     _require_ours(directory)

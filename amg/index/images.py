@@ -70,6 +70,8 @@ def open_source(
     dropped, as in an index whose manifest names none.
     """
     if isinstance(images, (str, os.PathLike)):
+        if not isinstance(os.fspath(images), str) or not os.fspath(images):
+            raise IndexBuildError(f"`images` must be {ACCEPTED}, got the path {images!r}")
         return _open_path(Path(images), caption_column, background)
     if caption_column is not None:
         raise IndexBuildError(
@@ -166,6 +168,9 @@ class TensorSource:
     identity_tells = False
 
     def __init__(self, images: torch.Tensor):
+        if images.layout != torch.strided or images.is_meta:
+            kind = "the meta device" if images.is_meta else images.layout
+            raise IndexBuildError(f"`images` must be a dense tensor with values, got one of {kind}")
         if (
             images.ndim != 4
             or images.shape[1] != 3

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from amg.index.claim import MARKER, is_marked
 from amg.index.decode import IMAGE_SUFFIXES
-from amg.index.errors import IndexBuildError
+from amg.index.errors import IndexBuildError, IndexFault
 from amg.index.notes import Tally
+from amg.index.store import MANIFEST, read_manifest
 
 HIDDEN, BESIDE = "hidden, or the system's own", "captions beside a picture"
 SEEN, SPECIAL = "links to a folder that was visited already", "neither a file nor a folder"
 VECTOR, NO_PICTURE = "vector graphics or documents", "no picture"
+OWN = "an index of amg's own"
 DANGLING, REMEDY = "a link to nothing", "convert it to PNG, TIFF or JPEG"
 # suffixes of pictures that viewers show and RASTER_FORMATS lacks: skipped by name, never passed over
 UNREAD = (
@@ -107,9 +111,14 @@ class _Walk:
             except OSError as error:
                 self._unlisted(name, error)
                 continue
+            own = _names_of_ours(Path(real), {entry.name for entry in entries}) if name else set()
+            if own:
+                self.passed_over.add(OWN, name)
             below = []
             for entry in entries:
                 child = f"{name}/{entry.name}" if name else entry.name
+                if entry.name in own:
+                    continue
                 if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                     self.passed_over.add(HIDDEN, child)
                     continue
@@ -183,6 +192,16 @@ class _Walk:
         for text in self.texts:
             self.passed_over.add(BESIDE if text.name in used else KIND_OF[".txt"], text.name)
         return captions
+
+
+def _names_of_ours(directory: Path, names: set[str]) -> set[str]:
+    """What in a directory belongs to an index of ours, finished or not; anything else there is looked at."""
+    if MARKER in names and is_marked(directory):
+        return names
+    if MANIFEST in names:
+        with suppress(IndexFault):
+            return {MANIFEST, *read_manifest(directory).files}
+    return set()
 
 
 def _is_lower(name: str) -> bool:

@@ -339,3 +339,30 @@ def test_a_sidecar_that_is_no_file_is_counted(tmp_path, folder):
     assert index.captions == ["picture 0", None, "picture 2", None, "picture 4", None]
     assert index.manifest.notes == {NO_FILE: 3}
     assert index.manifest.examples[NO_FILE] == ["a/1.txt", "b/3.TXT", "b/5.png.txt"]
+
+
+@pytest.mark.parametrize("form", ["./{}", ".//{}", "x/../{}", "{top}/./{}", "{absolute}/a/../{}"])
+@pytest.mark.parametrize("kind", ["dict", "json", "jsonl"])
+def test_paths_are_matched_however_they_are_written(tmp_path, folder, monkeypatch, kind, form):
+    monkeypatch.chdir(tmp_path)
+    names = [form.format(name, top=folder.name, absolute=folder) for name in NAMES]
+    given: object = dict(zip(names, LISTED, strict=True))
+    if kind == "json":
+        Path("c.json").write_text(json.dumps(given))
+        given = "c.json"
+    elif kind == "jsonl":
+        records = [{"file": name, "caption": text} for name, text in zip(names, LISTED, strict=True)]
+        given = str(lines(Path("c.jsonl"), *records))
+    assert build(folder.name, given, tmp_path / "i").captions == LISTED
+
+
+def test_a_path_that_is_written_as_it_is_comes_first(tmp_path, folder):
+    captions = dict(zip(NAMES, LISTED, strict=True))
+    refuse(tmp_path, "7 captions for 6 images", folder, captions | {"./a/0.png": "another"})
+
+
+def test_ids_are_not_taken_for_paths(tmp_path, pictures):
+    ids = ["a//b", "a/b", "./a"]
+    captions = {"a/b": "one", "a//b": "two", "./a": "three"}
+    index = build(pictures[:3], captions, tmp_path / "i", ids=ids)
+    assert index.captions == ["two", "one", "three"]

@@ -1,9 +1,11 @@
 """Bad input and damaged files: a clear error each, nothing half-written, nothing believed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -419,3 +421,68 @@ def test_few_pixel_rows_warn(tmp_path, pictures):
 def test_a_moved_index_still_opens(index, tmp_path):
     shutil.move(index.path, tmp_path / "elsewhere")
     assert Index.open(tmp_path / "elsewhere", verify=True).count == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"batch_size": value}, "`batch_size` must be an int in")
+            for value in ("64", 2.5, True, None, -1, [8])
+        ),
+        ({"batch_size": torch.tensor([8, 8])}, "`batch_size` must be an int in"),
+        *(
+            ({"size": value}, "`size` must be")
+            for value in (True, 8.0, 10**9, "8", "88", (8, 10**9), (8, True))
+        ),
+        *(({"size": value}, "`size` must be") for value in ((8.0, 8), [8], {8, 9}, {8: 8}, (8, None), b"88")),
+        *(({"near_duplicate": value}, "`near_duplicate` must be") for value in ("yes", None, [], 2, 1j)),
+        *(({"near_duplicate": value}, "`near_duplicate` must be") for value in (float("nan"), "0.5")),
+        ({"ids": (str(at) for at in range(80))}, "`ids` must be .* got generator"),
+        ({"ids": {str(at) for at in range(80)}}, "`ids` must be .* got set"),
+        ({"ids": {str(at): 1 for at in range(80)}}, "`ids` must be .* got dict"),
+        ({"ids": "a" * 80}, "`ids` must be .* got str"),
+        ({"ids": b"a" * 80}, "`ids` must be .* got bytes"),
+        ({"ids": numpy.array([["a", "b"]] * 40)}, "`ids` must be .* got ndarray"),
+        ({"ids": numpy.arange(80)}, "`ids` must be distinct strings, got .*0.* at 0"),
+        ({"ids": ["a", "b"] * 40}, "`ids` must be distinct strings, got 'a' 40 times"),
+        ({"ids": ["a"]}, "1 ids for 80 images"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(tmp_path, pictures, options, message):
+    refuse_build(tmp_path, message, pictures, **options)
+
+
+def test_numbers_and_ids_of_numpy_are_taken(tmp_path, pictures):
+    index = build(
+        pictures,
+        path=tmp_path / "i",
+        ids=numpy.array([f"p{at}" for at in range(80)]),
+        size=(numpy.int64(4), numpy.int32(6)),
+        batch_size=numpy.int64(16),
+        near_duplicate=numpy.float32(0.0),
+    )
+    assert index.ids[7] == "p7" and type(index.ids[7]) is str
+    assert index.image_size == (4, 6) and index.manifest.near_duplicate == 0
+    assert build(pictures, path=tmp_path / "j", size=numpy.int64(4)).image_size == (4, 4)
+    assert build(pictures, path=tmp_path / "k", size=[4, 5]).image_size == (4, 5)
+
+
+@pytest.mark.parametrize("path", [None, b"i", "", 5, "a\0b", ["i"]])
+def test_a_path_of_another_kind_is_refused(tmp_path, pictures, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IndexBuildError, match="`path` must be a str or path"):
+        build(pictures, path=path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("images", ["", b"images"])
+def test_images_at_no_path_are_refused(tmp_path, folder, images, monkeypatch):
+    monkeypatch.chdir(folder)
+    refuse_build(tmp_path, "`images` must be .* got ", images)
+
+
+def test_tensors_without_values_are_refused(tmp_path, pictures):
+    refuse_build(tmp_path, "`images` must be a dense tensor .* meta device", pictures.to("meta"))
+    refuse_build(tmp_path, r"`images` must be a dense tensor .* torch\.sparse_coo", pictures.to_sparse())
+    refuse_build(tmp_path, "`images` must be uint8 .*complex64", pictures.to(torch.complex64))

@@ -13,7 +13,7 @@ import torch
 
 from amg.index import Index, IndexBuildError
 from amg.index.decode import FRAME_FILES, FRAMES, HIGH_BYTES, RASTER_FORMATS, RUNS_PROGRAMS, open_picture
-from amg.index.listing import BESIDE, HIDDEN, SEEN, SPECIAL, VECTOR, list_folder
+from amg.index.listing import BESIDE, HIDDEN, OWN, SEEN, SPECIAL, VECTOR, list_folder
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -635,3 +635,43 @@ def test_a_column_of_lists_is_no_image_column_and_its_type_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "t.parquet")
     with pytest.raises(IndexBuildError, match=r"no image column among image: list<element: uint8>"):
         build(tmp_path / "t.parquet", path=tmp_path / "i")
+
+
+def test_an_index_within_its_own_folder_is_passed_over(tmp_path, folder, pictures):
+    for name in ("i.amg", "b/other"):
+        index = build(folder, path=folder / name)
+        assert index.ids == ["a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"]
+    save(pictures[9], folder / "i.amg" / "mine.png")  # not of the index
+    index = build(folder, path=tmp_path / "j")
+    assert index.ids[-1] == "i.amg/mine.png" and index.count == 7
+    assert index.manifest.passed_over == {BESIDE: 3, OWN: 2}
+    assert index.manifest.examples[OWN] == ["b/other", "i.amg"]
+
+
+def test_an_unfinished_index_within_its_own_folder_is_passed_over_and_resumes(
+    tmp_path, folder, pictures, monkeypatch
+):
+    import amg.index.journal as journal
+
+    with monkeypatch.context() as patch:
+        patch.setattr("amg.index.plan.SHARD_IMAGES", 2)
+        commit = journal.Journal.commit
+
+        def stopping(self, *arguments):
+            commit(self, *arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(journal.Journal, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, path=folder / "i.amg", batch_size=2)
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 2)
+    assert (folder / "i.amg.partial" / "shards" / "0000000.parquet").is_file()
+    assert build(folder, path=tmp_path / "j", batch_size=2).manifest.passed_over == {BESIDE: 3, OWN: 1}
+    index = build(folder, path=folder / "i.amg", batch_size=2)
+    assert index.count == 6 and not (folder / "i.amg.partial").exists()
+
+
+def test_a_folder_that_only_is_called_like_an_index_is_indexed(tmp_path, folder, pictures):
+    save(pictures[9], folder / "holidays.amg" / "cat.png")
+    (folder / "holidays.amg" / "manifest.json").write_text('{"format": "amg-index"}')
+    assert "holidays.amg/cat.png" in build(folder, path=tmp_path / "i").ids
