@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +15,7 @@ from typing import Any
 from amg.index.errors import IndexBuildError
 from amg.index.images import ImageSource, TrainingImage
 from amg.index.notes import Note
-from amg.index.text import NOT_UTF8, Caption, decode_text, make_caption
+from amg.index.text import NOT_UTF8, Caption, decode_text, encoding_of, make_caption
 
 NAME = "file or id"  # the key of a dict
 KEYS = {"file": str, "id": str, "index": int}  # of a JSONL line; the first that fits the images is taken
@@ -191,10 +190,10 @@ def _read_lines(path: Path, folder: str | None) -> Captions:
 def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Lines that are not blank, by number; False where bytes that mean nothing may have been replaced."""
     with open(path, "rb") as file:
-        start = file.read(2)
-    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        encoding = encoding_of(file.read(1 << 12))
     with open(path, encoding=encoding, errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix("\ufeff") if number == 1 else line
             if line.strip():
                 yield number, line, "\ufffd" not in line
 

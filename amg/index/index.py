@@ -111,7 +111,7 @@ class Index:
         frames, 16 bits, bad caption bytes) is counted in the manifest: passed_over, skipped, notes.
         captions: a list as long as images, a dict {path or id: caption}, a .json file of one, a JSONL path
         ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), a
-        Parquet column name, or None (name.txt beside name.png, if there). Of a list of captions for one
+        Parquet column name, or None (name.png.txt or name.txt beside name.png). Of a list of captions for one
         image (or a Parquet column of lists) the first that is not empty is taken.
         embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.

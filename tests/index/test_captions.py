@@ -366,3 +366,64 @@ def test_ids_are_not_taken_for_paths(tmp_path, pictures):
     captions = {"a/b": "one", "a//b": "two", "./a": "three"}
     index = build(pictures[:3], captions, tmp_path / "i", ids=ids)
     assert index.captions == ["two", "one", "three"]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a dog",
+        "ein Käfer läuft über Gras, 5 €",
+        "собака на траве",
+        "lines\nof\na\npoem\n",
+        "two\nlines\n",
+        "x",
+        "a \U0001f600 face",
+    ],
+)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_unmistakable_encodings_are_read(tmp_path, folder, encoding, text):
+    (folder / "a" / "0.txt").write_bytes(text.encode(encoding))
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions[0] == text.strip() and index.manifest.notes == {}
+
+
+@pytest.mark.parametrize("bom", [b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"\xff\xfe", b"\xfe\xff", b""])
+def test_a_bom_alone_is_no_caption(tmp_path, folder, bom):
+    (folder / "a" / "0.txt").write_bytes(bom)
+    assert build(folder, path=tmp_path / "i").captions[0] is None
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_caption_files_in_unmistakable_encodings_are_read(tmp_path, folder, encoding):
+    records = [{"file": name, "caption": f"ein Käfer {at}"} for at, name in enumerate(NAMES)]
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(encoding)
+    )
+    wanted = [record["caption"] for record in records]
+    assert build(folder, path, tmp_path / "i").captions == wanted
+    given = json.dumps(dict(zip(NAMES, wanted, strict=True)), ensure_ascii=False)
+    (tmp_path / "c.json").write_bytes(given.encode(encoding))
+    assert build(folder, tmp_path / "c.json", tmp_path / "j").captions == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "note"),
+    [
+        ("a dog\0".encode("utf-16-le") + b"x", None, True),  # half a pair is left over
+        ("a dog".encode("utf-32-le") + b"x", None, True),
+        (b"\xff\xfe\0\0" + b"\xff\xff\xff\xff", "\ufffd", True),
+        (b"a\nb\nc\nd\n", "a\nb\nc\nd", False),
+        (b"a\0dog", "a dog", False),  # zero bytes in UTF-8 are control characters
+        ("犬が走る".encode("utf-16-le"), None, True),  # nothing tells
+        ("犬が走る".encode(), "犬が走る", False),
+    ],
+)
+def test_what_no_encoding_tells_is_noted(tmp_path, folder, content, text, note):
+    (folder / "a" / "0.txt").write_bytes(content)
+    index = build(folder, path=tmp_path / "i")
+    assert (index.manifest.notes.get(NOT_UTF8) == 1) is note
+    assert text is None or index.captions[0] == text
