@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError, IndexStorageError
 from amg.index.finish import finish_index
 from amg.index.images import ImageSource, TrainingImage, open_source
-from amg.index.journal import Journal, State, check_identity, read_state
+from amg.index.journal import STATE, Journal, State, check_identity, read_state
 from amg.index.plan import BuildPlan
-from amg.index.shards import ShardReader, content_digest
+from amg.index.shards import ShardReader, chain_digest, content_digest
 from amg.index.store import partial_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -85,14 +87,18 @@ def _run(
     """Shards from where the state stands to the end, then the finished files."""
     journal = None
     if state.shards:
+        _check_rows(state, plan, partial)
         journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
     with progress_bar(source.length, state.position, progress) as bar:
-        reader = ShardReader(_resume_stream(source, state), captions, plan, state.image_size, bar)
+        reader = ShardReader(
+            _resume_stream(source, state), captions, plan, state.image_size, bar, state.all_digest
+        )
         while shard := reader.read():
             if journal is None:
                 state = dataclasses.replace(state, dimension=reader.dimension(), image_size=reader.image_size)
                 journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
-            journal.commit(shard.rows, shard.guard, shard.entries, shard.last_digest)
+            digests = (shard.last_digest, shard.all_digest)
+            journal.commit(shard.rows, shard.guard, shard.entries, digests)
     if journal is None:
         raise IndexBuildError("`images` is empty")
     if journal.state.kept == 0:
@@ -101,21 +107,40 @@ def _run(
     finish_index(journal, plan, source.passed_over)
 
 
+def _check_rows(state: State, plan: BuildPlan, partial: Path) -> None:
+    """The rows of a resumed build must be as long as those to come. Raises IndexBuildError."""
+    size = plan.size if plan.embedder is not None else plan.size or state.image_size
+    length = plan.embedder.dimension if plan.embedder is not None else 3 * math.prod(size or (0,))
+    if state.image_size != size or state.dimension != length:
+        raise IndexBuildError(
+            f"{partial / STATE} has rows of {state.dimension} from images of {state.image_size}, this build "
+            f"makes rows of {length} from images of {size}: it has to start again"
+        )
+
+
 def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
-    """Images from the state's position on, after checking that the one before it is still the same."""
+    """Images from the state's position on, after checking that those before it are still the same.
+
+    Where the source's identity tells of changes, the last of them is enough; else every one is loaded again.
+    """
     if state.position == 0:
         return source.read(0)
-    stream = source.read(state.position - 1)
-    last = next(stream, None)
-    digest = "missing"
-    if last is not None:
+    stream = source.read(state.position - 1 if source.identity_tells else 0)
+    seen, digest, last = "", "", None
+    for last in islice(stream, 1 if source.identity_tells else state.position):
         try:
             digest = content_digest(last.load().pixels)
         except UnreadableImage as error:
             digest = content_digest(str(error))
-    if digest != state.last_digest:
+        seen = chain_digest(seen, digest)
+    whole = last is not None and last.position == state.position - 1
+    found, known = (digest, state.last_digest) if source.identity_tells else (seen, state.all_digest)
+    if not whole or found != known:
+        which = (
+            f"image {state.position - 1}" if source.identity_tells else f"one of the first {state.position}"
+        )
         raise IndexBuildError(
-            f"`images` changed since the build was interrupted (image {state.position - 1} differs): "
+            f"`images` changed since the build was interrupted ({which} differs): "
             "pass resume=False (--no-resume) to start again"
         )
     return stream

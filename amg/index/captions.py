@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any
 from amg.index.errors import IndexBuildError
 from amg.index.images import ImageSource, TrainingImage
 from amg.index.notes import Note
-from amg.index.text import NOT_UTF8, Caption, decode_text, make_caption
+from amg.index.text import NOT_UTF8, Caption, decode_text, encoding_of, make_caption
 
 NAME = "file or id"  # the key of a dict
 KEYS = {"file": str, "id": str, "index": int}  # of a JSONL line; the first that fits the images is taken
@@ -72,7 +72,17 @@ class Captions:
             if self.folder is not None:
                 names += [f"{top}/{image.source}" for top in (self.folder, os.path.abspath(self.folder))]
         table = self.tables[key]
-        return next((table[name] for name in names if name in table), None)
+        found = next((table[name] for name in names if name in table), None)
+        if found is not None or key not in ("file", NAME):
+            return found
+        plain = (self._plain_paths[key].get(os.path.normpath(name)) for name in names)
+        return next((table[name] for name in plain if name is not None), None)
+
+    @functools.cached_property
+    def _plain_paths(self) -> dict[str, dict[str, str]]:
+        """Of each table with paths, its keys by what they are without `.`, `..` and doubled slashes."""
+        tables = {key: table for key, table in self.tables.items() if key in ("file", NAME)}
+        return {key: {os.path.normpath(name): name for name in table} for key, table in tables.items()}
 
     def check_total(self, total: int) -> None:
         """As many captions as images. Raises IndexBuildError."""
@@ -180,10 +190,10 @@ def _read_lines(path: Path, folder: str | None) -> Captions:
 def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Lines that are not blank, by number; False where bytes that mean nothing may have been replaced."""
     with open(path, "rb") as file:
-        start = file.read(2)
-    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        encoding = encoding_of(file.read(1 << 12))
     with open(path, encoding=encoding, errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
+            line = line.removeprefix("\ufeff") if number == 1 else line
             if line.strip():
                 yield number, line, "\ufffd" not in line
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from amg.index.store import write_atomically
+from amg.index.store import TEMPORARY, write_atomically
 
 MARKER = ".amg-unfinished.json"
 FORMAT = "amg unfinished directory"
@@ -88,9 +89,15 @@ def _mode(directory: Path) -> int | None:
     path = directory / MARKER
     try:
         record = json.loads(path.read_bytes())
-        return int(record["mode"]) if record["format"] == FORMAT and not path.is_symlink() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        mode = record["mode"] if record["format"] == FORMAT and not path.is_symlink() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return mode if type(mode) is int and 0 <= mode <= 0o7777 else None
+
+
+def is_marked(directory: Path) -> bool:
+    """Whether a directory holds our marker: that of a build or an audit that is under way or was stopped."""
+    return _mode(directory) is not None
 
 
 def empty(directory: Path) -> None:
@@ -112,10 +119,25 @@ def remove(directory: Path) -> None:
 
 
 def publish(directory: Path, path: Path) -> None:
-    """Give a directory that is held by `claimed` its final name and mode, and take the marker away."""
-    os.chmod(directory, _require_ours(directory))
+    """Give a directory that is held by `claimed` its final name and mode, and take the marker away.
+
+    The mode has the bits of access that the marker tells and a new directory would have, and no others.
+    """
+    access = _require_ours(directory) & _usual_access(directory)
+    own = stat.S_IMODE(directory.stat().st_mode)
+    os.chmod(directory, (own & (stat.S_ISGID | stat.S_ISVTX)) | access)
     os.rename(directory, path)
     (path / MARKER).unlink()
+
+
+def _usual_access(directory: Path) -> int:
+    """What the umask leaves of 0777, seen at a new directory: to read the umask is to change it."""
+    probe = directory / f"{TEMPORARY}{secrets.token_hex(8)}"
+    probe.mkdir()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode) & 0o777
+    finally:
+        probe.rmdir()
 
 
 def _require_ours(directory: Path) -> int:

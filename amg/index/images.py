@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from amg.index.columns import check_caption_column, image_column, open_table, read_group
 from amg.index.decode import (
-    IMAGE_SUFFIXES,
     RASTER_FORMATS,
     Picture,
     UnreadableImage,
@@ -24,7 +24,6 @@ from amg.index.decode import (
 from amg.index.errors import IndexBuildError
 from amg.index.listing import Found, Listing, list_folder
 from amg.index.notes import Tally
-from amg.index.store import import_parquet
 from amg.index.text import Caption, make_caption, plain_name, read_sidecar
 
 ACCEPTED = (
@@ -47,12 +46,14 @@ class TrainingImage:
 class ImageSource(Protocol):
     """Images in a fixed order; length: None when only reading tells; identity: compared on resume.
 
-    passed_over: what lies among the images and is none, by reason. first(): the first image, not loaded, to
-    see what it is called; unlike read() it draws nothing from an iterator.
+    identity_tells: whether any change shows in it; else a resumed build compares every
+    image it has seen. passed_over: what lies among the images and is none, by reason. first(): the first
+    image, not loaded, to see what it is called; unlike read() it draws nothing from an iterator.
     """
 
     length: int | None
     identity: str
+    identity_tells: bool
     passed_over: Tally
 
     def first(self) -> TrainingImage | None: ...
@@ -69,6 +70,8 @@ def open_source(
     dropped, as in an index whose manifest names none.
     """
     if isinstance(images, (str, os.PathLike)):
+        if not isinstance(os.fspath(images), str) or not os.fspath(images):
+            raise IndexBuildError(f"`images` must be {ACCEPTED}, got the path {images!r}")
         return _open_path(Path(images), caption_column, background)
     if caption_column is not None:
         raise IndexBuildError(
@@ -85,12 +88,13 @@ def _open_path(path: Path, caption_column: str | None, background: str | None) -
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise IndexBuildError(f"`images` must be {ACCEPTED}, got the file {path}")
-        alone = [Found(path.name, path.stat().st_size)]
+        info = path.stat()
+        alone = [Found(path.name, info.st_size, None, info.st_mtime_ns)]
         return ParquetSource(path.parent, alone, caption_column, background)
     if not path.is_dir():
         raise IndexBuildError(f"`images` is a path that does not exist: {path}")
     listing = list_folder(path)
-    pictures, tables, passed_over = listing
+    pictures, tables, passed_over, _ = listing
     if pictures and tables:
         raise IndexBuildError(
             f"`images` is ambiguous: {path} holds {len(pictures)} image files and {len(tables)} Parquet files"
@@ -111,14 +115,17 @@ def _open_path(path: Path, caption_column: str | None, background: str | None) -
 
 
 class FolderSource:
-    """Pictures under a folder, in path order; `name.txt` beside `name.png` is its caption."""
+    """Pictures under a folder, in path order; `name.png.txt` or `name.txt` is the caption of `name.png`."""
+
+    identity_tells = True
 
     def __init__(self, folder: Path, listing: Listing, background: str | None):
         self.folder, self.files, self.background = folder, listing.pictures, background
         self.length: int | None = len(self.files)
         self.passed_over = listing.passed_over
-        self.identity = _identity("folder", self.files)
-        self.texts = {file.name for file in self.files if file.name.endswith(".txt")}  # pictures all the same
+        self.captions = listing.captions
+        texts = (self.captions.get(file.name) for file in self.files)
+        self.identity = _identity("folder", self.files + [text for text in texts if text is not None])
 
     def first(self) -> TrainingImage:
         return self._image(0)
@@ -134,15 +141,14 @@ class FolderSource:
         return TrainingImage(position, name, name, self._caption(file.name), load)
 
     def _caption(self, name: str) -> Caption:
-        stem, suffix = os.path.splitext(name)
-        for text in (stem + ".txt",) if suffix.lower() in IMAGE_SUFFIXES else (name + ".txt", stem + ".txt"):
-            if text not in self.texts and os.path.lexists(self.folder / text):
-                return read_sidecar(self.folder / text, self.folder, plain_name(text))
-        return Caption()
+        text = self.captions.get(name)
+        if text is None:
+            return Caption()
+        return read_sidecar(self.folder / text.name, self.folder, plain_name(text.name))
 
 
 def _identity(kind: str, files: list[Found]) -> str:
-    listing = "\n".join(f"{file.name} {file.size}" for file in files)
+    listing = "\n".join(f"{file.name}\0{file.size} {file.written}" for file in files)
     return f"{kind} {hashlib.sha256(os.fsencode(listing)).hexdigest()}"
 
 
@@ -159,7 +165,12 @@ def _decode_file(file: Path, fault: str | None, background: str | None) -> Pictu
 class TensorSource:
     """A uint8 or float tensor [N, 3, H, W]."""
 
+    identity_tells = False
+
     def __init__(self, images: torch.Tensor):
+        if images.layout != torch.strided or images.is_meta:
+            kind = "the meta device" if images.is_meta else images.layout
+            raise IndexBuildError(f"`images` must be a dense tensor with values, got one of {kind}")
         if (
             images.ndim != 4
             or images.shape[1] != 3
@@ -173,7 +184,7 @@ class TensorSource:
             raise IndexBuildError(f"`images` is empty: {list(images.shape)}")
         self.images = images.detach()
         self.length: int | None = len(images)
-        self.identity = f"tensor {list(images.shape)} {images.dtype}"
+        self.identity = f"tensor {list(images.shape)} {images.dtype}, every image compared"
         self.passed_over = Tally()
 
     def first(self) -> TrainingImage:
@@ -201,14 +212,16 @@ class TensorSource:
 
 
 class IterableSource:
-    """An iterable of PIL images; a resumed build draws and drops those it has already seen."""
+    """An iterable of PIL images; a resumed build draws and compares and drops those it has already seen."""
+
+    identity_tells = False
 
     def __init__(self, images: Iterable[Any], background: str | None):
         self.images, self.background = images, background
         self.length: int | None = len(images) if isinstance(images, Sized) else None
         if self.length == 0:
             raise IndexBuildError("`images` is empty")
-        self.identity = f"iterable {self.length}"
+        self.identity = f"iterable {self.length}, every image compared"
         self.passed_over = Tally()
 
     def first(self) -> TrainingImage:
@@ -232,6 +245,8 @@ class IterableSource:
 class ParquetSource:
     """Rows of Parquet files with encoded images: a struct column {bytes, path} or a binary column."""
 
+    identity_tells = True
+
     def __init__(
         self,
         folder: Path,
@@ -243,11 +258,11 @@ class ParquetSource:
         files = [folder / file.name for file in found]
         self.names, self.caption_column, self.background = found, caption_column, background
         self.passed_over = passed_over or Tally()
-        self.tables = [_open_table(file) for file in files]
-        self.columns = [_image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
+        self.tables = [open_table(file) for file in files]
+        self.columns = [image_column(table, file) for table, file in zip(self.tables, files, strict=True)]
         for table, file, column in zip(self.tables, files, self.columns, strict=True):
             if caption_column is not None:
-                _check_caption_column(table, file, caption_column, column)
+                check_caption_column(table, file, caption_column, column)
         self.length: int | None = sum(table.metadata.num_rows for table in self.tables)
         if self.length == 0:
             raise IndexBuildError(f"`images` is empty: no rows in {', '.join(map(str, files))}")
@@ -264,7 +279,7 @@ class ParquetSource:
                 size = table.metadata.row_group(group).num_rows
                 if position + size > start:
                     skip = max(start - position, 0)
-                    for offset, record in _read_group(table, group, column, self.caption_column, skip):
+                    for offset, record in read_group(table, group, column, self.caption_column, skip):
                         where = f"{name}#{row + offset}"
                         yield self._image(position + offset, where, record[column], record)
                 position, row = position + size, row + size
@@ -284,93 +299,3 @@ def _decode_cell(content: bytes | None, name: str, background: str | None) -> Pi
     if not content:
         raise UnreadableImage("no image bytes in this row")
     return decode_image(content, name, background)
-
-
-def _open_table(file: Path) -> Any:
-    parquet = import_parquet()
-    try:
-        return parquet.ParquetFile(file)
-    except Exception as error:  # pyarrow raises many types on damaged files
-        raise IndexBuildError(f"`images`: {file} cannot be read as Parquet ({error})") from error
-
-
-def _image_column(table: Any, file: Path) -> str:
-    import pyarrow
-
-    def holds_bytes(kind: Any) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-    found = [field.name for field in table.schema_arrow if holds_bytes(field.type)]
-    named = [
-        name for name in found if name.lower() in ("image", "img", "images", "png", "jpg", "jpeg", "webp")
-    ]
-    choice = named if len(named) == 1 else found
-    if len(choice) != 1:
-        fault = "several image columns" if found else "no image column"
-        raise IndexBuildError(
-            f"`images`: {file} has {fault} among {table.schema_arrow.names}; "
-            "one struct {bytes, path} or binary column is expected"
-        )
-    return choice[0]
-
-
-def _read_group(
-    table: Any, group: int, column: str, caption_column: str | None, skip: int
-) -> Iterator[tuple[int, dict]]:
-    import pyarrow
-
-    columns = [column] if caption_column is None else [column, caption_column]
-    offset = 0
-    for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-        first = min(max(skip - offset, 0), batch.num_rows)
-        fields = [(field.name, _without_text(field.type)) for field in batch.schema]
-        rest = batch.slice(first).cast(pyarrow.schema(fields))
-        yield from enumerate(rest.to_pylist(), start=offset + first)
-        offset += batch.num_rows
-
-
-def _check_caption_column(table: Any, file: Path, column: str, image_column: str) -> None:
-    """Text, integers, or lists of text. Raises IndexBuildError naming the column's type."""
-    import pyarrow
-
-    schema, types = table.schema_arrow, pyarrow.types
-    if column not in schema.names:
-        raise IndexBuildError(f"`captions` names column {column!r}; {file} has {schema.names}")
-    kind = schema.field(column).type
-    inner = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
-    if column == image_column:
-        raise IndexBuildError(f"`captions` names column {column!r}, which holds the images of {file}")
-    if not (_is_text(inner) or types.is_null(inner) or (inner == kind and types.is_integer(kind))):
-        raise IndexBuildError(
-            f"`captions` names column {column!r}, which must hold text, integers or lists of text; "
-            f"in {file} it holds {kind}"
-        )
-
-
-def _is_list(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return text or types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _without_text(kind: Any) -> Any:
-    """A column type with bytes for text: pyarrow stops at a whole batch for one string that is not UTF-8."""
-    import pyarrow
-
-    types = pyarrow.types
-    if types.is_dictionary(kind):
-        return _without_text(kind.value_type)
-    if _is_list(kind):
-        return pyarrow.large_list(_without_text(kind.value_type))
-    if types.is_struct(kind):
-        return pyarrow.struct([(field.name, _without_text(field.type)) for field in kind])
-    return pyarrow.large_binary() if _is_text(kind) else kind

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
+from amg.index.errors import IndexBuildError
 from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Alike, Guard, map_guard
 from amg.index.lazy import Kept, nearest_lazily
@@ -114,7 +115,7 @@ class Index:
         frames, 16 bits, bad caption bytes) is counted in the manifest: passed_over, skipped, notes.
         captions: a list as long as images, a dict {path or id: caption}, a .json file of one, a JSONL path
         ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), a
-        Parquet column name, or None (name.txt beside name.png, if there). Of a list of captions for one
+        Parquet column name, or None (name.png.txt or name.txt beside name.png). Of a list of captions for one
         image (or a Parquet column of lists) the first that is not empty is taken.
         embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.
@@ -130,8 +131,10 @@ class Index:
         from amg.index.build import build_index
         from amg.index.plan import make_plan
 
-        if not os.fspath(path):
-            raise ValueError("`path` must say where the index is to be written")
+        if not isinstance(path, (str, os.PathLike)) or os.fspath(path) in ("", b"") or "\0" in str(path):
+            raise IndexBuildError(
+                f"`path` must be a str or path that says where the index is to be written, got {path!r}"
+            )
         plan = make_plan(embedder, ids, size, dtype, batch_size, near_duplicate, on_error, background)
         build_index(images, captions, Path(path), plan, progress=progress, resume=resume)
         return Index.open(path, embedder)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from amg.index.errors import IndexBuildError
+from amg.index.fields import read_fields
 from amg.index.fold import (
     FoldRule,
     HashTable,
@@ -33,6 +34,7 @@ from amg.index.store import (
     DTYPES,
     GUARD,
     ROWS_FILE,
+    TEMPORARY,
     append,
     import_parquet,
     map_file,
@@ -46,8 +48,8 @@ HASH_BLOCK_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class State:
-    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W), and
-    folded images kept beside their rows."""
+    """Where a build stands: the next image, rows kept, shards written, digest of the last image, (H, W),
+    folded images kept beside their rows, and digest of all images."""
 
     identity: dict[str, Any]
     position: int = 0
@@ -57,6 +59,7 @@ class State:
     image_size: tuple[int, int] | None = None
     dimension: int | None = None
     members: int = 0
+    all_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,28 @@ class LogEntry:
 def read_state(partial: Path) -> State | None:
     """The state a killed build left, None if it left none that can be used."""
     try:
-        record = json.loads((partial / STATE).read_bytes())
-        size = record["image_size"]
-        return State(**{**record, "image_size": None if size is None else (size[0], size[1])})
-    except (OSError, ValueError, KeyError, TypeError):
+        state = read_fields(State, json.loads((partial / STATE).read_bytes()))
+    except (OSError, ValueError, RecursionError):
         return None
+    size = state.image_size
+    whole = (
+        state.shards and state.dimension and (size is None or min(size)) and state.members <= state.position
+    )
+    return state if whole and _logged(partial, state.shards) == (state.position, state.kept) else None
+
+
+def _logged(partial: Path, shards: int) -> tuple[int, int] | None:
+    """Images and rows in the logs of so many shards, None where one is missing or damaged."""
+    parquet, images, rows = import_parquet(), 0, 0
+    for shard in range(shards):
+        try:
+            log = parquet.read_metadata(_log_path(partial, shard))
+            at = log.schema.names.index("row")
+            last = [log.row_group(group).column(at).statistics.max for group in range(log.num_row_groups)]
+            images, rows = images + log.num_rows, max(rows, *(row + 1 for row in last))
+        except Exception:  # pyarrow raises many types on damaged files
+            return None
+    return images, rows
 
 
 def check_identity(state: State, identity: dict[str, Any], partial: Path) -> None:
@@ -97,7 +117,12 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
     """The log table of each shard, in order."""
     parquet = import_parquet()
     for shard in range(shards):
-        yield parquet.read_table(_log_path(partial, shard))
+        path = _log_path(partial, shard)
+        try:
+            log = parquet.read_table(path)
+        except Exception as error:  # pyarrow raises many types on damaged files
+            raise IndexBuildError(f"{path} is damaged ({error}): the build has to start again") from error
+        yield log
 
 
 def _log_path(partial: Path, shard: int) -> Path:
@@ -148,10 +173,10 @@ class Journal:
         return map_file(self.guard_path, SKETCH_DTYPE, self.state.kept, SKETCH_LENGTH)
 
     def commit(
-        self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], last_digest: str
+        self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], digests: tuple[str, str]
     ) -> None:
         """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
-        whose reason is None."""
+        whose reason is None; digests: of the last image and of all so far."""
         hashes, kept = row_hashes(rows), self.rows()
         sketches = sketch_rows(rows, self.rule) if len(rows) else self.sketches()[:0]
         duplicate_of = same_content(hashes, rows, self.table, kept)
@@ -166,7 +191,7 @@ class Journal:
         ]
         _write_log(_log_path(self.partial, self.state.shards), numbered)
         self.table.add(hashes[keep], self.state.kept)
-        self._advance(entries[-1].position + 1, self.state.kept + len(keep), last_digest)
+        self._advance(entries[-1].position + 1, self.state.kept + len(keep), digests)
 
     def _add_members(
         self, rows: torch.Tensor, guard: torch.Tensor, assigned: list[int], keep: list[int]
@@ -182,14 +207,15 @@ class Journal:
         other = folded[differing(rows[folded], guard[folded], own_rows, own_guard)]
         self.members.add(rows[other], guard[other], own[other].tolist())
 
-    def _advance(self, position: int, kept: int, last_digest: str) -> None:
+    def _advance(self, position: int, kept: int, digests: tuple[str, str]) -> None:
         shards = self.state.shards + 1
         state = dataclasses.replace(
             self.state,
             position=position,
             kept=kept,
             shards=shards,
-            last_digest=last_digest,
+            last_digest=digests[0],
+            all_digest=digests[1],
             members=self.members.count,
         )
         write_atomically(self.partial / STATE, json.dumps(dataclasses.asdict(state)))
@@ -198,6 +224,8 @@ class Journal:
     def clear(self) -> None:
         """Remove everything that is not part of the finished index; the state first."""
         (self.partial / STATE).unlink(missing_ok=True)
+        for temporary in self.partial.glob(TEMPORARY + "*"):
+            temporary.unlink()
         self.sketch_path.unlink(missing_ok=True)
         self.members.clear()
         shutil.rmtree(self.partial / SHARDS)

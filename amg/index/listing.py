@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from amg.index.claim import MARKER, is_marked
 from amg.index.decode import IMAGE_SUFFIXES
-from amg.index.errors import IndexBuildError
+from amg.index.errors import IndexBuildError, IndexFault
 from amg.index.notes import Tally
+from amg.index.store import MANIFEST, read_manifest
 
 HIDDEN, BESIDE = "hidden, or the system's own", "captions beside a picture"
 SEEN, SPECIAL = "links to a folder that was visited already", "neither a file nor a folder"
 VECTOR, NO_PICTURE = "vector graphics or documents", "no picture"
+OWN = "an index of amg's own"
 DANGLING, REMEDY = "a link to nothing", "convert it to PNG, TIFF or JPEG"
 # suffixes of pictures that viewers show and RASTER_FORMATS lacks: skipped by name, never passed over
 UNREAD = (
@@ -45,19 +49,22 @@ _VECTOR = re.compile(rb"\s*%!PS|\xc5\xd0\xd3\xc6|%PDF|\s*<svg|\xd7\xcd\xc6\x9a",
 
 
 class Found(NamedTuple):
-    """A picture: its path in the folder, its size in bytes, and why it cannot be read where that shows."""
+    """A file: its path in the folder, size in bytes, why it cannot be read where that shows, and when it was
+    last written (ns)."""
 
     name: str
     size: int
     fault: str | None = None
+    written: int = 0
 
 
 class Listing(NamedTuple):
-    """Pictures and Parquet files in path order, and what is neither, by reason."""
+    """Pictures and Parquet files in path order, what is neither, by reason, and pictures' captions."""
 
     pictures: list[Found]
     tables: list[Found]
     passed_over: Tally
+    captions: dict[str, Found]
 
 
 def list_folder(folder: Path) -> Listing:
@@ -72,11 +79,10 @@ def list_folder(folder: Path) -> Listing:
     walk.visit("", os.path.realpath(folder))
     for name in walk.links:  # grows while it is walked
         walk.visit(name, os.path.realpath(folder / name))
-    walk.count_texts()
     pictures, tables = (
         sorted(found, key=lambda file: file.name.split("/")) for found in (walk.pictures, walk.tables)
     )
-    return Listing(pictures, tables, walk.passed_over)
+    return Listing(pictures, tables, walk.passed_over, walk.captions())
 
 
 class _Walk:
@@ -84,7 +90,8 @@ class _Walk:
         self.folder = folder
         self.pictures: list[Found] = []
         self.tables: list[Found] = []
-        self.texts: list[str] = []
+        self.texts: list[Found] = []
+        self.no_files: list[Found] = []  # called like a caption file
         self.links: list[str] = []
         self.visited: set[str] = set()
         self.passed_over = Tally()
@@ -104,12 +111,20 @@ class _Walk:
             except OSError as error:
                 self._unlisted(name, error)
                 continue
+            own = _names_of_ours(Path(real), {entry.name for entry in entries}) if name else set()
+            if own:
+                self.passed_over.add(OWN, name)
             below = []
             for entry in entries:
                 child = f"{name}/{entry.name}" if name else entry.name
+                if entry.name in own:
+                    continue
                 if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                     self.passed_over.add(HIDDEN, child)
-                elif entry.is_dir(follow_symlinks=False):
+                    continue
+                if entry.name.lower().endswith(".txt") and not _is_file(entry):
+                    self.no_files.append(Found(child, 0))
+                if entry.is_dir(follow_symlinks=False):
                     below.append((child, entry.path))
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     self.links.append(child)
@@ -129,7 +144,7 @@ class _Walk:
             if not stat.S_ISREG(info.st_mode):
                 self.passed_over.add(SPECIAL, name)
                 return
-            self._sort_in(name, suffix, entry.path, info.st_size)
+            self._sort_in(Found(name, info.st_size, None, info.st_mtime_ns), suffix, entry.path)
         except OSError as error:
             dangling = isinstance(error, FileNotFoundError) and entry.is_symlink()
             fault = DANGLING if dangling else error.strerror or type(error).__name__
@@ -138,30 +153,63 @@ class _Walk:
             else:
                 self.pictures.append(Found(name, 0, fault))
 
-    def _sort_in(self, name: str, suffix: str, path: str, size: int) -> None:
+    def _sort_in(self, file: Found, suffix: str, path: str) -> None:
         if suffix == ".parquet":
-            self.tables.append(Found(name, size))
+            self.tables.append(file)
             return
         fault = f"{suffix} is not read: {REMEDY}" if suffix in UNREAD_SUFFIXES else None
         if suffix in IMAGE_SUFFIXES or fault:
-            self.pictures.append(Found(name, size, fault))
+            self.pictures.append(file._replace(fault=fault))
             return
-        with open(path, "rb", buffering=0) as file:
-            signature = file.read(SIGNATURE_BYTES)
+        with open(path, "rb", buffering=0) as content:
+            signature = content.read(SIGNATURE_BYTES)
         if _RASTER.match(signature):
-            self.pictures.append(Found(name, size))
+            self.pictures.append(file)
         elif _UNREAD.match(signature):
-            self.pictures.append(Found(name, size, f"a format that is not read: {REMEDY}"))
+            self.pictures.append(file._replace(fault=f"a format that is not read: {REMEDY}"))
         elif _VECTOR.match(signature):
-            self.passed_over.add(VECTOR, name)
+            self.passed_over.add(VECTOR, file.name)
         elif suffix == ".txt":
-            self.texts.append(name)
+            self.texts.append(file)
         else:
-            self.passed_over.add(KIND_OF.get(suffix, NO_PICTURE), name)
+            self.passed_over.add(KIND_OF.get(suffix, NO_PICTURE), file.name)
 
-    def count_texts(self) -> None:
-        """Captions beside a picture are told from other text once all pictures are known."""
-        stems = {os.path.splitext(picture.name)[0] for picture in self.pictures}
-        stems |= {picture.name for picture in self.pictures}
-        for name in self.texts:
-            self.passed_over.add(BESIDE if name[: -len(".txt")] in stems else KIND_OF[".txt"], name)
+    def captions(self) -> dict[str, Found]:
+        """The caption file of each picture that has one: a.png.txt, else a.txt, for a.png; also .TXT.
+
+        Once all pictures are known, these are told from other text.
+        """
+        texts: dict[str, Found] = {}
+        for text in sorted(self.texts + self.no_files, key=lambda text: (_is_lower(text.name), text.name)):
+            texts[text.name[: -len(".txt")]] = text  # of a.TXT and a.txt the latter
+        captions: dict[str, Found] = {}
+        for picture in self.pictures:
+            for stem in (picture.name, os.path.splitext(picture.name)[0]):
+                if stem in texts:
+                    captions[picture.name] = texts[stem]
+                    break
+        used = {text.name for text in captions.values()}
+        for text in self.texts:
+            self.passed_over.add(BESIDE if text.name in used else KIND_OF[".txt"], text.name)
+        return captions
+
+
+def _names_of_ours(directory: Path, names: set[str]) -> set[str]:
+    """What in a directory belongs to an index of ours, finished or not; anything else there is looked at."""
+    if MARKER in names and is_marked(directory):
+        return names
+    if MANIFEST in names:
+        with suppress(IndexFault):
+            return {MANIFEST, *read_manifest(directory).files}
+    return set()
+
+
+def _is_lower(name: str) -> bool:
+    return name.endswith(".txt")
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle
+        return False

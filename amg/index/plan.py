@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import numbers
+import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 
 from amg.index.captions import Captions
@@ -21,6 +27,7 @@ from amg.index.store import DTYPES, EmbedderRecord
 
 SHARD_IMAGES = 1024
 SHARD_BYTES = 1 << 25
+MOST_BATCH, MOST_PIXELS = 1 << 20, 1 << 14  # a batch; height and width
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class BuildPlan:
     batch_size: int
     near_duplicate: float | None
     on_error: str
-    ids: Sequence[str] | None
+    ids: list[str] | None
     background: str
 
     def shard_images(self, dimension: int) -> int:
@@ -57,7 +64,7 @@ class BuildPlan:
     def identity(self, source: ImageSource, captions: Captions) -> dict[str, Any]:
         """What must be equal for a build to be resumed."""
         record = None if self.record is None else dataclasses.asdict(self.record)
-        ids = None if self.ids is None else blake2b("\n".join(self.ids).encode()).hexdigest()
+        ids = None if self.ids is None else blake2b(json.dumps(self.ids).encode()).hexdigest()
         return {
             "images": source.identity,
             "captions": captions.identity,
@@ -87,44 +94,77 @@ def make_plan(
     metric = "nl2" if embedder is None else "cosine"
     if dtype not in ("float16", "float32"):
         raise IndexBuildError(f'`dtype` must be "float16" or "float32", got {dtype!r}')
-    if batch_size < 1:
-        raise IndexBuildError(f"`batch_size` must be at least 1, got {batch_size}")
     if on_error not in ("skip", "raise"):
         raise IndexBuildError(f'`on_error` must be "skip" or "raise", got {on_error!r}')
-    if ids is not None and (len(set(ids)) != len(ids) or not all(isinstance(name, str) for name in ids)):
-        raise IndexBuildError("`ids` must be distinct strings")
-    for name in ids or ():
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise IndexBuildError(f"`ids` must be text, {name!r} holds half a surrogate pair")
     return BuildPlan(
         embedder=embedder,
         record=None if embedder is None else embedder_record(embedder),
         metric=metric,
         dtype="uint8" if embedder is None else dtype,
         size=_check_size(size),
-        batch_size=batch_size,
+        batch_size=_check_extent(batch_size, "batch_size", MOST_BATCH),
         near_duplicate=_check_near_duplicate(near_duplicate, metric),
         on_error=on_error,
-        ids=ids,
+        ids=_check_ids(ids),
         background=check_background(background),
     )
 
 
-def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    pair = (size, size) if isinstance(size, int) else size
-    if pair is None:
+def _check_ids(ids: Any) -> list[str] | None:
+    """Ids as a list of str: they are looked up by position, so that what has no order is refused."""
+    if ids is None:
         return None
-    if len(pair) != 2 or not all(isinstance(extent, int) and extent > 0 for extent in pair):
-        raise IndexBuildError(f"`size` must be (H, W) or an int, both positive, got {size!r}")
-    return (pair[0], pair[1])
+    array = hasattr(ids, "__array__") and getattr(ids, "ndim", 0) == 1
+    if not array and (isinstance(ids, (str, bytes, bytearray)) or not isinstance(ids, Sequence)):
+        raise IndexBuildError(
+            f"`ids` must be distinct strings, a list of one for each image, got {type(ids).__name__}"
+        )
+    names = list(ids)
+    for at, name in enumerate(names):
+        if not isinstance(name, str):
+            raise IndexBuildError(f"`ids` must be distinct strings, got {name!r} at {at}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise IndexBuildError(f"`ids` must be text, {name!r} holds half a surrogate pair")
+    if len(set(names)) != len(names):
+        repeated = Counter(names).most_common(1)[0]
+        raise IndexBuildError(f"`ids` must be distinct strings, got {repeated[0]!r} {repeated[1]} times")
+    return [str(name) for name in names]
 
 
-def _check_near_duplicate(threshold: float | bool, metric: str) -> float | None:
-    if isinstance(threshold, bool):
+def _check_extent(value: Any, name: str, most: int) -> int:
+    """An int of any make, no bool. Raises IndexBuildError naming the argument."""
+    whole = None if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__") else value
+    try:
+        number = 0 if whole is None else operator.index(whole)
+    except TypeError:  # arrays of several
+        number = 0
+    if not 1 <= number <= most:
+        raise IndexBuildError(f"`{name}` must be an int in [1, {most}], got {value!r}")
+    return number
+
+
+def _check_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    several = isinstance(size, (list, tuple)) or getattr(size, "ndim", 0) == 1
+    pair = list(size) if several else [size, size]
+    try:
+        if len(pair) == 2:
+            return (_check_extent(pair[0], "size", MOST_PIXELS), _check_extent(pair[1], "size", MOST_PIXELS))
+    except IndexBuildError:
+        pass
+    raise IndexBuildError(
+        f"`size` must be (H, W) or an int, both positive and at most {MOST_PIXELS}, got {size!r}"
+    )
+
+
+def _check_near_duplicate(threshold: Any, metric: str) -> float | None:
+    if isinstance(threshold, (bool, np.bool_)):
         return DEFAULT_NEAR_DUPLICATE[metric] if threshold else None
     low, high = (-1, 1) if metric == "cosine" else (0, 1)
-    if not low <= threshold <= high:
+    number = float(threshold) if isinstance(threshold, numbers.Real) else math.nan
+    if not low <= number <= high:
         raise IndexBuildError(
-            f"`near_duplicate` must be True, False or within [{low}, {high}] for {metric}, got {threshold}"
+            f"`near_duplicate` must be True, False or within [{low}, {high}] for {metric}, got {threshold!r}"
         )
-    return float(threshold)
+    return number

@@ -25,12 +25,13 @@ from amg.index.store import DTYPES
 @dataclass(frozen=True)
 class Shard:
     """rows [n, D] and guard sketches [n, 2048] of the n readable images; a log entry for each image; digest
-    of the last one's pixels."""
+    of the last one's pixels, and of every image up to there."""
 
     rows: torch.Tensor
     guard: torch.Tensor
     entries: list[LogEntry]
     last_digest: str
+    all_digest: str
 
 
 class ShardReader:
@@ -43,9 +44,10 @@ class ShardReader:
         plan: BuildPlan,
         image_size: tuple[int, int] | None,
         bar: Any = None,
+        all_digest: str = "",
     ):
         self.stream, self.captions, self.plan, self.bar = stream, captions, plan, bar
-        self.image_size = image_size or plan.size
+        self.image_size, self.all_digest = image_size or plan.size, all_digest
 
     def read(self) -> Shard | None:
         """The next shard, None at the end. Raises IndexBuildError."""
@@ -59,7 +61,9 @@ class ShardReader:
                 break
             loaded = [self._load(image) for image in window]
             entries += [self._entry(image, picture) for image, picture in zip(window, loaded, strict=True)]
-            digest = content_digest(loaded[-1] if isinstance(loaded[-1], str) else loaded[-1].pixels)
+            for picture in loaded:
+                digest = content_digest(picture if isinstance(picture, str) else picture.pixels)
+                self.all_digest = chain_digest(self.all_digest, digest)
             readable = [picture.pixels for picture in loaded if not isinstance(picture, str)]
             if readable:
                 rows.append(self._encode(readable, entries[-len(window) :]))
@@ -73,7 +77,8 @@ class ShardReader:
                 f"`images`: none of the first {len(entries)} could be read "
                 f"(first: {entries[0].id}: {entries[0].reason})"
             )
-        return Shard(torch.cat(rows) if rows else self._no_rows(), torch.cat(guard), entries, digest)
+        vectors = torch.cat(rows) if rows else self._no_rows()
+        return Shard(vectors, torch.cat(guard), entries, digest, self.all_digest)
 
     def _shard_images(self) -> int:
         known = self.plan.embedder is not None or self.image_size is not None
@@ -159,4 +164,11 @@ def content_digest(pixels: torch.Tensor | str) -> str:
     """What a resumed build compares: a hash of an image's pixels, or that it was unreadable."""
     if isinstance(pixels, str):
         return "unreadable"
-    return blake2b(pixels.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    content = blake2b(repr((tuple(pixels.shape), pixels.dtype)).encode(), digest_size=16)
+    content.update(pixels.contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+def chain_digest(before: str, digest: str) -> str:
+    """The digest of all images so far, out of that of those before the last one and the last one's own."""
+    return blake2b(f"{before} {digest}".encode(), digest_size=16).hexdigest()

@@ -17,18 +17,22 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
+from amg.index.fields import read_fields
 
 FORMAT = "amg-index"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 META = "meta.parquet"
+TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random ending
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
 SKETCH_BYTES = 4096  # of one picture in the guard
@@ -134,20 +138,23 @@ def read_manifest(directory: Path) -> Manifest:
         raise IndexNotFound(_missing_message(directory))
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+        digest = _digest_of(record) if isinstance(record, dict) else ""
+    except (ValueError, RecursionError) as error:
         raise IndexCorrupt(
             f"{path} is not valid JSON ({error}): the index is damaged, build it again"
         ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise IndexCorrupt(f"{path} is not the manifest of an {FORMAT} (its `format` field says otherwise)")
     version = record.get("version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise IndexVersionError(
             f"{path} has format version {version}, this package reads up to {FORMAT_VERSION}: "
             "upgrade amg, or build the index again"
         )
-    if version != FORMAT_VERSION or record.get("sha256") != _digest_of(record):
+    if record.get("sha256") != digest:
         raise IndexCorrupt(f"{path} does not match its own sha256: it was changed or damaged")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise IndexCorrupt(f"{path}: `version` must be {FORMAT_VERSION}, got {version!r}")
     return _manifest_of(record, path)
 
 
@@ -161,29 +168,36 @@ def _missing_message(directory: Path) -> str:
 
 
 def _manifest_of(record: dict[str, Any], path: Path) -> Manifest:
+    known = {field.name for field in dataclasses.fields(Manifest)}
     try:
-        fields = {
-            field.name: record[field.name]
-            for field in dataclasses.fields(Manifest)
-            if field.name in record or not _has_default(field)
-        }
-        if fields["metric"] not in METRICS or fields["dtype"] not in DTYPES:
-            raise ValueError(f"metric {fields['metric']!r}, dtype {fields['dtype']!r}")
-        size = fields["image_size"]
-        fields["image_size"] = None if size is None else (int(size[0]), int(size[1]))
-        fields["embedder"] = None if fields["embedder"] is None else EmbedderRecord(**fields["embedder"])
-        fields["skipped"] = tuple(Skipped(**entry) for entry in fields["skipped"])
-        fields["files"] = {name: FileRecord(**entry) for name, entry in fields["files"].items()}
-        if strange := [name for name in fields["files"] if os.path.basename(name) != name]:
-            raise ValueError(f"a file outside the index, {strange[0]!r}")
-        return Manifest(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise IndexCorrupt(f"{path} lacks a field or holds an unknown one ({error!r})") from error
+        manifest = read_fields(Manifest, {name: record[name] for name in record.keys() & known})
+        _check_values(manifest)
+    except ValueError as error:
+        raise IndexCorrupt(f"{path} lacks a field or holds a wrong one: {error}") from error
+    return manifest
 
 
-def _has_default(field: dataclasses.Field) -> bool:
-    missing = dataclasses.MISSING
-    return field.default is not missing or field.default_factory is not missing
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for fields that are of their types and mean nothing."""
+    pixels = manifest.metric == "nl2"
+    dtypes = (
+        tuple(DTYPES) if manifest.metric not in METRICS else ("uint8",) if pixels else ("float16", "float32")
+    )
+    for name, allowed in (("metric", METRICS), ("dtype", dtypes)):
+        if getattr(manifest, name) not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(manifest, name)!r}")
+    size = manifest.image_size
+    if pixels and (size is None or 3 * size[0] * size[1] != manifest.dimension):
+        raise ValueError(f"`image_size` must be [H, W] with 3 H W = {manifest.dimension}, got {size}")
+    if manifest.background is not None:
+        check_background(manifest.background)
+    least = {"dimension": manifest.dimension, "count": manifest.count}
+    least["image_size"] = min(size) if size is not None else 1
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if strange := [name for name in manifest.files if os.path.basename(name) != name]:
+        raise ValueError(f"`files` must name no file outside the index, got {strange[0]!r}")
 
 
 def partial_path(path: Path) -> Path:
@@ -192,13 +206,18 @@ def partial_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write, flush to disk, then rename over `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write, flush to disk, then rename over `path`; nothing that lies there is written through a link."""
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def truncate(path: Path, size: int) -> None:

@@ -18,7 +18,15 @@ CONTROL = "control characters in a caption, replaced"
 SEVERAL = "several captions, the first one that is not empty taken"
 OUTSIDE = "caption file is a link out of the folder, not read"
 TOO_LARGE = "caption file larger than 1 MB, not read"
+NO_FILE = "called like a caption file, but no file, not read"
 NOT_READ = "caption file that cannot be read"
+_BOMS = (  # that of UTF-32 begins as that of UTF-16 does
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_LOW = bytes({*range(0x20)} - {*b"\t\n\r"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -33,7 +41,7 @@ class Caption(NamedTuple):
 def make_caption(value: Any, where: str) -> Caption:
     """The caption out of a str, bytes, None or a list of them, of which the first that is not empty is taken.
 
-    Bytes are UTF-8, or UTF-16 with a BOM. Bad bytes and halves of surrogate pairs become U+FFFD, control
+    Bytes are in what encoding_of() tells. Bad bytes and halves of surrogate pairs become U+FFFD, control
     characters except tab and line breaks become spaces; white space alone is no caption. where: what is
     named in the notes and errors. Raises IndexBuildError for anything else.
     """
@@ -65,13 +73,38 @@ def _clean(value: Any, where: str) -> Caption:
 
 
 def decode_text(content: bytes) -> tuple[str, bool]:
-    """Text in UTF-8, or in UTF-16 with a BOM, without its BOM; False where bad bytes were replaced."""
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if utf16 else "utf-8-sig"
+    """Text in the encoding that encoding_of() tells, without its BOM; False where bad bytes were replaced."""
+    encoding = encoding_of(content)
     try:
-        return content.decode(encoding), True
+        text = content.decode(encoding)
+        whole = True
     except UnicodeDecodeError:
-        return content.decode(encoding, errors="replace"), False
+        text, whole = content.decode(encoding, errors="replace"), False
+    return text.removeprefix("\ufeff"), whole
+
+
+def encoding_of(content: bytes) -> str:
+    """UTF-8; UTF-16 or UTF-32 where a BOM says so or the control bytes leave no doubt.
+
+    UTF-8 text holds hardly any, while alphabets in UTF-16 without a BOM have one in most of their pairs, on
+    the same side of each: the higher byte, 0 for ASCII, 4 for Cyrillic. UTF-32 has zero bytes in every group
+    of four. content: the beginning is enough.
+    """
+    for bom, encoding in _BOMS:
+        if content.startswith(bom):
+            return encoding
+    whole = content[: len(content) // 4 * 4]
+    if whole and not any(whole[3::4]) and max(whole[2::4]) <= 0x10 and any(whole[0::4]):
+        return "utf-32-le"
+    if whole and not any(whole[0::4]) and max(whole[1::4]) <= 0x10 and any(whole[3::4]):
+        return "utf-32-be"
+    pairs = len(content) // 2
+    first, second = (pairs - len(content[at : 2 * pairs : 2].translate(None, _LOW)) for at in (0, 1))
+    if 2 * second > pairs and 4 * first <= second:
+        return "utf-16-le"
+    if 2 * first > pairs and 4 * second <= first:
+        return "utf-16-be"
+    return "utf-8"
 
 
 def plain_name(name: str | bytes) -> str:
@@ -87,7 +120,7 @@ def read_sidecar(text: Path, root: Path, name: str) -> Caption:
     """
     try:
         if not text.is_file():
-            return Caption()
+            return Caption(notes=(Note(NO_FILE, name),))
         if text.is_symlink() and not _within(text, root, text.parent):
             return Caption(notes=(Note(OUTSIDE, name),))
         with open(text, "rb") as file:

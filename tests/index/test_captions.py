@@ -1,16 +1,19 @@
 """Captions as people's files hold them: bad text is replaced, counted and named; nothing foreign is read."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from amg.index import Index, IndexBuildError
+from amg.index.listing import BESIDE
 from amg.index.text import (
     CONTROL,
     HALF_PAIR,
     MOST_BYTES,
+    NO_FILE,
     NOT_READ,
     NOT_UTF8,
     OUTSIDE,
@@ -180,7 +183,7 @@ def test_caption_columns_of_every_sensible_type(tmp_path, pictures, kind):
 )
 def test_other_caption_columns_are_refused_by_name_before_reading(tmp_path, pictures, values, monkeypatch):
     table = parquet(tmp_path / "t.parquet", pictures[:2], pyarrow.array(values))
-    monkeypatch.setattr("amg.index.images._read_group", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("amg.index.images.read_group", lambda *_: pytest.fail("read"))
     refuse(tmp_path, r"column 'text'.*text, integers or lists of text.*t\.parquet it holds", table, "text")
     refuse(tmp_path, "column 'image', which holds the images", table, "image")
 
@@ -271,7 +274,8 @@ def test_sidecars_are_read_only_within_the_folder(tmp_path, folder):
     (folder / "b" / "5.txt").symlink_to(folder / "b" / "nothing")
     index = build(folder, path=tmp_path / "i")
     assert index.captions == ["picture 0", None, "picture 2", "picture 0", "picture 4", None]
-    assert index.manifest.notes == {OUTSIDE: 1} and index.manifest.examples[OUTSIDE] == ["a/1.txt"]
+    assert index.manifest.notes == {OUTSIDE: 1, NO_FILE: 1}
+    assert index.manifest.examples[OUTSIDE] == ["a/1.txt"] and index.manifest.examples[NO_FILE] == ["b/5.txt"]
 
 
 def test_sidecars_in_a_linked_class_folder(tmp_path, folder):
@@ -308,3 +312,118 @@ def test_make_caption_by_itself():
     assert make_caption(b"\xff\xfea\0b\0", "w").text == "ab"
     with pytest.raises(IndexBuildError, match=r"w must be a str or None .*, got float"):
         make_caption(["a", 1.5], "w")
+
+
+def test_sidecars_by_the_whole_name_and_in_capitals(tmp_path, folder):
+    for file in folder.rglob("*.txt"):
+        file.unlink()
+    (folder / "a" / "0.png.txt").write_text("whole name")
+    (folder / "a" / "1.TXT").write_text("capitals")
+    (folder / "a" / "2.png.txt").write_text("more exact")
+    (folder / "a" / "2.txt").write_text("less exact")
+    (folder / "b" / "3.PNG.txt").write_text("of another name")
+    (folder / "b" / "4.TXT").write_text("capitals")
+    (folder / "b" / "4.txt").write_text("usual")
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions == ["whole name", "capitals", "more exact", None, "usual", None]
+    assert index.manifest.passed_over == {BESIDE: 4, "text or tables": 3}
+    assert index.manifest.examples["text or tables"] == ["a/2.txt", "b/3.PNG.txt", "b/4.TXT"]
+
+
+def test_a_sidecar_that_is_no_file_is_counted(tmp_path, folder):
+    (folder / "a" / "1.txt").mkdir()
+    (folder / "b" / "3.TXT").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "b" / "5.png.txt")
+    (folder / "b" / "x.txt").mkdir()
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions == ["picture 0", None, "picture 2", None, "picture 4", None]
+    assert index.manifest.notes == {NO_FILE: 3}
+    assert index.manifest.examples[NO_FILE] == ["a/1.txt", "b/3.TXT", "b/5.png.txt"]
+
+
+@pytest.mark.parametrize("form", ["./{}", ".//{}", "x/../{}", "{top}/./{}", "{absolute}/a/../{}"])
+@pytest.mark.parametrize("kind", ["dict", "json", "jsonl"])
+def test_paths_are_matched_however_they_are_written(tmp_path, folder, monkeypatch, kind, form):
+    monkeypatch.chdir(tmp_path)
+    names = [form.format(name, top=folder.name, absolute=folder) for name in NAMES]
+    given: object = dict(zip(names, LISTED, strict=True))
+    if kind == "json":
+        Path("c.json").write_text(json.dumps(given))
+        given = "c.json"
+    elif kind == "jsonl":
+        records = [{"file": name, "caption": text} for name, text in zip(names, LISTED, strict=True)]
+        given = str(lines(Path("c.jsonl"), *records))
+    assert build(folder.name, given, tmp_path / "i").captions == LISTED
+
+
+def test_a_path_that_is_written_as_it_is_comes_first(tmp_path, folder):
+    captions = dict(zip(NAMES, LISTED, strict=True))
+    refuse(tmp_path, "7 captions for 6 images", folder, captions | {"./a/0.png": "another"})
+
+
+def test_ids_are_not_taken_for_paths(tmp_path, pictures):
+    ids = ["a//b", "a/b", "./a"]
+    captions = {"a/b": "one", "a//b": "two", "./a": "three"}
+    index = build(pictures[:3], captions, tmp_path / "i", ids=ids)
+    assert index.captions == ["two", "one", "three"]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a dog",
+        "ein Käfer läuft über Gras, 5 €",
+        "собака на траве",
+        "lines\nof\na\npoem\n",
+        "two\nlines\n",
+        "x",
+        "a \U0001f600 face",
+    ],
+)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_unmistakable_encodings_are_read(tmp_path, folder, encoding, text):
+    (folder / "a" / "0.txt").write_bytes(text.encode(encoding))
+    index = build(folder, path=tmp_path / "i")
+    assert index.captions[0] == text.strip() and index.manifest.notes == {}
+
+
+@pytest.mark.parametrize("bom", [b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"\xff\xfe", b"\xfe\xff", b""])
+def test_a_bom_alone_is_no_caption(tmp_path, folder, bom):
+    (folder / "a" / "0.txt").write_bytes(bom)
+    assert build(folder, path=tmp_path / "i").captions[0] is None
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_caption_files_in_unmistakable_encodings_are_read(tmp_path, folder, encoding):
+    records = [{"file": name, "caption": f"ein Käfer {at}"} for at, name in enumerate(NAMES)]
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(encoding)
+    )
+    wanted = [record["caption"] for record in records]
+    assert build(folder, path, tmp_path / "i").captions == wanted
+    given = json.dumps(dict(zip(NAMES, wanted, strict=True)), ensure_ascii=False)
+    (tmp_path / "c.json").write_bytes(given.encode(encoding))
+    assert build(folder, tmp_path / "c.json", tmp_path / "j").captions == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "note"),
+    [
+        ("a dog\0".encode("utf-16-le") + b"x", None, True),  # half a pair is left over
+        ("a dog".encode("utf-32-le") + b"x", None, True),
+        (b"\xff\xfe\0\0" + b"\xff\xff\xff\xff", "\ufffd", True),
+        (b"a\nb\nc\nd\n", "a\nb\nc\nd", False),
+        (b"a\0dog", "a dog", False),  # zero bytes in UTF-8 are control characters
+        ("犬が走る".encode("utf-16-le"), None, True),  # nothing tells
+        ("犬が走る".encode(), "犬が走る", False),
+    ],
+)
+def test_what_no_encoding_tells_is_noted(tmp_path, folder, content, text, note):
+    (folder / "a" / "0.txt").write_bytes(content)
+    index = build(folder, path=tmp_path / "i")
+    assert (index.manifest.notes.get(NOT_UTF8) == 1) is note
+    assert text is None or index.captions[0] == text

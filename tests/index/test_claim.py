@@ -11,6 +11,7 @@ import pytest
 
 from amg.index import Index, IndexBuildError
 from amg.index.claim import MARKER, claimed, empty, remove
+from amg.index.store import TEMPORARY, write_atomically
 
 pytest.importorskip("pyarrow")
 
@@ -169,3 +170,167 @@ def test_a_directory_that_is_not_held_is_never_emptied(somebodys):
         with contextlib.suppress(RuntimeError):
             act(somebodys)
         assert content(somebodys) == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_is_written_through_no_link(tmp_path, mask):
+    """Whatever lies beside it under a name that a temporary file might have."""
+    precious, target = tmp_path / "precious", tmp_path / "manifest.json"
+    precious.write_text("mine")
+    for name in ("manifest.json.tmp", "manifest.json~", ".manifest.json.tmp"):
+        (tmp_path / name).symlink_to(precious)
+    target.symlink_to(precious)
+    before = os.umask(mask)
+    try:
+        write_atomically(target, "ours")
+    finally:
+        os.umask(before)
+    assert precious.read_text() == "mine" and target.read_text() == "ours" and not target.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~mask
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_link_under_the_temporary_name_itself_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("mine")
+    monkeypatch.setattr("amg.index.store.secrets.token_hex", lambda size: "known")
+    (tmp_path / (TEMPORARY + "known")).symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "manifest.json", "ours")
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["half a pair \ud800", None])
+def test_a_failed_write_leaves_what_was_there(tmp_path, text):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises((UnicodeEncodeError, TypeError)):
+        write_atomically(tmp_path / "a.json", text)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_links_beside_the_files_of_a_build_are_not_written_through(tmp_path, pictures):
+    precious, partial = tmp_path / "precious", tmp_path / "X.amg.partial"
+    precious.write_text("mine")
+    partial.mkdir()
+    for name in (MARKER, "state.json", "manifest.json"):
+        (partial / f"{name}.tmp").symlink_to(precious)
+    with pytest.raises(IndexBuildError, match="nothing in it was touched"):
+        build(pictures, tmp_path / "X.amg")
+    (partial / MARKER).write_text(json.dumps({"format": "amg unfinished directory", "mode": 0o755}))
+    index = build(pictures, tmp_path / "X.amg")
+    assert precious.read_text() == "mine" and index.count == 80
+    assert not [file.name for file in index.path.iterdir() if file.is_symlink()]
+
+
+def test_what_a_killed_write_left_is_not_in_the_index(interrupted, pictures, tmp_path):
+    (interrupted / (TEMPORARY + "0123")).write_text("{")
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert not [file.name for file in index.path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+@pytest.mark.parametrize("mode", [0o4777, 0o7777, 0o2775, 0o777, 0o755])
+def test_a_marker_gives_no_more_than_the_umask_does(tmp_path, pictures, mode, mask):
+    partial = tmp_path / "X.amg.partial"
+    partial.mkdir()
+    (partial / MARKER).write_text(json.dumps({"format": "amg unfinished directory", "mode": mode}))
+    before = os.umask(mask)
+    try:
+        index = build(pictures, tmp_path / "X.amg")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(index.path.stat().st_mode) == mode & 0o777 & ~mask
+
+
+def test_a_directory_keeps_the_group_of_the_one_it_lies_in(tmp_path, pictures):
+    tmp_path.chmod(0o2755)
+    assert stat.S_IMODE(build(pictures, tmp_path / "X.amg").path.stat().st_mode) == 0o2755
+
+
+@pytest.mark.parametrize("mode", [10**30, -1, True, None, "755", 493.0, [], {"a": 1}])
+def test_a_marker_with_another_mode_marks_nothing(tmp_path, pictures, mode):
+    partial, marker = tmp_path / "X.amg.partial", {"format": "amg unfinished directory", "mode": mode}
+    partial.mkdir()
+    (partial / MARKER).write_text(json.dumps(marker))
+    (partial / "x").write_text("mine")
+    with pytest.raises(IndexBuildError, match="nothing in it was touched"):
+        build(pictures, tmp_path / "X.amg")
+    assert (partial / "x").read_text() == "mine"
+    (partial / "x").unlink()  # alone it is one that was cut short
+    assert stat.S_IMODE(build(pictures, tmp_path / "X.amg").path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "null", "5", '"x"', '{"format": []}'])
+def test_a_marker_of_another_kind_marks_nothing(tmp_path, pictures, content):
+    partial = tmp_path / "X.amg.partial"
+    partial.mkdir()
+    (partial / MARKER).write_text(content)
+    (partial / "x").write_text("mine")
+    with pytest.raises(IndexBuildError, match="nothing in it was touched"):
+        build(pictures, tmp_path / "X.amg")
+    assert (partial / "x").read_text() == "mine"
+
+
+UNUSABLE = [
+    *(("identity", value) for value in ([], None, "x")),
+    *(("position", value) for value in ("x", -5, 33, 32.0, None, True, 10**30, 0)),
+    *(("kept", value) for value in ("x", -1, 31, 33, 0, None, 10**30)),
+    *(("shards", value) for value in (3, 1, 0, -1, "2", None, 2.0, 10**9)),
+    *(("image_size", value) for value in (5, [], [8], [0, 8], ["8", "8"], [8, 8, 8], "88")),
+    *(("dimension", value) for value in (None, 0, "192", 192.0, -192)),
+    *(("members", value) for value in ("x", -1, 33, None)),
+    *(("last_digest", value) for value in (None, 5, [])),
+    *(("all_digest", value) for value in (None, 5, [])),
+    ("else", 1),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), UNUSABLE)
+def test_a_state_that_cannot_be_is_started_afresh(interrupted, pictures, tmp_path, field, value):
+    state = json.loads((interrupted / "state.json").read_text())
+    (interrupted / "state.json").write_text(json.dumps({**state, field: value}))
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert index.count == 80 and (index.rows == pictures.flatten(1)).all() and len(index.ids) == 80
+    index.verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dimension": 191}, r"rows of 191 from images of \(8, 8\), this build makes rows of 192"),
+        ({"image_size": None}, "rows of 192 from images of None"),
+        ({"image_size": [4, 4]}, r"this build makes rows of 48 from images of \(4, 4\)"),
+        ({"members": 1}, "is shorter than the build's state says"),
+        ({"identity": {}}, "unfinished build with a different background, batch_size"),
+        ({"all_digest": ""}, "`images` changed"),
+    ],
+)
+def test_a_state_of_another_build_is_refused(interrupted, pictures, tmp_path, changes, message):
+    state = json.loads((interrupted / "state.json").read_text())
+    (interrupted / "state.json").write_text(json.dumps({**state, **changes}))
+    with pytest.raises(IndexBuildError, match=message):
+        build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert not (tmp_path / "X.amg").exists()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"", b"\xff\xfe", b"[]", b"null", b'{"identity": {}}'])
+def test_a_state_that_cannot_be_read_is_started_afresh(interrupted, pictures, tmp_path, content):
+    (interrupted / "state.json").write_bytes(content)
+    assert build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16).count == 80
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "all gone"])
+def test_logs_that_are_lost_are_started_afresh(interrupted, pictures, tmp_path, damage):
+    log = interrupted / "shards" / "0000000.parquet"
+    for file in (interrupted / "shards").iterdir() if damage == "all gone" else [log]:
+        file.write_bytes(log.read_bytes()[:-9]) if damage == "cut" else file.unlink()
+    index = build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+    assert index.count == 80 and len(index.ids) == 80
+
+
+def test_a_log_that_was_damaged_inside_is_refused(interrupted, pictures, tmp_path):
+    log = interrupted / "shards" / "0000000.parquet"
+    content = log.read_bytes()
+    log.write_bytes(content[:4] + b"\xff" * 200 + content[204:])
+    with pytest.raises(IndexBuildError, match=r"0000000\.parquet is damaged"):
+        build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)

@@ -1,9 +1,11 @@
 """Bad input and damaged files: a clear error each, nothing half-written, nothing believed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from amg.index import (
     IndexNotFound,
     IndexVersionError,
 )
+from amg.index.store import _digest_of
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -261,6 +264,79 @@ def test_newer_and_damaged_manifests(index):
         Index.open(index.path)
 
 
+def signed_anew(index: Index, **changes) -> None:
+    """Change fields of the manifest and give it the sha256 it then has."""
+    file = index.path / "manifest.json"
+    record = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({**record, "sha256": _digest_of(record)}))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, '{"format": "amg-index", "x": ' + "[" * 9999]
+)
+def test_a_deeply_nested_manifest_is_refused(index, content):
+    (index.path / "manifest.json").write_text(content)
+    with pytest.raises(IndexCorrupt, match=r"manifest\.json is not valid JSON"):
+        Index.open(index.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("files", value) for value in ([], None, "x", {"rows.f16": []}, {"rows.f16": None})),
+        ("files", {"rows.f16": {"size": 1.5, "sha256": ""}}),
+        ("files", {"rows.f16": {"size": True, "sha256": ""}}),
+        ("files", {"../rows.f16": {"size": 1, "sha256": ""}}),
+        *(("passed_over", value) for value in ([1], None, {"a": "b"}, {"a": None}, {"a": -1}, 5)),
+        *(("notes", value) for value in (None, [], {"a": 1.5}, "x")),
+        *(("examples", value) for value in (None, [], {"a": "b"}, {"a": [1]}, {"a": None})),
+        *(("count", value) for value in ("60", 80.0, None, True, -80, 0, [80])),
+        *(("images", value) for value in ("60", 80.0, None, -1)),
+        *(("dimension", value) for value in (24.0, "24", None, -24, 0, True)),
+        *(("near_duplicate", value) for value in ("x", [], True, float("nan"), float("inf"))),
+        *(("version", value) for value in (True, 1.0, "1", None, [])),
+        *(("skipped", value) for value in (None, {}, [1], [{}], [{"position": "0", "id": "", "reason": ""}])),
+        ("skipped", [{"position": 0, "id": "", "reason": "", "more": 1}]),
+        *(("image_size", value) for value in (5, [8], [8, 8, 8], ["8", "8"], [8.0, 8.0], [0, 8], "88")),
+        *(("embedder", value) for value in ("toy", [], {}, {"name": 1, "sha256": "", "preprocessing": ""})),
+        *(("metric", value) for value in ("l2", None, ["cosine"], {})),
+        *(("dtype", value) for value in ("int8", "uint8", None, [])),
+        *(("preprocessing", value) for value in (None, 1, [])),
+        *(("guard", value) for value in (1, [], True)),
+        *(("background", value) for value in (1, "no colour", [])),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name_though_signed(index, field, value):
+    signed_anew(index, **{field: value})
+    with pytest.raises(IndexCorrupt, match=r"manifest\.json") as refused:
+        Index.open(index.path)
+    assert f"`{field}" in str(refused.value)
+
+
+def test_a_count_that_no_file_holds_is_refused(index):
+    signed_anew(index, count=10**400)
+    with pytest.raises(IndexCorrupt, match=r"rows\.f16 has \d+ bytes, 10{400} rows of 24"):
+        Index.open(index.path)
+
+
+def test_a_missing_field_is_refused_by_name(index):
+    file = index.path / "manifest.json"
+    whole = json.loads(file.read_text())
+    for field in ("metric", "dimension", "count", "images", "dtype", "files", "skipped", "version"):
+        record = {name: value for name, value in whole.items() if name != field}
+        file.write_text(json.dumps({**record, "sha256": _digest_of(record)}))
+        with pytest.raises(IndexCorrupt, match=f"`{field}` (is missing|must be)"):
+            Index.open(index.path)
+
+
+def test_the_picture_size_of_a_pixel_index_is_that_of_its_rows(tmp_path, pictures):
+    index = build(pictures, path=tmp_path / "p")
+    for size in (None, [8, 9], [4, 4]):
+        signed_anew(index, image_size=size)
+        with pytest.raises(IndexCorrupt, match=r"`image_size` must be \[H, W\] with 3 H W = 192"):
+            Index.open(index.path)
+
+
 def test_every_flipped_byte_of_the_manifest_is_found(index):
     file = index.path / "manifest.json"
     good = file.read_bytes()
@@ -345,3 +421,68 @@ def test_few_pixel_rows_warn(tmp_path, pictures):
 def test_a_moved_index_still_opens(index, tmp_path):
     shutil.move(index.path, tmp_path / "elsewhere")
     assert Index.open(tmp_path / "elsewhere", verify=True).count == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"batch_size": value}, "`batch_size` must be an int in")
+            for value in ("64", 2.5, True, None, -1, [8])
+        ),
+        ({"batch_size": torch.tensor([8, 8])}, "`batch_size` must be an int in"),
+        *(
+            ({"size": value}, "`size` must be")
+            for value in (True, 8.0, 10**9, "8", "88", (8, 10**9), (8, True))
+        ),
+        *(({"size": value}, "`size` must be") for value in ((8.0, 8), [8], {8, 9}, {8: 8}, (8, None), b"88")),
+        *(({"near_duplicate": value}, "`near_duplicate` must be") for value in ("yes", None, [], 2, 1j)),
+        *(({"near_duplicate": value}, "`near_duplicate` must be") for value in (float("nan"), "0.5")),
+        ({"ids": (str(at) for at in range(80))}, "`ids` must be .* got generator"),
+        ({"ids": {str(at) for at in range(80)}}, "`ids` must be .* got set"),
+        ({"ids": {str(at): 1 for at in range(80)}}, "`ids` must be .* got dict"),
+        ({"ids": "a" * 80}, "`ids` must be .* got str"),
+        ({"ids": b"a" * 80}, "`ids` must be .* got bytes"),
+        ({"ids": numpy.array([["a", "b"]] * 40)}, "`ids` must be .* got ndarray"),
+        ({"ids": numpy.arange(80)}, "`ids` must be distinct strings, got .*0.* at 0"),
+        ({"ids": ["a", "b"] * 40}, "`ids` must be distinct strings, got 'a' 40 times"),
+        ({"ids": ["a"]}, "1 ids for 80 images"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(tmp_path, pictures, options, message):
+    refuse_build(tmp_path, message, pictures, **options)
+
+
+def test_numbers_and_ids_of_numpy_are_taken(tmp_path, pictures):
+    index = build(
+        pictures,
+        path=tmp_path / "i",
+        ids=numpy.array([f"p{at}" for at in range(80)]),
+        size=(numpy.int64(4), numpy.int32(6)),
+        batch_size=numpy.int64(16),
+        near_duplicate=numpy.float32(0.0),
+    )
+    assert index.ids[7] == "p7" and type(index.ids[7]) is str
+    assert index.image_size == (4, 6) and index.manifest.near_duplicate == 0
+    assert build(pictures, path=tmp_path / "j", size=numpy.int64(4)).image_size == (4, 4)
+    assert build(pictures, path=tmp_path / "k", size=[4, 5]).image_size == (4, 5)
+
+
+@pytest.mark.parametrize("path", [None, b"i", "", 5, "a\0b", ["i"]])
+def test_a_path_of_another_kind_is_refused(tmp_path, pictures, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IndexBuildError, match="`path` must be a str or path"):
+        build(pictures, path=path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("images", ["", b"images"])
+def test_images_at_no_path_are_refused(tmp_path, folder, images, monkeypatch):
+    monkeypatch.chdir(folder)
+    refuse_build(tmp_path, "`images` must be .* got ", images)
+
+
+def test_tensors_without_values_are_refused(tmp_path, pictures):
+    refuse_build(tmp_path, "`images` must be a dense tensor .* meta device", pictures.to("meta"))
+    refuse_build(tmp_path, r"`images` must be a dense tensor .* torch\.sparse_coo", pictures.to_sparse())
+    refuse_build(tmp_path, "`images` must be uint8 .*complex64", pictures.to(torch.complex64))

@@ -1,5 +1,6 @@
 """Pictures as people have them: told by content, links, depths, alpha, frames; what is left out is said."""
 
+import io
 import os
 import shutil
 import struct
@@ -12,7 +13,7 @@ import torch
 
 from amg.index import Index, IndexBuildError
 from amg.index.decode import FRAME_FILES, FRAMES, HIGH_BYTES, RASTER_FORMATS, RUNS_PROGRAMS, open_picture
-from amg.index.listing import BESIDE, HIDDEN, SEEN, SPECIAL, VECTOR, list_folder
+from amg.index.listing import BESIDE, HIDDEN, OWN, SEEN, SPECIAL, VECTOR, list_folder
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -208,7 +209,7 @@ def test_a_folder_that_cannot_be_listed_is_a_skipped_entry(tmp_path, folder, mon
 
     monkeypatch.setattr("amg.index.listing.os.scandir", refusing)
     found = list_folder(folder).pictures
-    assert found[-1] == ("b", 0, "a folder that cannot be listed: Permission denied") and len(found) == 4
+    assert found[-1][:3] == ("b", 0, "a folder that cannot be listed: Permission denied") and len(found) == 4
 
 
 def test_file_names_that_are_not_utf8(tmp_path, pictures):
@@ -559,3 +560,118 @@ def test_notes_survive_a_killed_build(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(root, path=tmp_path / "i", batch_size=2)
         build(root, path=tmp_path / "i", batch_size=2, background="black")
+
+
+def encoded(pictures: torch.Tensor) -> list[bytes]:
+    """Pictures as BMP bytes, all of one length."""
+    contents = []
+    for picture in pictures:
+        file = io.BytesIO()
+        to_pil(picture).save(file, "BMP")
+        contents.append(file.getvalue())
+    return contents
+
+
+@pytest.mark.parametrize("struct_column", [True, False])
+@pytest.mark.parametrize("kind", ["binary", "large", "view", "fixed", "dictionary"])
+def test_every_column_of_bytes_is_read(tmp_path, pictures, kind, struct_column):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = pyarrow.array(encoded(pictures[:6]))
+    types = {"large": pyarrow.large_binary(), "view": pyarrow.binary_view(), "fixed": pyarrow.binary(246)}
+    cells = cells.dictionary_encode() if kind == "dictionary" else cells.cast(types.get(kind, cells.type))
+    if struct_column:
+        names = pyarrow.array([f"{at}.bmp" for at in range(6)]).dictionary_encode()
+        cells = pyarrow.StructArray.from_arrays([cells, names], ["bytes", "path"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "t.parquet")
+    written = pyarrow.parquet.read_schema(tmp_path / "t.parquet").field("image").type
+    assert written == cells.type
+    index = build(tmp_path / "t.parquet", path=tmp_path / "i")
+    assert torch.equal(index.rows, pictures[:6].flatten(1)) and index.manifest.skipped == ()
+    assert index.ids[1] == ("1.bmp" if struct_column else "t.parquet#1")
+
+
+def test_a_hash_of_fixed_length_is_not_taken_for_an_image(tmp_path, pictures):
+    import pyarrow
+    import pyarrow.parquet
+
+    hashes = pyarrow.array([bytes([at] * 16) for at in range(6)], pyarrow.binary(16))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"md5": hashes, "content": encoded(pictures[:6])}), tmp_path / "t.parquet"
+    )
+    assert torch.equal(build(tmp_path / "t.parquet", path=tmp_path / "i").rows, pictures[:6].flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("path", [1, 2], "must hold text in its field 'path', got int64"),
+        ("path", [["a"], ["b"]], r"must hold text in its field 'path', got list<element: string>"),
+        ("path", [{"a": "b"}, None], "must hold text in its field 'path', got struct<"),
+        ("bytes", [[66, 77], [66]], r"must hold binary in its field 'bytes', got list<element: int64>"),
+        ("bytes", [1, 2], "must hold binary in its field 'bytes', got int64"),
+        ("bytes", [1.5, None], "must hold binary in its field 'bytes', got double"),
+    ],
+)
+def test_a_struct_of_other_types_is_refused_at_once(tmp_path, pictures, field, values, message):
+    import pyarrow
+    import pyarrow.parquet
+
+    fields = {"bytes": pyarrow.array(encoded(pictures[:2])), "path": pyarrow.array(["a", "b"])}
+    fields[field] = pyarrow.array(values)
+    column = pyarrow.StructArray.from_arrays([*fields.values()], [*fields])
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "t.parquet")
+    with pytest.raises(IndexBuildError, match=rf"`images`: column 'image' of .*t\.parquet {message}"):
+        build(tmp_path / "t.parquet", path=tmp_path / "i")
+    assert not list(tmp_path.glob("i*"))
+
+
+def test_a_column_of_lists_is_no_image_column_and_its_type_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([[66, 77]], pyarrow.list_(pyarrow.uint8()))
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "t.parquet")
+    with pytest.raises(IndexBuildError, match=r"no image column among image: list<element: uint8>"):
+        build(tmp_path / "t.parquet", path=tmp_path / "i")
+
+
+def test_an_index_within_its_own_folder_is_passed_over(tmp_path, folder, pictures):
+    for name in ("i.amg", "b/other"):
+        index = build(folder, path=folder / name)
+        assert index.ids == ["a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"]
+    save(pictures[9], folder / "i.amg" / "mine.png")  # not of the index
+    index = build(folder, path=tmp_path / "j")
+    assert index.ids[-1] == "i.amg/mine.png" and index.count == 7
+    assert index.manifest.passed_over == {BESIDE: 3, OWN: 2}
+    assert index.manifest.examples[OWN] == ["b/other", "i.amg"]
+
+
+def test_an_unfinished_index_within_its_own_folder_is_passed_over_and_resumes(
+    tmp_path, folder, pictures, monkeypatch
+):
+    import amg.index.journal as journal
+
+    with monkeypatch.context() as patch:
+        patch.setattr("amg.index.plan.SHARD_IMAGES", 2)
+        commit = journal.Journal.commit
+
+        def stopping(self, *arguments):
+            commit(self, *arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(journal.Journal, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, path=folder / "i.amg", batch_size=2)
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 2)
+    assert (folder / "i.amg.partial" / "shards" / "0000000.parquet").is_file()
+    assert build(folder, path=tmp_path / "j", batch_size=2).manifest.passed_over == {BESIDE: 3, OWN: 1}
+    index = build(folder, path=folder / "i.amg", batch_size=2)
+    assert index.count == 6 and not (folder / "i.amg.partial").exists()
+
+
+def test_a_folder_that_only_is_called_like_an_index_is_indexed(tmp_path, folder, pictures):
+    save(pictures[9], folder / "holidays.amg" / "cat.png")
+    (folder / "holidays.amg" / "manifest.json").write_text('{"format": "amg-index"}')
+    assert "holidays.amg/cat.png" in build(folder, path=tmp_path / "i").ids

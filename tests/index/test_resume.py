@@ -206,3 +206,109 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         peaks.append(int(run.stdout))
     assert peaks[1] - peaks[0] < 30_000, f"peak KiB for 61 MB and 122 MB of rows: {peaks}"
+
+
+def save(picture: torch.Tensor, file: Path) -> None:
+    from PIL.Image import fromarray
+
+    fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+
+
+def stop_after(monkeypatch, shards: int):
+    """Patch a build so that it stops once so many shards are written."""
+    import amg.index.journal as journal
+
+    commit = journal.Journal.commit
+
+    def stopping(self, *arguments):
+        commit(self, *arguments)
+        if self.state.shards == shards:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "commit", stopping)
+
+
+def interrupt(monkeypatch, images, path: Path, captions=None) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("amg.index.plan.SHARD_IMAGES", 16)
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            Index.build(images, captions, path=path, progress=False, batch_size=16)
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 16)
+    assert path.with_name(path.name + ".partial").is_dir()
+
+
+def bitmaps(tmp_path: Path, pictures: torch.Tensor) -> Path:
+    """Pictures as files of one size whatever they show, each with a caption."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for at, picture in enumerate(pictures):
+        save(picture, folder / f"{at:02}.bmp")
+        (folder / f"{at:02}.txt").write_text(f"{at:02}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["05.bmp", "05.txt"])
+def test_an_earlier_file_that_was_edited_is_not_resumed_over(tmp_path, pictures, monkeypatch, name):
+    folder = bitmaps(tmp_path, pictures[:48])
+    interrupt(monkeypatch, folder, tmp_path / "i")
+    size = (folder / name).stat().st_size
+    save(pictures[60], folder / name) if name.endswith("bmp") else (folder / name).write_text("77")
+    assert (folder / name).stat().st_size == size
+    with pytest.raises(IndexBuildError, match="unfinished build with a different images:"):
+        Index.build(folder, path=tmp_path / "i", progress=False, batch_size=16)
+    index = Index.build(folder, path=tmp_path / "i", progress=False, batch_size=16, resume=False)
+    assert torch.equal(index.rows[5].view(3, 8, 8), pictures[60 if name.endswith("bmp") else 5])
+    assert index.captions[5] == ("05" if name.endswith("bmp") else "77")
+
+
+def test_a_folder_that_is_the_same_resumes(tmp_path, pictures, monkeypatch):
+    folder = bitmaps(tmp_path, pictures[:48])
+    interrupt(monkeypatch, folder, tmp_path / "i")
+    index = Index.build(folder, path=tmp_path / "i", progress=False, batch_size=16)
+    Index.build(folder, path=tmp_path / "whole", progress=False, batch_size=16)
+    assert index.count == 48
+    assert_same_files(tmp_path / "whole", tmp_path / "i")
+
+
+def test_an_edited_parquet_file_is_not_resumed_over(tmp_path, pictures, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = bitmaps(tmp_path, pictures[:48])
+
+    def write(order):
+        cells = [(folder / f"{at:02}.bmp").read_bytes() for at in order]
+        pyarrow.parquet.write_table(
+            pyarrow.table({"image": cells}), tmp_path / "t.parquet", compression="none", use_dictionary=False
+        )
+
+    write(range(48))
+    interrupt(monkeypatch, tmp_path / "t.parquet", tmp_path / "i")
+    write([1, 0, *range(2, 48)])
+    with pytest.raises(IndexBuildError, match="unfinished build with a different images:"):
+        Index.build(tmp_path / "t.parquet", path=tmp_path / "i", progress=False, batch_size=16)
+
+
+@pytest.mark.parametrize("at", [0, 5, 31])
+@pytest.mark.parametrize("kind", ["tensor", "iterator"])
+def test_an_earlier_image_in_memory_that_was_edited_is_not_resumed_over(
+    tmp_path, pictures, monkeypatch, kind, at
+):
+    given = pil_images if kind == "iterator" else torch.clone
+    interrupt(monkeypatch, given(pictures), tmp_path / "i")
+    edited = pictures.clone()
+    edited[at, 0, 0, 0] ^= 1
+    with pytest.raises(IndexBuildError, match=r"`images` changed .* \(one of the first 32 differs\)"):
+        Index.build(given(edited), path=tmp_path / "i", progress=False, batch_size=16)
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_tensor_that_is_the_same_resumes_twice(tmp_path, pictures, monkeypatch):
+    interrupt(monkeypatch, pictures, tmp_path / "i")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            Index.build(pictures, path=tmp_path / "i", progress=False, batch_size=16)
+    index = Index.build(pictures, path=tmp_path / "i", progress=False, batch_size=16)
+    assert torch.equal(index.rows, pictures.flatten(1))
