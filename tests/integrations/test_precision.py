@@ -353,9 +353,7 @@ def test_autocast_around_the_call(way, name, tmp_path):
         gradient = "frozen" if way == "AMGScheduler" or name is None else "full"
         images, verdicts = draw(way, tiny_sd(), index, acting(index, gradient=gradient))
     assert_acted(way, index, verdicts)
-    found = index.search(images.float())  # without autocast
-    for verdict, similarity in zip(verdicts, found.similarity.tolist(), strict=True):
-        assert verdict.similarity == pytest.approx(similarity, abs=1e-3)
+    assert_closest(index, images, verdicts)  # without autocast
 
 
 def test_autocast_and_inference_mode_together(tmp_path):
