@@ -6,6 +6,7 @@ Trained by benchmarks/zoo/, described in amg/zoo/README.md. Needs the extra `dem
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ def load(name: str, device: str = "cpu") -> Any:
 
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
-    pipe = _pipeline_class(name).from_pretrained(
-        FOLDER / name, local_files_only=True, torch_dtype=torch.float32
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # `dtype` in later diffusers alone
+        pipe = _pipeline_class(name).from_pretrained(
+            FOLDER / name, local_files_only=True, torch_dtype=torch.float32
+        )
     return pipe.to(device)
 
 
