@@ -306,8 +306,8 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
         else "cosine of photos-embedder > 0.5 (strong: 0.4)"
     )
     return [
-        f"memorised: {metric} to any of {len(data.ids)} distinct training images, or by the guard (structure, "
-        "cosine > 0.8); blocked images are not delivered",
+        f"memorised: {metric} to any of {len(data.ids)} distinct training images, or by the guard "
+        "(structure, cosine > 0.8); blocked images are not delivered",
         "of duplicated: the same share among the duplicated classes or the specific captions alone",
         "before the final check: still memorised after guidance and rewinds, so run again or blocked",
         "main and strong are held to a second index at the final check: photos-embedder, cosine 0.5 and 0.4"
