@@ -43,6 +43,14 @@ def affords(config: AMGConfig, flight: Flight, needed: int, plain: int) -> bool:
     return config.max_evaluations is None or flight.evaluations + needed <= config.max_evaluations * plain
 
 
+def give_up(config: AMGConfig, flights: Sequence[Flight], refused: Tensor) -> None:
+    """Note of the samples that would go back and cannot afford it, `refused` [B] bool, that nothing is left
+    to try: what the terms can still do is to push a copy under the metric's threshold."""
+    for flight, wanted in zip(flights, refused.tolist(), strict=True):
+        if wanted and flight.rewinds < (config.max_rewinds or 0):
+            flight.exhausted = True
+
+
 def too_close(
     config: AMGConfig, index: Any, judges: Sequence[Judge], x0_hat: Tensor, measured: Measured
 ) -> tuple[Tensor, Tensor]:

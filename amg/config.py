@@ -131,8 +131,8 @@ class AMGConfig:
     """Whole re-runs of one sample before it is blocked."""
     max_evaluations: float | None = 3.0
     """What one image may cost, in network evaluations, as a multiple (>= 1) of plain sampling's. What would
-    cost more is not begun: a sample goes back, or is run again, only while that fits, and then is blocked.
-    None: no ceiling."""
+    cost more is not begun: a sample goes back, or is run again, only while that fits, and then is blocked, as
+    one is that a checkpoint wants back and that cannot afford it. None: no ceiling."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -30,6 +30,7 @@ class Flight:
     despecified_until: int = 0
     deduplicated_until: int = 0
     suspected: bool = False  # its gate was open when it was last measured
+    exhausted: bool = False  # a checkpoint wanted it back, and `max_evaluations` did not allow it
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     previous: Tensor | None = None  # its denoiser input at the last step, where free signals are kept
     kept: Kept = field(default_factory=Kept)  # of its last full search, for lazy ones

@@ -13,7 +13,16 @@ from torch import Tensor
 
 import amg.kernels as kernels
 from amg import guidance
-from amg.checkpoint import affords, guarded, hears_alarms, is_checkpoint, screens, send_back, too_close
+from amg.checkpoint import (
+    affords,
+    give_up,
+    guarded,
+    hears_alarms,
+    is_checkpoint,
+    screens,
+    send_back,
+    too_close,
+)
 from amg.config import AMGConfig
 from amg.engine.level import Level
 from amg.flight import Flight
@@ -384,7 +393,9 @@ class _Step:
             close, found = too_close(cfg, guide.index, guide.judges, x0_hat, measured)
             chosen, found = chosen | close.to(rows.device), found.to(rows.device)
             near = torch.where(found >= 0, found, near)
-        chosen = chosen & self.affords(rows, self.step.total * self.cost)
+        affordable = self.affords(rows, self.step.total * self.cost)
+        give_up(cfg, flights, chosen & ~affordable)
+        chosen = chosen & affordable
         marked = send_back(cfg, guide.index, guide.denoiser, flights, chosen, near).to(rows.device)
         for row in rows[marked].tolist():
             self.terms[row].append("rewind")

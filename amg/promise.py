@@ -55,7 +55,8 @@ def check(
             replace(
                 verdict,
                 also=more,
-                memorized=verdict.memorized or any(one.memorized for one in more),
+                memorized=verdict.memorized or flight.exhausted or any(one.memorized for one in more),
+                exhausted=flight.exhausted,
                 rewinds=flight.total_rewinds,
                 retries=flight.retries,
                 evaluations=flight.evaluations,
@@ -124,7 +125,7 @@ def start_over(
     again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
     checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
     for flight in flights:
-        flight.suspected = False
+        flight.suspected = flight.exhausted = False
         flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
     noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
     group = Group(scheduler, noise * scheduler.init_noise_sigma, [*range(len(flights))])

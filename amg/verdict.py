@@ -60,7 +60,9 @@ class Verdict:
 
     `similarity` is the exact similarity to the nearest training image (cosine in [-1, 1], or -nL2) and
     `threshold` the promise; `guard` is what the index's guard says, None where it has none or was not asked;
-    `memorized`: `similarity > threshold`, or `guard.memorized`, under this index or any of `also`.
+    `memorized`: `similarity > threshold`, or `guard.memorized`, under this index or any of `also`; or
+    `exhausted`: a checkpoint found it too close and `max_evaluations` left nothing to try, so that its
+    similarity was only pushed down.
     `rewinds` counts returns to an early step, `retries` whole re-runs, `evaluations` denoiser evaluations of
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
     `similarity` is that of the image withheld).
@@ -78,6 +80,7 @@ class Verdict:
     trace: tuple[TraceStep, ...] = ()
     also: tuple[Verdict, ...] = ()
     guard: GuardVerdict | None = None
+    exhausted: bool = False
 
     @property
     def reason(self) -> str | None:
@@ -87,6 +90,8 @@ class Verdict:
         if self.guard is not None and self.guard.memorized:
             guard = self.guard
             return f"guard {guard.similarity:.3f} > {guard.threshold:g} to {guard.neighbour.id!r}"
+        if self.exhausted:
+            return f"too close at a checkpoint, and `max_evaluations` reached, to {self.neighbour.id!r}"
         return next((other.reason for other in self.also if other.reason), None)
 
     def as_dict(self, trace: bool = True) -> dict[str, Any]:
