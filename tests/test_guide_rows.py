@@ -295,3 +295,17 @@ def test_deduplication_waits_for_room_under_the_ceiling(indexes: dict) -> None:
             flight.evaluations = spent
         case.run(preset(max_evaluations=1.0), index)
         assert bool(case.network.calls) == asks, spent
+
+
+def test_a_sample_that_cannot_afford_to_go_back_is_given_up(indexes: dict) -> None:
+    """Not one that went back as often as it may: that is the preset's choice, and the final check's."""
+    index = indexes["cosine"]
+    config = preset(
+        rewind_at=(0.5,), rewind_to=0.1, rewind_threshold=-1.0, max_evaluations=1.5, max_rewinds=2
+    )
+    for spent, rewinds, given_up in ((0, 0, False), (9, 0, True), (9, 2, False)):
+        case = make_case(2.0)
+        for flight in case.flights:
+            flight.evaluations, flight.rewinds = spent, rewinds
+        case.run(config, index)
+        assert [flight.exhausted for flight in case.flights] == [given_up] * 5

@@ -143,7 +143,7 @@ def test_raise_says_which_images_and_how_close(indexes: dict) -> None:
 
 def test_resample_runs_the_copies_again_and_only_them(indexes: dict) -> None:
     index = indexes["nl2"]
-    delivery, network = settle(AMGConfig.preset("main"), index)
+    delivery, network = settle(AMGConfig.preset("main", max_evaluations=None), index)
     assert delivery.replaced == COPIES
     assert network.calls[0] == 2
     assert max(network.calls) == 2
@@ -365,7 +365,7 @@ def test_summary_counts(indexes: dict) -> None:
     )
     flagged, _ = settle(AMGConfig.preset("main", on_memorized="flag"), indexes["nl2"])
     assert summary(flagged.verdicts).endswith("0 blocked, 2 delivered marked as memorised")
-    again, _ = settle(AMGConfig.preset("main"), indexes["nl2"])
+    again, _ = settle(AMGConfig.preset("main", max_evaluations=None), indexes["nl2"])
     assert ", 2 resampled, 0 blocked" in summary(again.verdicts)
 
 
@@ -380,3 +380,18 @@ def test_a_rerun_is_never_guided_less_than_the_first_run(indexes: dict) -> None:
         assert getattr(strong, name) <= value, name
     lenient = promise._strong(AMGConfig.preset("main", threshold=-1.0, lambda_max=-1.1).for_metric("nl2"))
     assert (lenient.threshold, lenient.lambda_max) == (-1.6, -1.65)
+
+
+def test_what_was_given_up_is_marked_whatever_its_similarity(indexes: dict) -> None:
+    """Blocked without a re-run that it cannot afford; named as such."""
+    config = AMGConfig.preset("main", max_evaluations=1.0)
+    run, network = make_run(config, indexes["nl2"])
+    flights, conditions = flights_of([1, 3]), toy.conditions([17, 8], [0.0] * 2, guided=False)
+    flights[0].exhausted, flights[0].evaluations = True, 6
+    sample = finished()[[1, 3]]
+    found = deliver(decode(run, sample), sample, run, conditions, flights)
+    assert [verdict.memorized for verdict in found.verdicts] == [True, False] and network.calls == []
+    assert [verdict.blocked for verdict in found.verdicts] == [True, False]
+    reason = found.verdicts[0].reason
+    assert reason is not None and "`max_evaluations` reached" in reason
+    assert amg.Verdict.from_dict(json.loads(json.dumps(found.verdicts[0].as_dict()))) == found.verdicts[0]
