@@ -24,7 +24,7 @@ from amg.fingerprint import (
     short,
     unsealed,
 )
-from amg.index.store import write_atomically
+from amg.index.store import TEMPORARY, write_atomically
 from amg.verdict import Verdict
 
 VERDICTS, REQUEST, VERSION = "verdicts.jsonl", "request.json", 3
@@ -129,6 +129,8 @@ def take_up(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> dict[int, Delive
     kept = [line for line, _ in done.values()]
     if kept != lines:
         write_atomically(path, b"".join(kept).decode("utf-8"))
+    for left in folder.glob(f"{TEMPORARY}*"):  # of a write that was killed
+        left.unlink()
     for seed in wanted:
         (folder / (name_of(seed) + ".partial")).unlink(missing_ok=True)
         if seed not in done:

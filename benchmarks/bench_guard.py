@@ -134,7 +134,6 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         "images": len(verdicts),
         "memorised by metric": sum(verdict.similarity > verdict.threshold for verdict in verdicts),
         "memorised by guard": sum(bool(verdict.guard and verdict.guard.memorized) for verdict in verdicts),
-        "by guard alone": sum(one.memorized and one.similarity <= one.threshold for one in verdicts),
         "blocked": sum(verdict.blocked for verdict in verdicts),
         "delivered unmarked": int(unmarked.sum()),
         **copies(torch.cat(images), unmarked, data),

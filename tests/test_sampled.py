@@ -17,6 +17,7 @@ import torch
 import amg
 from amg import sampled
 from amg.cli import main
+from amg.index.store import TEMPORARY
 from amg.verdict import GuardVerdict, Neighbour, Verdict
 
 pytest.importorskip("diffusers")
@@ -330,7 +331,7 @@ def test_a_request_that_is_none_of_ours_is_named_and_left_alone(asked, tmp_path,
 
 def test_our_own_leftovers_are_removed(asked, tmp_path):
     assert asked() == 0
-    for name in ("000001.png.partial", "request.json.tmp"):
+    for name in ("000001.png.partial", f"{TEMPORARY}0123456789abcdef"):
         (tmp_path / "out" / name).write_text("half")
     (tmp_path / "out/notes.txt").write_text("mine")
     assert asked() == 0
