@@ -57,7 +57,7 @@ def add_guard(path: str | os.PathLike, images: Any, embedder: Any = None, *, pro
     manifest = read_manifest(directory)
     if manifest.guard is not None:
         raise IndexBuildError(
-            f"`path` must be an index without a guard, {directory} has one ({manifest.guard}): build it again"
+            f"`path` must be an index without a guard, {directory} has one ({manifest.guard})"
         )
     check_hashes(directory, manifest)
     if embedder is not None:
