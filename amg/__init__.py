@@ -12,11 +12,11 @@ from amg.config import AMGConfig
 from amg.verdict import MemorizedError, Neighbour, TraceStep, Verdict
 
 if TYPE_CHECKING:
+    from amg.engine.sampler import Request, Sampler, SamplerOutput
     from amg.index import Hits, Index
-    from amg.integrations.protect import protect as protect
-    from amg.integrations.protect import unprotect as unprotect
-    from amg.integrations.sampler import Request, Sampler, SamplerOutput
-    from amg.scheduler import AMGScheduler
+    from amg.protection.protect import protect as protect
+    from amg.protection.protect import unprotect as unprotect
+    from amg.protection.scheduler import AMGScheduler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,14 +35,14 @@ __all__ = [
     "unprotect",
 ]
 _LAZY = {
-    "AMGScheduler": "amg.scheduler",
+    "AMGScheduler": "amg.protection.scheduler",
     "Hits": "amg.index",
     "Index": "amg.index",
-    "Request": "amg.integrations.sampler",
-    "Sampler": "amg.integrations.sampler",
-    "SamplerOutput": "amg.integrations.sampler",
-    "protect": "amg.integrations.protect",
-    "unprotect": "amg.integrations.protect",
+    "Request": "amg.engine.sampler",
+    "Sampler": "amg.engine.sampler",
+    "SamplerOutput": "amg.engine.sampler",
+    "protect": "amg.protection.protect",
+    "unprotect": "amg.protection.protect",
 }
 
 _MODULES = ("embed", "evaluate", "kernels", "report", "zoo")

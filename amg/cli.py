@@ -16,12 +16,12 @@ from amg.config import PRESETS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
-    from amg.audit.cli import add_parser as add_audit
-    from amg.bench import add_parser as add_bench
-    from amg.calibrate import add_parser as add_calibrate
-    from amg.distill import add_parser as add_distill
-    from amg.embed.cli import add_parser as add_embedder
-    from amg.index.cli import add_parser as add_index
+    from amg.commands.audit.cli import add_parser as add_audit
+    from amg.commands.bench import add_parser as add_bench
+    from amg.commands.calibrate import add_parser as add_calibrate
+    from amg.commands.distill import add_parser as add_distill
+    from amg.commands.embed import add_parser as add_embedder
+    from amg.commands.index import add_parser as add_index
 
     parser = argparse.ArgumentParser(
         prog="amg", description="Sample from diffusion models without regurgitating training images."
@@ -130,19 +130,19 @@ def add_demo(commands: Any) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from amg.sampling import run
+    from amg.commands.sample import run
 
     return run(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from amg.demo import run
+    from amg.commands.demo import run
 
     return run(arguments.out, arguments.images, arguments.seed, arguments.steps, arguments.csv)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from amg import info
+    from amg.commands import info
 
     print(info.info_text())
     return 0

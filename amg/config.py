@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from amg import ranges
+from amg.guidance import ranges
 
 _CHOICES = {
     "metric": ("cosine", "nl2", None),
@@ -40,7 +40,8 @@ class AMGConfig:
     Similarities and thresholds are sigma of the paper: larger is closer, cosine in [-1, 1], or -nL2. A
     field left None is filled in from the preset once the index's metric is known (`for_metric`). From then
     on the thresholds (`threshold`, `rewind_threshold`, `lambda_min`, `lambda_max`) are held to that metric's
-    range (`amg.ranges.similarity`), and those of nL2 may be given as people write them: 1.4 becomes -1.4.
+    range (`amg.guidance.ranges.similarity`), and those of nL2 may be given as people write them: 1.4 becomes
+    -1.4.
     """
 
     preset_name: str = "main"

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amg.checkpoint import affords
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
-from amg.flight import Flight
-from amg.group import Group
-from amg.guidance import require_finite
-from amg.ordinary import despecify
-from amg.predict import Conditions
-from amg.sampler import Run, denoise
+from amg.guidance.checkpoint import affords
+from amg.guidance.flight import Flight
+from amg.guidance.ordinary import despecify
+from amg.guidance.predict import Conditions
+from amg.guidance.terms import require_finite
+from amg.protection.group import Group
+from amg.protection.loop import Run, denoise
 from amg.verdict import GuardVerdict, MemorizedError, Neighbour, Verdict
 
 RANGE_TOLERANCE = 1e-3

@@ -30,11 +30,18 @@ from protocol import RESULTS, ROOT, append, commit
 from torch import Tensor
 
 import amg
+from amg.commands.demo import (
+    GUIDANCE_SCALES,
+    JUDGE_COPY,
+    LUMINANCE_COPY,
+    further_judges,
+    open_index,
+    open_pipeline,
+)
+from amg.commands.sample import SCHEDULERS
 from amg.config import AMGConfig
-from amg.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, further_judges, open_index, open_pipeline
+from amg.engine.sampler import Sampler
 from amg.evaluate.judges import luminance_correlation
-from amg.integrations.sampler import Sampler
-from amg.sampling import SCHEDULERS
 from amg.verdict import Verdict
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import DUPLICATED, TrainingSet, training_set

@@ -19,7 +19,7 @@ from protocol import RESULTS
 from torch import Tensor
 
 import amg
-from amg.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, open_index, open_pipeline
+from amg.commands.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, open_index, open_pipeline
 from amg.embed.photos import load_photos
 from amg.evaluate.judges import luminance_correlation
 from amg.zoo.judge import load_judge

@@ -29,7 +29,7 @@ from mitigations.records import GRID, SECONDS, TEST, chosen, point_text, provena
 from torch import Tensor
 from tqdm import tqdm
 
-from amg.demo import GUIDANCE_SCALES, open_index, open_pipeline
+from amg.commands.demo import GUIDANCE_SCALES, open_index, open_pipeline
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set
 

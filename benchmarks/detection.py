@@ -33,7 +33,7 @@ from evidence.scores import (
 )
 from protocol import RESULTS, ROOT, commit
 
-from amg.demo import GUIDANCE_SCALES, open_index, open_pipeline
+from amg.commands.demo import GUIDANCE_SCALES, open_index, open_pipeline
 from amg.zoo.photos import training_set
 
 SEEN = (1, 2, 3, 5, 8, 10, 15, 20, 30)

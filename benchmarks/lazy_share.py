@@ -19,10 +19,10 @@ from protocol import RESULTS, append, commit, processor
 from torch import Tensor
 from tqdm import tqdm
 
+from amg.commands.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
 from amg.config import AMGConfig
-from amg.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
+from amg.engine.sampler import Sampler
 from amg.index.lazy import KEPT_ROWS, Kept, nearest_lazily
-from amg.integrations.sampler import Sampler
 from amg.similarity import Measured
 from amg.zoo.photos import training_set
 

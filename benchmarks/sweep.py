@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from amg.config import AMGConfig
-from amg.demo import (
+from amg.commands.demo import (
     COLUMN_NAMES,
     caption_jobs,
     class_jobs,
@@ -31,6 +30,7 @@ from amg.demo import (
     open_index,
     open_pipeline,
 )
+from amg.config import AMGConfig
 from amg.evaluate.judges import luminance_correlation
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import amg
 from amg.config import AMGConfig
-from amg.flight import Flight
-from amg.guide import Guide, Guided, Step
-from amg.predict import Conditions, predict
-from amg.schedule import Prediction
+from amg.guidance.flight import Flight
+from amg.guidance.guide import Guide, Guided, Step
+from amg.guidance.predict import Conditions, predict
+from amg.guidance.schedule import Prediction
 from amg.similarity import similarity_for
 
 from . import oracle, toy

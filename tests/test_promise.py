@@ -17,11 +17,11 @@ import amg
 from amg import promise
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
-from amg.flight import Flight
-from amg.guide import Guide
+from amg.guidance.flight import Flight
+from amg.guidance.guide import Guide
 from amg.index.exact import Nearest
 from amg.promise import Delivery, check, decode, deliver, summary
-from amg.sampler import Run
+from amg.protection.loop import Run
 from amg.similarity import similarity_for
 from amg.verdict import MemorizedError, TraceStep
 

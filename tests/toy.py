@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import amg
-from amg.predict import Conditions, Denoiser
+from amg.guidance.predict import Conditions, Denoiser
 
 SIZE, COUNT, TRAIN_STEPS, CAPTION_WEIGHT = 8, 60, 1000, 0.1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amg.embed.network import is_sha256
-from amg.precision import recorded
+from amg.embed.precision import recorded
 
 __all__ = ["Embedder", "WrappedEmbedder", "check", "load", "wrap"]
 

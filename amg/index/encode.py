@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import interpolate
 
+from amg.embed.precision import embedded
 from amg.index.errors import EmbedderMismatch
 from amg.index.store import EmbedderRecord
-from amg.precision import embedded
 
 
 class Embedder(Protocol):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from amg.embed.precision import full_precision
 from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, Nearest, Searcher, make_searcher, map_codes
@@ -30,7 +31,6 @@ from amg.index.store import (
     read_meta,
 )
 from amg.kernels import Codes
-from amg.precision import full_precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from amg.flight import Flight
+from amg.guidance.flight import Flight
 
 
 class Measured(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amg.flight import Flight
-from amg.guidance import newton_shift, require_finite
-from amg.precision import carried_back, embedded, recorded
+from amg.embed.precision import carried_back, embedded, recorded
+from amg.guidance.flight import Flight
+from amg.guidance.terms import newton_shift, require_finite
 from amg.similarity import Measured
 
 

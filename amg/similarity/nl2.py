@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amg.flight import Flight
-from amg.guidance import newton_shift, per_sample, require_finite
-from amg.precision import carried_back, recorded
+from amg.embed.precision import carried_back, recorded
+from amg.guidance.flight import Flight
+from amg.guidance.terms import newton_shift, per_sample, require_finite
 from amg.similarity import Measured
 
 

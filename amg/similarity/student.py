@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amg.embed.precision import embedded, full_precision
 from amg.embed.student import Origin, Student
-from amg.guidance import require_finite
-from amg.precision import embedded, full_precision
+from amg.guidance.terms import require_finite
 from amg.similarity import Measured
 
 

@@ -24,7 +24,7 @@ from amg.evaluate import (
     top1,
     top5,
 )
-from amg.flight import Flight
+from amg.guidance.flight import Flight
 from amg.promise import check
 from amg.verdict import Verdict
 

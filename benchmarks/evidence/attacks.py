@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from amg.sampling import SCHEDULERS
+from amg.commands.sample import SCHEDULERS
 
 SYNONYMS = {
     "official": "formal",

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amg.calibrate import EVERY_STEP, UNGUIDED
+from amg.commands.calibrate import EVERY_STEP, UNGUIDED
+from amg.commands.demo import GUIDANCE_SCALES
 from amg.config import AMGConfig
-from amg.demo import GUIDANCE_SCALES
-from amg.integrations.sampler import Sampler
+from amg.engine.sampler import Sampler
 from amg.zoo.photos import PHOTOS, TrainingSet
 
 MODEL = "photos-sd"

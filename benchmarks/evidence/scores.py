@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amg.calibration import images_needed, miss_bound
 from amg.evaluate.detection import auc, tpr_at_fpr
-from amg.signals import free_signals
+from amg.guidance.calibration import images_needed, miss_bound
+from amg.guidance.signals import free_signals
 from evidence.recording import Generations
 
 FOLDS = 8

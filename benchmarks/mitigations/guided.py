@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from amg.config import AMGConfig
-from amg.integrations.sampler import Sampler
+from amg.engine.sampler import Sampler
 from mitigations.interface import Drawn
 
 # The paper's form: measured at every step, a third term of constant length, nothing sent back or run again.

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from amg.engine.level import Level, levels
-from amg.schedule import LEAST_ALPHA_BAR, Prediction
+from amg.guidance.schedule import LEAST_ALPHA_BAR, Prediction
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amg.demo import JUDGE_COPY, LUMINANCE_COPY, caption_jobs
+from amg.commands.demo import JUDGE_COPY, LUMINANCE_COPY, caption_jobs
 from amg.evaluate import (
     alignment,
     bootstrap_interval,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.integrations.sampler import Sampler
+from amg.engine.sampler import Sampler
 from amg.verdict import Verdict
 from sampling.models import Model
 

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from amg import zoo
 from amg.cli import main
+from amg.commands.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
 from amg.config import AMGConfig
-from amg.demo import GUIDANCE_SCALES, caption_jobs, open_index, open_pipeline
+from amg.engine.sampler import Sampler
 from amg.index.index import Index
 from amg.index.store import Manifest
-from amg.integrations.sampler import Sampler
 from amg.kernels import encode_rows
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import PHOTOS, PLACES, VIEWS, training_set

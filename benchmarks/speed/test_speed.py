@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import amg.kernels as kernels
-from amg.audit.environment import environment
+from amg.commands.audit.environment import environment
 
 COEFFICIENTS = (0.98, -0.1, 0.0, 0.6, 1.25, 0.4, 7.5, 6.0, 9.0, 3.0)
 STEPS = 50
@@ -62,7 +62,7 @@ def test_denoising_step(timed, preset, tmp_path_factory):
     pytest.importorskip("diffusers")
     import amg
     from amg import zoo
-    from amg.demo import open_pipeline
+    from amg.commands.demo import open_pipeline
 
     index = zoo.build_index("photos-sd", tmp_path_factory.mktemp("speed") / "index.amg", progress=False)
     sampler = amg.Sampler(

@@ -116,7 +116,7 @@ def test_a_case_draws_what_it_says_and_a_crash_is_a_line(adversarial, attacks, s
 
 
 def test_the_attacks_the_issue_names_are_there(attacks):
-    from amg.sampling import SCHEDULERS
+    from amg.commands.sample import SCHEDULERS
 
     tried = {one.scheduler for one in attacks.ATTACKS if not one.protected and one.model == "photos-sd"}
     assert tried == {one.scheduler for one in attacks.ATTACKS if one.protected} == set(SCHEDULERS)

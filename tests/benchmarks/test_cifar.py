@@ -235,7 +235,7 @@ def test_every_row_is_a_config_of_its_own(cifar):
 
 
 def test_every_kth_step_is_checked(cifar):
-    from amg.gate import steps_of
+    from amg.guidance.gate import steps_of
 
     assert sorted(steps_of(cifar["rows"].every(5), 50)) == [*range(0, 50, 5), 49]
     assert sorted(steps_of(cifar["rows"].every(10), 50)) == [0, 10, 20, 30, 40, 49]

@@ -67,8 +67,8 @@ def test_measured_signals_are_their_definitions(recording):
 
 def test_recorded_signals_agree_with_the_packages_own(recording, tmp_path):
     """The watched network gives what `raw_signals` finds in the traces."""
-    import amg.signals
-    from amg.gate import Gate
+    import amg.guidance.signals
+    from amg.guidance.gate import Gate
 
     sampler = tiny(tmp_path / "index.amg")
     sampler.gate = Gate()
@@ -78,7 +78,7 @@ def test_recorded_signals_agree_with_the_packages_own(recording, tmp_path):
     )
     out = sampler(["a cat", "a hat"], num_inference_steps=3, output_type="latent", progress=False)
     raw, _ = recording.measured(seen, out.images)
-    traced = amg.signals.raw_signals([verdict.trace for verdict in out.amg])
+    traced = amg.guidance.signals.raw_signals([verdict.trace for verdict in out.amg])
     torch.testing.assert_close(raw[..., :3], traced[..., :3], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(raw[:, :-1, 3], traced[:, :-1, 3], rtol=1e-4, atol=1e-6)
 

@@ -84,7 +84,7 @@ def test_the_demos_rows_are_rounded_as_on_its_page(tables, tmp_path, monkeypatch
 
 def test_what_the_demo_writes_is_what_its_table_shows(tables, tmp_path, monkeypatch):
     pytest.importorskip("skimage")
-    from amg.demo import COLUMN_NAMES, _write_figures
+    from amg.commands.demo import COLUMN_NAMES, _write_figures
     from amg.report import Section, Table
 
     def section(model, guidances):

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from amg.commands.embed import add_parser
 from amg.embed import load
-from amg.embed.cli import add_parser
 from amg.embed.convert import convert_sscd, is_torchscript, torchvision_name, weights_info
 from amg.embed.network import tensors_sha256
 from amg.embed.sscd import SSCD

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from amg.commands.index import add_parser
 from amg.index import Index
-from amg.index.cli import add_parser
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL.Image")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import amg.kernels
-from amg.flight import Flight
+from amg.guidance.flight import Flight
 from amg.index.exact import ExactCosine
 from amg.index.lazy import Kept, nearest_lazily, outside_bound
 

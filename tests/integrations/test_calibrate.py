@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import amg
-from amg import calibrate, sampling
 from amg.cli import main
+from amg.commands import calibrate
+from amg.commands import sample as sampling
 from amg.config import AMGConfig
 
 diffusers = pytest.importorskip("diffusers")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import amg
-from amg.integrations.denoiser import split_call
-from amg.joining import Call, together
-from amg.predict import Denoiser, predict, replace_captions
+from amg.engine.joining import Call, together
+from amg.guidance.predict import Denoiser, predict, replace_captions
+from amg.pipelines.denoiser import split_call
 
 diffusers = pytest.importorskip("diffusers")
 BATCH = 3

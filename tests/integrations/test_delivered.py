@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import amg
-from amg.integrations.protect import to_tensor
+from amg.protection.protect import to_tensor
 
 
 def grey(mode: str = "L") -> PIL.Image.Image:

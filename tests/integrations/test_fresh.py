@@ -8,8 +8,8 @@ import torch
 
 import amg
 from amg.embed.student import LIMITS, Agreement, Student, save_student
-from amg.gate import FORMAT, VERSION
-from amg.integrations.identity import key_for, origin_of
+from amg.guidance.gate import FORMAT, VERSION
+from amg.pipelines.identity import key_for, origin_of
 
 from .conftest import tiny_sd
 

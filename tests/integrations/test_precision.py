@@ -13,9 +13,9 @@ from amg.embed.network import NetworkEmbedder, Preprocess
 from amg.embed.photos import load_photos
 from amg.embed.resnet import ResNet50
 from amg.embed.student import LIMITS, Agreement, Student, save_student
-from amg.gate import FORMAT, VERSION
-from amg.integrations.denoiser import denoiser_for
-from amg.integrations.identity import key_for, origin_of
+from amg.guidance.gate import FORMAT, VERSION
+from amg.pipelines.denoiser import denoiser_for
+from amg.pipelines.identity import key_for, origin_of
 from amg.similarity import similarity_for
 
 from .conftest import TinyEmbedder, tiny_ddpm, tiny_sd

@@ -6,7 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import amg
-from amg.integrations.protect import to_tensor
+from amg.protection.protect import to_tensor
 
 diffusers = pytest.importorskip("diffusers")
 

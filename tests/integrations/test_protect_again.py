@@ -38,7 +38,7 @@ class Meddled:
 
 def other_student(folder, pipe, index):
     from amg.embed.student import Student, save_student
-    from amg.integrations.identity import origin_of
+    from amg.pipelines.identity import origin_of
 
     origin = dataclasses.replace(origin_of(pipe, index), teacher="other")
     save_student(Student(origin, width=8, blocks=1), folder / "other.safetensors", {})

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import amg
-from amg import sampling
 from amg.cli import main
+from amg.commands import sample as sampling
 from amg.config import AMGConfig
 from amg.embed.student import FORMAT, LIMITS, SCALE, Agreement, Origin, Student, load_student, save_student
-from amg.integrations.identity import origin_of
+from amg.pipelines.identity import origin_of
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 4
@@ -174,7 +174,7 @@ def test_metadata_that_cannot_be_read_is_named(tmp_path, text):
 
 
 def test_the_cut_is_the_order_statistic_of_each_generation_s_least():
-    from amg.distill import _cut
+    from amg.commands.distill import _cut
 
     image = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     ours = torch.tensor([0.5, 0.3, 0.9, 0.1, 0.7, 0.8, 0.2, 0.2])
@@ -211,9 +211,9 @@ def test_distilling_agrees_better_than_an_untrained_student(distilled, sd, embed
 
 
 def test_distilling_resumes_and_refuses_another_run_s_folder(distilled, tmp_path, monkeypatch, capsys):
-    import amg.distill
+    import amg.commands.distill
 
-    monkeypatch.setattr(amg.distill, "train", interrupted)
+    monkeypatch.setattr(amg.commands.distill, "train", interrupted)
     assert distilled() == 130
     folder = tmp_path / "s.safetensors.pairs"
     assert len(list(folder.glob("*.safetensors"))) == 3 and not (tmp_path / "s.safetensors").exists()
@@ -237,9 +237,9 @@ def interrupted(*_):
 def test_distilling_goes_on_only_with_the_same_model_and_index(
     distilled, sd, embedder, tmp_path, monkeypatch, capsys
 ):
-    import amg.distill
+    import amg.commands.distill
 
-    monkeypatch.setattr(amg.distill, "train", interrupted)
+    monkeypatch.setattr(amg.commands.distill, "train", interrupted)
     assert distilled() == 130
     weights = sd.unet.conv_out.weight.detach().clone()
     sd.unet.conv_out.weight.data[-1, -1, -1, -1] += 0.1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import amg
-import amg.batching
+import amg.engine.batching
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -262,8 +262,8 @@ def test_cancelled_between_steps(sd, embedding_index):
 def test_a_deadline_that_passes_between_steps(sd, embedding_index, monkeypatch):
     clock = types.SimpleNamespace(now=100.0)
     fake = types.SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(amg.batching, "time", fake)
-    monkeypatch.setattr("amg.integrations.sampler.time", fake)
+    monkeypatch.setattr(amg.engine.batching, "time", fake)
+    monkeypatch.setattr("amg.engine.sampler.time", fake)
     with amg.Sampler(sd, embedding_index, config()) as sampler:
         calls = Calls(sd)
         calls.at[2] = lambda: setattr(clock, "now", 105.5)

@@ -7,7 +7,7 @@ import torch
 
 import amg
 from amg.cli import main
-from amg.integrations.supported import SUPPORTED
+from amg.pipelines.supported import SUPPORTED
 
 diffusers = pytest.importorskip("diffusers")
 OTHERS = (

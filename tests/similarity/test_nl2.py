@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import amg
-from amg import guidance
+from amg.guidance import terms as guidance
 from amg.similarity.nl2 import NL2Similarity, nl2_gradient, nl2_gradient_full
 
 from .. import oracle, toy

@@ -1,0 +1,1 @@
+"""`amg ...`: a file a command."""

@@ -1,0 +1,153 @@
+"""prompt -> eps_uncond, eps_cond in one call of the denoiser; a second call for the neighbours' captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.guidance.terms import classifier_free
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """A value nested beside tensors with one row per sample that is itself the same for all rows."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the denoiser is conditioned on: keyword arguments whose tensors have one row per sample, nested in
+    mappings, lists and tuples too; what is the same for all rows there is `Same`.
+
+    `uncond` is None without classifier-free guidance; `shared` holds arguments that are the same for all
+    rows.
+    """
+
+    cond: Mapping[str, Any]
+    uncond: Mapping[str, Any] | None
+    shared: Mapping[str, Any]
+
+    def take(self, rows: Tensor) -> Conditions:
+        """The conditions of some rows."""
+        return Conditions(
+            _take(self.cond, rows), None if self.uncond is None else _take(self.uncond, rows), self.shared
+        )
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network and what surrounds it, free of any pipeline.
+
+    `network(sample, t, **conditions)` returns the raw output [B, C, H, W], t being one timestep or [B];
+    `decode(x0)` an image [B, 3, H, W] in [0, 1] (differentiable, unclamped); `encode_captions(captions)` the
+    keyword arguments of a condition, or None where the model takes no text; `pixels` says that x0 is the
+    picture itself in [-1, 1].
+    """
+
+    network: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
+    prediction_type: str = "epsilon"
+    pixels: bool = True
+    encode_captions: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+
+
+def replace_captions(
+    denoiser: Denoiser, conditions: Conditions, captions: Sequence[str | None]
+) -> Conditions:
+    """Conditions with the rows that have a caption in `captions` conditioned on it instead of their
+    prompt."""
+    rows = [row for row, caption in enumerate(captions) if caption is not None]
+    if not rows or denoiser.encode_captions is None:
+        return conditions
+    cond = dict(conditions.cond)
+    said = denoiser.encode_captions([caption for caption in captions if caption is not None])
+    for name, value in _like(cond, said).items():
+        cond[name] = cond[name].clone()
+        cond[name][rows] = value
+    return Conditions(cond, conditions.uncond, conditions.shared)
+
+
+def predict(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions
+) -> tuple[Tensor | None, Tensor]:
+    """(unconditional, conditional) raw outputs, [B, C, H, W] each, unconditional first in one call of 2B
+    rows. `t` is one timestep, or one per row, [B].
+
+    Without classifier-free guidance the first is None and the second the plain output.
+    """
+    if conditions.uncond is None:
+        return None, denoiser.network(sample, t, **_plain(conditions.cond), **conditions.shared)
+    both = {name: joined(value, conditions.cond[name]) for name, value in conditions.uncond.items()}
+    t = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+    output_uncond, output_cond = denoiser.network(
+        torch.cat([sample, sample]), t, **_plain(both), **conditions.shared
+    ).chunk(2)
+    return output_uncond, output_cond
+
+
+def predict_guided(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, guidance_scale: float
+) -> Tensor:
+    """The raw output [B, C, H, W] with classifier-free guidance, where there are two halves."""
+    output_uncond, output_cond = predict(denoiser, sample, t, conditions)
+    if output_uncond is None:
+        return output_cond
+    return classifier_free(output_uncond, output_cond, guidance_scale)
+
+
+def predict_neighbours(
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, captions: Sequence[str]
+) -> Tensor:
+    """Raw outputs [B, C, H, W] with each row conditioned on its own neighbour's caption instead of its
+    prompt."""
+    if denoiser.encode_captions is None:
+        raise ValueError("`denoiser` takes no captions, so caption de-duplication cannot act (set c2 = 0)")
+    replaced = {**conditions.cond, **_like(conditions.cond, denoiser.encode_captions(captions))}
+    return denoiser.network(sample, t, **_plain(replaced), **conditions.shared)
+
+
+def like_sequence(value: Any, items: Sequence[Any]) -> Any:
+    """`items` as a list or (named) tuple, as `value` is one."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The rows of `first` and then those of `second`, two conditions of one form."""
+    return _map(lambda one, other: torch.cat([one, other]), first, second)
+
+
+def _take(mapping: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    return {
+        name: _map(lambda tensor: tensor[rows.to(tensor.device)], value) for name, value in mapping.items()
+    }
+
+
+def _like(cond: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What captions were encoded to, in the dtypes and on the devices of the conditions they replace."""
+    return {
+        name: value.to(cond[name]) if isinstance(cond.get(name), Tensor) else value
+        for name, value in said.items()
+    }
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the network takes them."""
+    return {name: _map(None, value) for name, value in mapping.items()}
+
+
+def _map(change: Callable[..., Tensor] | None, value: Any, *others: Any) -> Any:
+    """`change` of every tensor with rows nested in `value` (and of its counterparts in `others`, which have
+    the same form); None: they stay, and `Same` gives way to its value."""
+    if isinstance(value, Mapping):
+        parts = {name: (inner, *(other[name] for other in others)) for name, inner in value.items()}
+        return {name: _map(change, *part) for name, part in parts.items()}
+    if isinstance(value, (list, tuple)):
+        return like_sequence(value, [_map(change, *part) for part in zip(value, *others, strict=True)])
+    if isinstance(value, Same):
+        return value.value if change is None else value
+    return change(value, *others) if change is not None and isinstance(value, Tensor) else value

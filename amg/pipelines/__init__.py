@@ -1,0 +1,1 @@
+"""What is known of diffusers' pipelines: denoiser, conditions, safety checker, identity."""

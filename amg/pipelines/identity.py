@@ -1,0 +1,100 @@
+"""Whether a calibration or a student was made for this run: its key, out of a pipeline, its index and how it
+is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from amg.config import AMGConfig
+from amg.embed.student import Origin, load_student
+from amg.guidance.gate import Gate, Key
+from amg.index.store import MANIFEST
+from amg.pipelines.denoiser import is_latent
+from amg.similarity.student import Screen
+
+ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "guard", "seal", "captioned")
+
+
+def asked(config: AMGConfig | None) -> AMGConfig:
+    """The config given, or the preset `main`; TypeError for anything else."""
+    if config is not None and not isinstance(config, AMGConfig):
+        raise TypeError(f"`config` must be an AMGConfig or None, got {config!r}")
+    return AMGConfig.preset("main") if config is None else config
+
+
+def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
+    """`also` as a tuple, after making sure that every index can be asked about a finished image.
+
+    TypeError for what is no index, ValueError for one of embeddings without its embedder, IndexCorrupt for
+    one whose files are not what its manifest says.
+    """
+    if not isinstance(also, (tuple, list)):
+        raise TypeError(f"`also` must be a list of indexes, got {type(also).__name__}")
+    for name, one in [("index", index), *((f"also[{n}]", one) for n, one in enumerate(also))]:
+        if not all(hasattr(one, needed) for needed in ASKED_OF_AN_INDEX):
+            raise TypeError(f"`{name}` must be an amg.Index, got {type(one).__name__}")
+        if one.metric == "cosine" and one.embedder is None:
+            raise ValueError(
+                f"`{name}` must have its embedder attached (`Index.open(path, embedder)`), got none"
+            )
+        one.seal.check()
+    return tuple(also)
+
+
+def gate_of(config: AMGConfig) -> Gate | None:
+    """The gate of the config's calibration file, if it names one."""
+    return None if config.calibration is None else Gate.load(config.calibration)
+
+
+def screen_of(config: AMGConfig, pipe: Any, index: Any) -> Screen | None:
+    """The student of the config's file over its teacher's index, if it names one; ValueError for another."""
+    if config.student is None:
+        return None
+    if index.metric != "cosine" or not is_latent(pipe):
+        raise ValueError("`student` must be None without latents and a cosine index, got a file")
+    screen = Screen(load_student(config.student, pipe.device), index)
+    screen.require(origin_of(pipe, index))
+    return screen
+
+
+def refit(screen: Screen | None, pipe: Any) -> None:
+    """Hold a student to the pipeline as it is now: ValueError where it does not fit any more; moved to its
+    device."""
+    if screen is not None:
+        screen.require(origin_of(pipe, screen.index))
+        screen.student.to(pipe.device)
+
+
+def origin_of(pipe: Any, index: Any) -> Origin:
+    """What a student over this pipeline and index is distilled from."""
+    described = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}
+    text = json.dumps(described, sort_keys=True, default=str)
+    channels, teacher = pipe.unet.config.in_channels, index.embedder
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Origin(teacher.name, teacher.sha, teacher.dimension, channels, digest)
+
+
+def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config: AMGConfig) -> Key:
+    """The `Key` of a run: `scheduler` has its timesteps set, `config` is resolved for the index's metric.
+
+    The model is the last part of its name or path (a folder may move) with the hash of its denoiser's
+    config: two fine-tunes of one architecture are told apart by their names alone.
+    """
+    name = Path(str(pipe.config.get("_name_or_path") or "")).name
+    public = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    text = json.dumps({"class": type(pipe.unet).__name__, **public}, sort_keys=True, default=str)
+    assert config.threshold is not None
+    manifest = (Path(index.path) / MANIFEST).read_bytes()
+    return Key(
+        name,
+        hashlib.sha256(text.encode()).hexdigest(),
+        type(scheduler).__name__,
+        len(scheduler.timesteps),
+        float(guidance_scale),
+        hashlib.sha256(manifest).hexdigest(),
+        float(config.threshold),
+    )

@@ -1,0 +1,1 @@
+"""Other people's loops: `protect`, `AMGScheduler`, and how guidance reaches into them."""
