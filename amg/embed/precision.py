@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,28 @@ def full_precision() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+class Modes(NamedTuple):
+    """The autocast modes of a thread, (kind of device, dtype) each; a new thread has none of them."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @staticmethod
+    def here() -> Modes:
+        """Those of the calling thread."""
+        kinds = ("cpu", "cuda", "mps", "xpu")
+        return Modes(
+            tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+        )
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """In another thread what they were in that one."""
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
 
 
 def embedded(embedder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

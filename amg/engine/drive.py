@@ -69,7 +69,7 @@ def timed(scheduler: Any, arguments: Mapping[str, Any]) -> Any:
     given = {name: value for name, value in arguments.items() if value is not None}
     clone = pristine(scheduler)
     for name, value in vars(clone).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
             setattr(clone, name, value.cpu())
     if given:
         clone.set_timesteps(**given)

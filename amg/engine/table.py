@@ -7,10 +7,11 @@ the scheduler's, started there.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,9 @@ from amg.engine.drive import Refused, accepted, in_double, make_step, name_of, q
 from amg.engine.impulses import Responses, responses
 from amg.engine.level import level_at, require_plain
 from amg.engine.realise import Machine, realise
-from amg.engine.restart import deviation
+from amg.engine.restart import deviation, latest
 
-__all__ = ["Refused", "StepTable", "Tables", "tabulate"]
+__all__ = ["Refused", "Setting", "StepTable", "Tables", "setting", "tabulate"]
 
 MOST_STATES = 3
 REPLAY_TOLERANCE = 1e-5
@@ -115,6 +116,15 @@ def tabulate(
     return _tabulated(ready, start, accepted(scheduler, step_arguments or {}))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A scheduler whose timesteps are set, with arguments of its `step`: equal where all it holds is equal."""
+
+    digest: str
+    scheduler: Any = field(compare=False)
+    step_arguments: dict[str, Any] = field(compare=False)
+
+
 class Tables:
     """Tables that were made before are not made again: a cache of the `most` last used, kept by its owner.
 
@@ -122,7 +132,8 @@ class Tables:
     """
 
     def __init__(self, most: int = 256):
-        self._made = functools.lru_cache(most)(_of_setting)
+        self.table = functools.lru_cache(most)(_table_of)
+        self.latest = functools.lru_cache(most)(_latest_of)
 
     @quietly
     def __call__(
@@ -133,32 +144,51 @@ class Tables:
         step_arguments: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> StepTable:
-        ready, step = timed(scheduler, arguments), accepted(scheduler, step_arguments or {})
-        held = hashlib.sha256(f"{type(ready).__module__}.{type(ready).__qualname__}".encode())
-        for name, value in sorted({**vars(ready), "step arguments": step}.items()):
-            held.update(f"{name}={_content(value)}\n".encode())
-        return self._made(_Setting(held.hexdigest(), start, ready, step))
+        return self.table(setting(scheduler, arguments, step_arguments), start)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    digest: str
-    start: int
-    scheduler: Any = field(compare=False)
-    arguments: dict[str, Any] = field(compare=False)
+@quietly
+def setting(
+    scheduler: Any, arguments: Mapping[str, Any], step_arguments: Mapping[str, Any] | None = None
+) -> Setting:
+    """A scheduler with its timesteps set by `arguments`, as in `tabulate`; it is not changed."""
+    ready, step = timed(scheduler, arguments), accepted(scheduler, step_arguments or {})
+    held = hashlib.sha256(f"{type(ready).__module__}.{type(ready).__qualname__}".encode())
+    for name, value in sorted({**vars(ready), "step arguments": step}.items()):
+        held.update(f"{name}=".encode())
+        for part in _content(value):
+            held.update(part)
+    return Setting(held.hexdigest(), ready, step)
 
 
-def _of_setting(setting: _Setting) -> StepTable:
-    return _tabulated(setting.scheduler, setting.start, setting.arguments)
+@quietly
+def _table_of(setting: Setting, start: int) -> StepTable:
+    return _tabulated(setting.scheduler, start, setting.step_arguments)
 
 
-def _content(value: Any) -> str:
-    """All of a value as text: tensors and arrays in full, which `repr` leaves out."""
+def _latest_of(setting: Setting, wanted: int) -> int:
+    return latest(setting.scheduler, wanted, setting.step_arguments)
+
+
+def _content(value: Any) -> Iterator[bytes]:
+    """All of a value: tensors and arrays in full, which `repr` leaves out."""
     if isinstance(value, Mapping):
-        return str({name: _content(one) for name, one in value.items()})
-    if isinstance(value, (list, tuple)):
-        return str([_content(one) for one in value])
-    return repr(value.tolist()) if hasattr(value, "tolist") else repr(value)
+        for name, one in value.items():
+            yield f"{name}:".encode()
+            yield from _content(one)
+    elif isinstance(value, (list, tuple)):
+        yield f"{type(value).__name__} of {len(value)}:".encode()
+        for one in value:
+            yield from _content(one)
+    elif isinstance(value, Tensor):
+        yield f"{value.dtype} {list(value.shape)} ".encode()
+        flat = value.detach().contiguous()
+        yield ctypes.string_at(flat.data_ptr(), flat.nbytes)
+    elif hasattr(value, "tobytes"):
+        yield f"{value.dtype} {list(value.shape)} ".encode()
+        yield value.tobytes()
+    else:
+        yield f"{value!r};".encode()
 
 
 def _tabulated(scheduler: Any, start: int, arguments: Mapping[str, Any]) -> StepTable:

@@ -41,5 +41,5 @@ def fit(inputs: Tensor, copies: Tensor) -> list[float]:
 
 def score(inputs: Tensor, weights: Sequence[float]) -> Tensor:
     """The log odds of being a copy, float64 [N]; inputs [N, F] of `features`."""
-    table = torch.tensor(weights, dtype=torch.float64)
+    table = torch.tensor(weights, dtype=torch.float64, device=inputs.device)
     return table[0] + inputs @ table[1:]

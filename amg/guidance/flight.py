@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from amg.index.lazy import Kept
 from amg.verdict import TraceStep
 
 
-@dataclass
+@dataclass(eq=False)
 class Flight:
     """The mutable record of one sample, kept through rewinds and re-runs.
 
-    `generator` is the sample's own source of fresh noise, seeded by its initial noise alone, so what happens
-    to a sample never depends on its batch-mates. `rewinds` counts returns in the current run, `total_rewinds`
-    in all.
+    `initial` is its first noise, of which alone its own source of fresh noise is made, so what happens to a
+    sample never depends on its batch-mates. `rewinds` counts returns in the current run, `total_rewinds` in
+    all.
     """
 
-    generator: torch.Generator
+    initial: Tensor
+    seed: int | None = None  # of `initial`, once it was needed
     rewinds: int = 0
     total_rewinds: int = 0
     retries: int = 0
@@ -32,8 +34,6 @@ class Flight:
     suspected: bool = False  # its gate was open when it was last measured
     exhausted: bool = False  # a checkpoint wanted it back, and `max_evaluations` did not allow it
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
-    previous: Tensor | None = None  # its denoiser input at the last step, where free signals are kept
-    kept: Kept = field(default_factory=Kept)  # of its last full search, for lazy ones
     prompt: str | None = None  # what was asked for, where it is text and known
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)
@@ -41,15 +41,39 @@ class Flight:
     @staticmethod
     def from_noise(initial: Tensor, prompt: str | None = None) -> Flight:
         """A flight for one sample's initial noise [C, H, W]; equal noise gives an equal flight."""
-        digest = hashlib.sha256(initial.detach().float().cpu().contiguous().numpy().tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return Flight(generator, prompt=prompt)
+        return Flight(initial, prompt=prompt)
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator:
+        """The sample's own source of noise."""
+        seeded([self])
+        assert self.seed is not None
+        return torch.Generator().manual_seed(self.seed)
+
+    @functools.cached_property
+    def _chooser(self) -> random.Random:
+        seeded([self])
+        return random.Random(self.seed)
+
+    def choose(self, count: int) -> int:
+        """One of 0..count-1, by the sample's own chance."""
+        return self._chooser.randrange(count)
 
     def noise(self, like: Tensor) -> Tensor:
         """Fresh standard normal noise shaped like `like`, from this sample's own generator."""
-        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32).to(
-            like.device, like.dtype
-        )
+        drawn = torch.randn(like.shape, generator=self.generator, dtype=torch.float32)
+        return drawn.to(like.device, like.dtype)
+
+
+def seeded(flights: Sequence[Flight]) -> None:
+    """Make the seeds of those that have none yet, of their first noise, in one read of it: equal noise gives
+    equal seeds."""
+    new = [flight for flight in flights if flight.seed is None]
+    if not new:
+        return
+    initial = torch.stack([flight.initial.detach() for flight in new]).float().contiguous()
+    for flight, noise in zip(new, initial.cpu().numpy(), strict=True):
+        flight.seed = int.from_bytes(hashlib.sha256(noise.tobytes()).digest()[:7], "little")
 
 
 def texts_of(prompt: str | Sequence[str] | None, repeats: int, batch: int) -> list[str | None]:

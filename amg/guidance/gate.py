@@ -1,7 +1,5 @@
-"""Which samples are measured at a step: all at the checks, in between only those already suspected.
-
-A calibration (`amg calibrate`) lets a check skip the samples whose free signals say ordinary.
-"""
+"""A calibration (`amg calibrate`): its rules let a check pass over samples whose free signals say ordinary, and
+send back at once those whose signals say copy."""
 
 from __future__ import annotations
 
@@ -14,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amg.config import AMGConfig
 from amg.guidance.combine import COMBINED, features, score
-from amg.guidance.flight import Flight
-from amg.guidance.signals import SIGNALS, free_signals, raw_signals
+from amg.guidance.signals import SIGNALS, free_signals
 
 FORMAT, VERSION = "amg calibration", 2
 
@@ -95,40 +91,19 @@ class Gate:
             now = ", ".join(f"{name}={asked[name]!r}" for name in differing)
             raise ValueError(f"`calibration` {self.source} must be for this run's {now}, got one for {was}")
 
-    def ordinary(
-        self, rows: Sequence[int], position: int, flights: Sequence[Flight], signals: dict[int, Any]
-    ) -> set[int]:
-        """Those of `rows` whose free signal at step `position` says ordinary.
+    def excess(self, rule: Rule, position: int, raw: Tensor) -> Tensor:
+        """How far each sample is beyond a rule at step `position`, sign·signal − threshold, float64 [N].
 
-        A sample that went back, or runs again, is none that was calibrated: it is never among them.
+        raw [N, >= position + 1, 4]: see `free_signals`; the last of step `position` is not read. Below 0 a
+        check's rule calls a sample ordinary, above 0 an alarm's calls it a copy. Both were calibrated on
+        samples that neither went back nor run again.
         """
-        found = self._scores(self.rules.get(position), rows, position, flights, signals)
-        return {row for row, excess in found.items() if excess < 0}
-
-    def alarmed(self, position: int, flights: Sequence[Flight], signals: dict[int, Any]) -> set[int]:
-        """The rows on their first try whose free signal at step `position` is the alarm's."""
-        found = self._scores(self.alarm.get(position), range(len(flights)), position, flights, signals)
-        return {row for row, excess in found.items() if excess > 0}
-
-    def _scores(
-        self,
-        rule: Rule | None,
-        rows: Sequence[int],
-        position: int,
-        flights: Sequence[Flight],
-        signals: dict[int, Any],
-    ) -> dict[int, float]:
-        """sign·signal − threshold of those of `rows` on their first try."""
-        rows = [row for row in rows if not (flights[row].rewinds or flights[row].retries)]
-        if rule is None or not rows:
-            return {}
-        raw = raw_signals([flights[row].trace for row in rows], [signals[row] for row in rows])
-        values = free_signals(raw, self.mean, self.deviation)
+        values = free_signals(raw[:, : position + 1], self.mean.to(raw.device), self.deviation.to(raw.device))
         if rule.signal == COMBINED:
             found = score(features(values, position), rule.weights)
         else:
             found = values[rule.signal][:, position]
-        return dict(zip(rows, (rule.sign * found - rule.threshold).tolist(), strict=True))
+        return rule.sign * found - rule.threshold
 
 
 def _rules(records: Sequence[dict[str, Any]]) -> dict[int, Rule]:
@@ -145,27 +120,3 @@ def _rules(records: Sequence[dict[str, Any]]) -> dict[int, Rule]:
 def steps_of(fractions: Sequence[float], total: int) -> set[int]:
     """The steps 0..total-1 nearest to fractions of the trajectory."""
     return {round(at * (total - 1)) for at in fractions}
-
-
-def rows_to_check(
-    config: AMGConfig,
-    position: int,
-    total: int,
-    flights: Sequence[Flight],
-    gate: Gate | None = None,
-    signals: dict[int, Any] | None = None,
-) -> list[int]:
-    """The rows whose similarity is measured at step `position` of `total`.
-
-    A sample whose gate was open at its last check is suspected and measured again at every step until it
-    closes; with a calibration a check passes over the others whose `signals` (three per row, of this step)
-    say ordinary. Skipping only saves work: finished images are always checked.
-    """
-    checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), total)
-    due = not config.check_at or position in checks
-    rows = [row for row, flight in enumerate(flights) if due or flight.suspected]
-    if gate is None or not due:
-        return rows
-    unsuspected = [row for row in rows if not flights[row].suspected]
-    ordinary = gate.ordinary(unsuspected, position, flights, signals or {})
-    return [row for row in rows if row not in ordinary]

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.guidance.flight import Flight
+from amg.guidance.flight import Flight, seeded
 from amg.guidance.predict import Denoiser
 
 FREQUENT_CAPTION = 20  # the released code calls a caption that occurs more often than this duplicated
@@ -48,43 +47,65 @@ STOP_WORDS = frozenset(
 )  # rare in some caption sets, yet they name nothing
 
 
-def deduplicated(
-    index: Any, flights: Sequence[Flight], near: Tensor, opened: Tensor, position: int
-) -> Tensor:
-    """[B] bool: the samples whose neighbour's caption the released form de-duplicates at step `position`: an
-    open one (`opened` [B]) with a frequent caption at its nearest row `near` [B], and on for ten steps."""
-    counts = index.caption_counts()
-    for flight, nearest, is_open in zip(flights, near.tolist(), opened.tolist(), strict=True):
-        if is_open and counts[nearest] > FREQUENT_CAPTION:
-            flight.deduplicated_until = position + HELD_STEPS
-    return torch.tensor([position < flight.deduplicated_until for flight in flights])
+def hold_deduplicated(index: Any, flight: Flight, row: int, position: int) -> None:
+    """The released form goes on de-duplicating for ten steps once a sample's gate opened at `position` with a
+    frequent caption at its nearest `row`."""
+    if index.caption_counts()[row] > FREQUENT_CAPTION:
+        flight.deduplicated_until = position + HELD_STEPS
 
 
-def despecify(config: AMGConfig, index: Any, denoiser: Denoiser, flight: Flight, row: int) -> None:
-    """Give a sample's next try the caption of an ordinary training image near the memorised `row`.
+class Ordinary:
+    """Rows of an index near memorised ones, nearest first, kept once they were searched for."""
+
+    def __init__(self) -> None:
+        self._near: dict[int, list[int]] = {}
+
+    def near(self, index: Any, rows: Sequence[int]) -> list[list[int]]:
+        """The nearest rows to each of `rows` whose caption and image do not occur often, itself left out; one
+        search, one read."""
+        if new := [row for row in dict.fromkeys(rows) if row not in self._near]:
+            vectors = index.rows[torch.tensor(new, device=index.rows.device)].float()
+            found = index.search(vectors, k=min(ORDINARY_SEARCHED, index.count)).row.view(len(new), -1)
+            often, counts = index.caption_counts().tolist(), index.counts.tolist()
+            for row, others in zip(new, found.tolist(), strict=True):
+                self._near[row] = [
+                    other
+                    for other in others
+                    if other != row and max(often[other], counts[other]) <= FREQUENT_CAPTION
+                ]
+        return [self._near[row] for row in rows]
+
+
+def despecify(
+    index: Any, denoiser: Denoiser, ordinary: Ordinary, samples: Sequence[tuple[Flight, AMGConfig, int]]
+) -> None:
+    """Give the next try of each sample (its flight, its config, the memorised row) the caption of an ordinary
+    training image near that row.
 
     One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
-    shares no word with them, chosen by the sample's own generator. Passed over are captions and images that
+    shares no word with them, chosen by the sample's own chance. Passed over are captions and images that
     occur often, the memorised image itself, its caption and the prompt.
     """
-    if config.rewind_caption != "ordinary" or denoiser.encode_captions is None:
+    if denoiser.encode_captions is None or index.metric != "cosine":
         return
-    if index.captions[row] is None or index.metric != "cosine":
-        return
-    found = index.search(index.rows[row][None].float(), k=min(ORDINARY_SEARCHED, index.count)).row[0]
-    often = torch.maximum(
-        index.caption_counts().to(found.device)[found], index.counts.to(found.device)[found]
-    )
-    refused = {index.captions[row], flight.prompt}  # the memorised caption need not repeat to bring it back
-    near = [
-        other
-        for other, count in zip(found.tolist(), often.tolist(), strict=True)
-        if other != row and count <= FREQUENT_CAPTION and index.captions[other] not in refused
+    samples = [
+        (flight, config, row)
+        for flight, config, row in samples
+        if config.rewind_caption == "ordinary" and row >= 0 and index.captions[row] is not None
     ]
-    captions = [caption for caption in (index.captions[other] for other in near) if caption is not None]
-    alike = closest_captions(flight.prompt or "", captions) or closest_captions(index.captions[row], captions)
-    if alike:
-        flight.caption = alike[int(torch.randint(len(alike), (1,), generator=flight.generator))]
+    if not samples:
+        return
+    seeded([flight for flight, _, _ in samples])
+    nearby = ordinary.near(index, [row for _, _, row in samples])
+    for (flight, _, row), near in zip(samples, nearby, strict=True):
+        refused = {index.captions[row], flight.prompt}  # the memorised caption need not repeat to bring it back
+        found = [index.captions[other] for other in near]
+        captions = [caption for caption in found if caption is not None and caption not in refused]
+        alike = closest_captions(flight.prompt or "", captions) or closest_captions(
+            index.captions[row], captions
+        )
+        if alike:
+            flight.caption = alike[flight.choose(len(alike))]
 
 
 def warn_without_captions(index: Any) -> None:

@@ -34,9 +34,18 @@ class Conditions:
 
     def take(self, rows: Tensor) -> Conditions:
         """The conditions of some rows."""
-        return Conditions(
-            _take(self.cond, rows), None if self.uncond is None else _take(self.uncond, rows), self.shared
-        )
+        return self._changed(lambda tensor: tensor[rows.to(tensor.device)])
+
+    def part(self, rows: slice) -> Conditions:
+        """The conditions of neighbouring rows, views of these."""
+        return self._changed(lambda tensor: tensor[rows])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        cond = {name: _map(change, value) for name, value in self.cond.items()}
+        if self.uncond is None:
+            return Conditions(cond, None, self.shared)
+        uncond = {name: _map(change, value) for name, value in self.uncond.items()}
+        return Conditions(cond, uncond, self.shared)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,13 @@ def replace_captions(
     return Conditions(cond, conditions.uncond, conditions.shared)
 
 
+def captioned(conditions: Conditions, said: Mapping[str, Any]) -> Conditions:
+    """Conditions with what other captions were encoded to instead of the prompts, all rows."""
+    return Conditions(
+        {**conditions.cond, **_like(conditions.cond, said)}, conditions.uncond, conditions.shared
+    )
+
+
 def predict(
     denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions
 ) -> tuple[Tensor | None, Tensor]:
@@ -81,17 +97,17 @@ def predict(
     Without classifier-free guidance the first is None and the second the plain output.
     """
     if conditions.uncond is None:
-        return None, denoiser.network(sample, t, **_plain(conditions.cond), **conditions.shared)
-    both = {name: joined(value, conditions.cond[name]) for name, value in conditions.uncond.items()}
+        return None, denoiser.network(sample, t, **plain(conditions.cond), **conditions.shared)
+    both = {name: joined([value, conditions.cond[name]]) for name, value in conditions.uncond.items()}
     t = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
     output_uncond, output_cond = denoiser.network(
-        torch.cat([sample, sample]), t, **_plain(both), **conditions.shared
+        torch.cat([sample, sample]), t, **plain(both), **conditions.shared
     ).chunk(2)
     return output_uncond, output_cond
 
 
 def predict_guided(
-    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, guidance_scale: float
+    denoiser: Denoiser, sample: Tensor, t: Any, conditions: Conditions, guidance_scale: float | Tensor
 ) -> Tensor:
     """The raw output [B, C, H, W] with classifier-free guidance, where there are two halves."""
     output_uncond, output_cond = predict(denoiser, sample, t, conditions)
@@ -107,8 +123,8 @@ def predict_neighbours(
     prompt."""
     if denoiser.encode_captions is None:
         raise ValueError("`denoiser` takes no captions, so caption de-duplication cannot act (set c2 = 0)")
-    replaced = {**conditions.cond, **_like(conditions.cond, denoiser.encode_captions(captions))}
-    return denoiser.network(sample, t, **_plain(replaced), **conditions.shared)
+    told = captioned(conditions, denoiser.encode_captions(captions))
+    return denoiser.network(sample, t, **plain(told.cond), **conditions.shared)
 
 
 def like_sequence(value: Any, items: Sequence[Any]) -> Any:
@@ -116,15 +132,9 @@ def like_sequence(value: Any, items: Sequence[Any]) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def joined(first: Any, second: Any) -> Any:
-    """The rows of `first` and then those of `second`, two conditions of one form."""
-    return _map(lambda one, other: torch.cat([one, other]), first, second)
-
-
-def _take(mapping: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    return {
-        name: _map(lambda tensor: tensor[rows.to(tensor.device)], value) for name, value in mapping.items()
-    }
+def joined(values: Sequence[Any]) -> Any:
+    """The rows of one condition after another, all of one form."""
+    return _map(lambda *tensors: torch.cat(tensors), *values)
 
 
 def _like(cond: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def _like(cond: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+def plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the network takes them."""
     return {name: _map(None, value) for name, value in mapping.items()}
 

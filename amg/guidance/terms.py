@@ -22,7 +22,7 @@ class Scales(NamedTuple):
     s3: Tensor
 
 
-def classifier_free(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor:
+def classifier_free(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """eps_u + s0·(eps_c - eps_u), in the very operations of diffusers' pipelines, so the result is theirs bit
     for bit."""
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)

@@ -1,0 +1,78 @@
+"""A request that was found to be in order: what its samples start from, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amg.config import AMGConfig
+from amg.engine.look import Tools
+from amg.engine.plan import Course
+from amg.guidance.flight import Flight
+from amg.guidance.predict import Conditions
+from amg.pipelines.safety import SafetyCheck
+from amg.verdict import Verdict
+
+
+@dataclass(eq=False)
+class Job:
+    """sample [n, ...]: its images' initial noise, as the scheduler keeps it. course: how it is run. generator:
+    the caller's, one or a list of n, or None. key: of the slot set it joins. owner: what it was prepared
+    from; requests of different owners never run at the same time. late_at: time.monotonic() after which
+    nobody wants it. bar: shows progress, or None. dtype: of the network's input. called: by the sampler's own
+    call.
+
+    images, samples, verdicts: of those that are finished, by their place.
+    """
+
+    course: Course
+    config: AMGConfig
+    tools: Tools
+    also: tuple[Any, ...]
+    conditions: Conditions
+    sample: Tensor
+    flights: list[Flight]
+    generator: Any
+    rescale: float
+    output_type: str
+    safety: SafetyCheck | None
+    dtype: torch.dtype
+    key: Hashable
+    owner: Hashable
+    modes: Callable[[], Any]
+    late_at: float
+    bar: Any = None
+    future: Future = field(default_factory=Future)
+    images: dict[int, Tensor] = field(default_factory=dict)
+    samples: dict[int, Tensor] = field(default_factory=dict)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    began: float = 0.0
+    called: bool = False
+    claimed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.flights)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its images are finished."""
+        return len(self.verdicts) == len(self)
+
+    def conditions_of(self, place: int) -> Conditions:
+        """The conditions of one image, tensors of one row."""
+        return self.conditions.part(slice(place, place + 1))
+
+    def claim(self) -> bool:
+        """Whether the future is still to be answered, by whoever asks first."""
+        first, self.claimed = not self.claimed, True
+        return first and self.future.set_running_or_notify_cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, unless it is over."""
+        if self.claim():
+            self.future.set_exception(error)

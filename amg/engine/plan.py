@@ -1,0 +1,182 @@
+"""A run of a sample on paper: the scheduler's table with what the config asks of each of its steps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amg.config import AMGConfig
+from amg.engine.frame import COLUMN
+from amg.engine.table import Setting, StepTable, Tables
+from amg.guidance.checkpoint import is_check, restart
+from amg.guidance.gate import Gate
+from amg.guidance.schedule import LEAST_ALPHA_BAR, Step, threshold_at
+
+SNAP = 1e-12  # of 1: what float64 leaves of a difference that is 0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The steps of one table under one config and guidance scale.
+
+    coefficients float32 [N, 42] of `amg.kernels.guided_step`, all gates closed; t [N]; steps: what the host
+    knows of each; halves: whether classifier-free guidance, where there is any, acts in each; attended: whether
+    the host looks at each.
+    """
+
+    table: StepTable
+    config: AMGConfig
+    scale: float
+    coefficients: Tensor
+    t: Tensor
+    steps: tuple[Step, ...]
+    attended: tuple[bool, ...]
+    halves: tuple[bool, ...]
+
+    @property
+    def start(self) -> int:
+        """The whole run's step that the table's first row is."""
+        return self.table.start
+
+    @property
+    def total(self) -> int:
+        """Steps of a whole run."""
+        return self.start + len(self.steps)
+
+    @functools.cached_property
+    def events(self) -> tuple[int, ...]:
+        """The rows where the host has something to do: it looks, the unconditional half comes or goes, and the
+        last one."""
+        rows = range(len(self.steps))
+        turns = [row for row in rows[1:] if self.halves[row] != self.halves[row - 1]]
+        return tuple(sorted({*(row for row in rows if self.attended[row]), *turns, rows[-1]}))
+
+    @functools.cached_property
+    def scaled(self) -> bool:
+        """Whether the network's input is another than x_t."""
+        return bool((self.table.input_scale != 1).any())
+
+    def size(self) -> float:
+        """How large x_t is where it starts."""
+        return math.hypot(float(self.table.alpha[0]), float(self.table.sigma[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """How a request is run: its scheduler with timesteps set, and its guidance scale. Plans are kept."""
+
+    setting: Setting
+    tables: Tables
+    scale: float
+    gate: Gate | None
+    device: torch.device
+
+    @functools.cached_property
+    def _plans(self) -> dict[tuple[AMGConfig, int], Plan]:
+        return {}
+
+    @property
+    def noise_scale(self) -> float:
+        """How large a whole run's first sample is."""
+        return float(self.setting.scheduler.init_noise_sigma)
+
+    def plan(self, config: AMGConfig, start: int = 0) -> Plan:
+        """The plan of a run under `config` that starts at step `start`. Errors: `Refused`."""
+        key = (config, start)
+        if key not in self._plans:
+            table = self.tables.table(self.setting, start)
+            self._plans[key] = planned(table, config, self.scale, self.gate, self.device)
+        return self._plans[key]
+
+    def again(self, config: AMGConfig, total: int) -> Plan:
+        """The plan of a sample that was sent back: from the last step up to `rewind_to` where a fresh
+        scheduler can start."""
+        return self.plan(config, self.tables.latest(self.setting, restart(config, total)))
+
+
+def planned(
+    table: StepTable, config: AMGConfig, scale: float, gate: Gate | None, device: torch.device
+) -> Plan:
+    """The plan of a table under a config."""
+    total = table.start + len(table)
+    steps = tuple(_step(table, config, row, total) for row in range(len(table)))
+    halves = tuple(_in_interval(config, step) or _heard(gate, step) for step in steps)
+    attended = [config.active and is_check(config, step.position, total) for step in steps]
+    attended = [found or _heard(gate, step) for found, step in zip(attended, steps, strict=True)]
+    coefficients = coefficient_rows(table, scale)
+    return Plan(
+        table=table,
+        config=config,
+        scale=scale,
+        coefficients=coefficients.to(device),
+        t=table.t.to(device),
+        steps=steps,
+        attended=tuple(attended),
+        halves=halves,
+    )
+
+
+def _step(table: StepTable, config: AMGConfig, row: int, total: int) -> Step:
+    """The step's place and numbers."""
+    alpha, sigma, t = float(table.alpha[row]), float(table.sigma[row]), float(table.t[row])
+    alpha_bar = max(alpha**2 / (alpha**2 + sigma**2), LEAST_ALPHA_BAR)
+    return Step(table.start + row, total, t, alpha_bar, lambda_of(config, alpha_bar, t))
+
+
+def lambda_of(config: AMGConfig, alpha_bar: float, t: float) -> float:
+    """lambda_t of a config that is resolved for its index's metric."""
+    assert config.lambda_min is not None and config.lambda_max is not None
+    limits, decay = (config.lambda_min, config.lambda_max), config.threshold_decay or 0.005
+    return threshold_at(config.threshold_schedule, *limits, alpha_bar, t, decay)
+
+
+def _in_interval(config: AMGConfig, step: Step) -> bool:
+    low, high = config.guidance_interval
+    return low * (step.total - 1) <= step.position <= high * (step.total - 1)
+
+
+def _heard(gate: Gate | None, step: Step) -> bool:
+    return gate is not None and (step.position in gate.rules or step.position in gate.alarm)
+
+
+def coefficient_rows(table: StepTable, scale: float) -> Tensor:
+    """float32 [N, 42], the columns of `amg.kernels.STEP_COEFFICIENTS`, all gates closed."""
+    rows = torch.zeros(len(table), len(COLUMN), dtype=torch.float64, device="cpu")
+    size = (table.alpha**2 + table.sigma**2).sqrt()
+    floor = math.sqrt(LEAST_ALPHA_BAR)
+    a = torch.where(table.a.isfinite(), table.a, 1 / floor)
+    b = torch.where(table.b.isfinite(), table.b, -math.sqrt(1 - LEAST_ALPHA_BAR) / floor)
+    e_sample = (1 - table.alpha * a) / table.sigma
+    columns = {
+        "k_sample": table.d[:, 0],
+        "k_eps": table.d[:, 1],
+        "k_clipped": table.d[:, 2],
+        "k_noise": table.d[:, 3],
+        "sqrt_one_minus_alpha_bar": table.sigma / size,
+        "inv_sqrt_alpha_bar": (size / table.alpha).clamp(max=1 / floor),
+        "s0": torch.full_like(size, scale),
+        "a": a,
+        "b": b,
+        "clip": torch.full_like(size, math.inf if table.clip is None else table.clip),
+        "e_sample": torch.where(e_sample.abs() < SNAP, 0.0, e_sample),
+        "e_output": torch.where(table.alpha > 0, -table.alpha * b / table.sigma, 1.0),
+        "scale": table.input_scale,
+        "next_scale": torch.cat([table.input_scale[1:], table.input_scale[-1:]]),
+    }
+    for name, values in columns.items():
+        rows[:, COLUMN[name]] = values
+    _write_states(rows, table)
+    return rows.float()
+
+
+def _write_states(rows: Tensor, table: StepTable) -> None:
+    for i in range(table.states):
+        rows[:, COLUMN[f"h{i}"]] = table.h[:, i]
+        for j in range(table.states):
+            rows[:, COLUMN[f"A{i}{j}"]] = table.A[:, i, j]
+        for at, name in enumerate(("sample", "output", "clipped", "noise")):
+            rows[:, COLUMN[f"B{i}_{name}"]] = table.B[:, i, at]
