@@ -1,10 +1,12 @@
 // Python entry points: raw addresses in, everything validated by amg.kernels beforehand.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -24,18 +26,36 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Addresses in the order of GuidedStepArgs; 0 stands for a tensor that is not there.
-void guided_step(Address sample, Address eps_uncond, Address eps_cond, Address eps_neighbour, Address similarity_grad,
-                 Address similarity, Address noise, Address coefficients, std::int64_t coefficient_stride,
-                 Address prev_sample, Address x0_hat, Address signals, std::int64_t batch, std::int64_t size,
-                 int dtype, int grad_dtype, int num_threads) {
+// Addresses in the order of StepTensors; 0 stands for a tensor that is not there. sizes: batch, elements a sample;
+// widths: of a row of coefficients, its stride, states; dtypes: of sample, network, gradient.
+void guided_step(const std::array<Address, 15>& tensors, const std::array<std::int64_t, 4>& counts,
+                 const std::array<std::int64_t, 2>& sizes, const std::array<std::int64_t, 3>& widths,
+                 const std::array<int, 3>& dtypes, int num_threads) {
+  const auto [sample, uncond, cond, neighbour, gradient, similarity, noise, coefficients, rows, state, output_scale,
+              prev_sample, x0_hat, signals, flags] = tensors;
   const amg::GuidedStepArgs args{
-      pointer<const void>(sample),        pointer<const void>(eps_uncond),      pointer<const void>(eps_cond),
-      pointer<const void>(eps_neighbour), pointer<const void>(similarity_grad), pointer<const float>(similarity),
-      pointer<const void>(noise),         pointer<const float>(coefficients),   coefficient_stride,
-      pointer<void>(prev_sample),         pointer<void>(x0_hat),                pointer<float>(signals),
-      batch,                              size,                                 static_cast<amg::DType>(dtype),
-      static_cast<amg::DType>(grad_dtype), num_threads};
+      pointer<const void>(sample),
+      {pointer<const void>(uncond), pointer<const void>(cond), pointer<const void>(neighbour), pointer<const void>(gradient)},
+      pointer<const float>(similarity),
+      pointer<const void>(noise),
+      pointer<const float>(coefficients),
+      pointer<const std::int32_t>(rows),
+      pointer<float>(state),
+      pointer<const float>(output_scale),
+      pointer<void>(prev_sample),
+      pointer<void>(x0_hat),
+      pointer<float>(signals),
+      pointer<std::int32_t>(flags),
+      {counts[0], counts[1], counts[2], counts[3]},
+      sizes[0],
+      sizes[1],
+      widths[0],
+      widths[1],
+      static_cast<int>(widths[2]),
+      static_cast<amg::DType>(dtypes[0]),
+      static_cast<amg::DType>(dtypes[1]),
+      static_cast<amg::DType>(dtypes[2]),
+      num_threads};
   py::gil_scoped_release release;
   amg::guided_step(args);
 }

@@ -7,21 +7,38 @@ counts as absent.
 
 if __name__ != "kernels":
     from .extension import release_threads
-    from .guided_step.contract import COEFFICIENTS, GuidedStep, PredictX0
+    from .guided_step.contract import (
+        COEFFICIENTS,
+        STEP_COEFFICIENTS,
+        GuidedStep,
+        PredictX0,
+        coefficient_index,
+    )
     from .nl2.contract import NL2
-    from .ops import encode_rows, guided_step, nl2, predict_x0, top1_cosine, topk_cosine
+    from .ops import (
+        encode_rows,
+        guided_step,
+        guided_step_into,
+        nl2,
+        predict_x0,
+        top1_cosine,
+        topk_cosine,
+    )
     from .top1_cosine.contract import Codes, Top1, TopK
 
     __all__ = [
         "COEFFICIENTS",
         "NL2",
+        "STEP_COEFFICIENTS",
         "Codes",
         "GuidedStep",
         "PredictX0",
         "Top1",
         "TopK",
+        "coefficient_index",
         "encode_rows",
         "guided_step",
+        "guided_step_into",
         "nl2",
         "predict_x0",
         "release_threads",

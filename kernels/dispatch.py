@@ -11,15 +11,14 @@ from .extension import EXTENSION, extension
 from .triton_backend import triton_devices, triton_missing
 
 FOLDERS = {
-    "guided_step": "guided_step",
-    "predict_x0": "guided_step",
+    "guided_step_into": "guided_step",
     "encode_rows": "top1_cosine",
     "topk_cosine": "top1_cosine",
     "nl2": "nl2",
 }
 HALF_TO_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED_DTYPES: dict[str, tuple[torch.dtype, ...]] = {  # of cpp and triton; the reference takes more
-    **dict.fromkeys(("guided_step", "predict_x0", "encode_rows", "topk_cosine"), HALF_TO_FLOAT),
+    **dict.fromkeys(("guided_step_into", "encode_rows", "topk_cosine"), HALF_TO_FLOAT),
     "nl2": (torch.uint8, *HALF_TO_FLOAT),
 }
 

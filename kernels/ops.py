@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .dispatch import choose
 from .guided_step import contract as step_contract
-from .guided_step.contract import GuidedStep, PredictX0
+from .guided_step.contract import GuidedStep, PredictX0, StepTensors
 from .nl2 import contract as nl2_contract
 from .nl2.contract import NL2
 from .top1_cosine import contract as cosine_contract
@@ -13,13 +13,10 @@ from .top1_cosine.contract import Codes, Top1, TopK
 
 LIBRARY = torch.library.Library("amg", "DEF")
 LIBRARY.define(
-    "guided_step(Tensor sample, Tensor eps_uncond, Tensor eps_cond, Tensor? eps_neighbour, "
-    "Tensor? similarity_grad, Tensor? similarity, Tensor? noise, Tensor coefficients, str? impl) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "predict_x0(Tensor sample, Tensor eps_uncond, Tensor eps_cond, Tensor coefficients, str? impl) "
-    "-> (Tensor, Tensor)"
+    "guided_step_into(Tensor sample, Tensor eps_uncond, Tensor eps_cond, Tensor? eps_neighbour, "
+    "Tensor? similarity_grad, Tensor? similarity, Tensor? noise, Tensor coefficients, Tensor? rows, "
+    "Tensor(a!)? state, Tensor? output_scale, Tensor(b!)? prev_sample, Tensor(c!)? x0_hat, "
+    "Tensor(d!)? signals, Tensor(e!)? flags, str? impl) -> ()"
 )
 LIBRARY.define("encode_rows(Tensor rows, str? impl) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
@@ -41,27 +38,39 @@ def guided_step(
     similarity: Tensor | None = None,
     noise: Tensor | None = None,
     coefficients: Tensor,
+    rows: Tensor | None = None,
+    state: Tensor | None = None,
+    output_scale: Tensor | None = None,
     impl: str | None = None,
 ) -> GuidedStep:
     """Classifier-free guidance, the three AMG terms and the scheduler update in one pass (arXiv 2404.00922).
 
-    Shapes: sample, eps_* and noise [B, C, H, W] of one dtype (fp32, fp16, bf16; fp64 in the reference);
-    similarity_grad ∇_{x_t}σ alike or fp32; similarity σ [B] fp32; coefficients fp32 [10] or [B, 10] in the
-    order of COEFFICIENTS. Arithmetic is fp32 inside. For a sample with σ > threshold (its gate is open)
+    For a network that predicts noise and ten coefficients in the order of COEFFICIENTS: for a sample with
+    σ > threshold (its gate is open)
         ε̂ = ε_u + (s0 − s1)(ε_c − ε_u) − s2(ε_N − ε_u) + c3·√(1−ᾱ)·∇σ,
         s1 = max(min(c1·σ, s0 − 1), 0),  s2 = max(min(c2·σ, s0 − s1 − 1), 0),
-    otherwise ε̂ = ε_u + s0(ε_c − ε_u), and neither its eps_neighbour nor its similarity_grad is read.
-    A term whose tensor is None is left out; without similarity every gate is closed.
+    otherwise ε̂ = ε_u + s0(ε_c − ε_u). A term whose tensor is None is left out; without similarity every gate
+    is closed.
         prev_sample = k_sample·x_t + k_eps·ε̂ + k_noise·noise,  x0_hat = (x_t − √(1−ᾱ)·ε̂)/√ᾱ.
-    Returns GuidedStep(prev_sample, x0_hat, signals); signals [B, 4] fp32 are ‖ε_c − ε_u‖², ⟨ε_u, ε_c − ε_u⟩,
-    ‖ε_u‖² and ‖x_{t−1} − x_t‖², the same from run to run. ValueError on a wrong shape, dtype, device,
-    an input that requires grad, and on CPU a non-finite similarity or a missing noise; on a GPU, where
-    looking would stall, a non-finite similarity makes that sample's outputs NaN.
-    `impl` names the implementation: "reference", "cpp" or "triton"; None takes the fastest there is.
+    Arguments, other networks, schedulers with a history, and errors: guided_step_into. Returns
+    GuidedStep(prev_sample, x0_hat, signals) in new tensors; `state` is advanced in place.
     """
-    tensors = (eps_neighbour, similarity_grad, similarity, noise)
-    refuse_grad(sample, eps_uncond, eps_cond, *tensors, coefficients)
-    return GuidedStep(*torch.ops.amg.guided_step(sample, eps_uncond, eps_cond, *tensors, coefficients, impl))
+    prev_sample, x0_hat = sample.new_empty(sample.shape), sample.new_empty(sample.shape)
+    signals = sample.new_empty((*sample.shape[:1], 4), dtype=wide(sample))
+    guided_step_into(
+        *(sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad),
+        similarity=similarity,
+        noise=noise,
+        coefficients=coefficients,
+        rows=rows,
+        state=state,
+        output_scale=output_scale,
+        prev_sample=prev_sample,
+        x0_hat=x0_hat,
+        signals=signals,
+        impl=impl,
+    )
+    return GuidedStep(prev_sample, x0_hat, signals)
 
 
 def predict_x0(
@@ -72,8 +81,58 @@ def predict_x0(
     Arguments, arithmetic and errors as in guided_step. Returns PredictX0(x0_hat like sample,
     signals [B, 3] fp32: ‖ε_c − ε_u‖², ⟨ε_u, ε_c − ε_u⟩, ‖ε_u‖²).
     """
-    refuse_grad(sample, eps_uncond, eps_cond, coefficients)
-    return PredictX0(*torch.ops.amg.predict_x0(sample, eps_uncond, eps_cond, coefficients, impl))
+    x0_hat = sample.new_empty(sample.shape)
+    signals = sample.new_empty((*sample.shape[:1], 3), dtype=wide(sample))
+    guided_step_into(
+        *(sample, eps_uncond, eps_cond), coefficients=coefficients, x0_hat=x0_hat, signals=signals, impl=impl
+    )
+    return PredictX0(x0_hat, signals)
+
+
+def guided_step_into(
+    sample: Tensor,
+    eps_uncond: Tensor,
+    eps_cond: Tensor,
+    eps_neighbour: Tensor | None = None,
+    similarity_grad: Tensor | None = None,
+    *,
+    similarity: Tensor | None = None,
+    noise: Tensor | None = None,
+    coefficients: Tensor,
+    rows: Tensor | None = None,
+    state: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    x0_hat: Tensor | None = None,
+    signals: Tensor | None = None,
+    flags: Tensor | None = None,
+    impl: str | None = None,
+) -> None:
+    """The whole step of a batch, written into the buffers that are given; the maths: guided_step/README.md.
+
+    sample [B, ...] fp32, fp16 or bf16 (fp64 in the reference), rank 2 at least; eps_* the network's outputs
+    m in its own parameterisation, [B, ...] of one dtype: the sample's, or fp16 or bf16 beside fp32;
+    similarity_grad ∇_{x_t}σ alike or fp32; similarity σ [B] fp32; noise like sample. coefficients fp32 [K] or
+    [B, K]: K = 10 in the order of COEFFICIENTS, or K = 42 in that of STEP_COEFFICIENTS.
+    rows int32 [4, B]: which row of eps_uncond, eps_cond, eps_neighbour, similarity_grad belongs to sample b;
+    each then has any number N ≥ 1 of rows, and two may be one tensor. −1: the sample has none, so that
+    m_u = m_c or the term is left out; its eps_cond must be there.
+    output_scale [B] fp32 multiplies plain guidance. state [S ≤ 3, B, ...] fp32 is the scheduler's history.
+    Buffers, contiguous: prev_sample and x0_hat like sample, signals fp32 [B, 4]: ‖ε_c − ε_u‖²,
+    ⟨ε_u, ε_c − ε_u⟩, ‖ε_u‖² and ‖x_{t−1} − x_t‖² in the network's input, the same from run to run; flags
+    int32 [B]: 1 where a sample's signals are not finite, otherwise untouched. What is None is not written;
+    without prev_sample there is no update: state stays and signals are [B, 3]. prev_sample may be sample
+    itself outside torch.compile; no other buffer may overlap an input.
+    Arithmetic is fp32. What a coefficient of 0 multiplies is not read: a closed sample's eps_neighbour and
+    similarity_grad, noise, states. No value is looked at on the host: a non-finite σ, or a row number outside
+    eps_cond, makes that sample's outputs NaN (elsewhere such a number counts as −1); missing noise counts
+    as 0. ValueError on a wrong shape, dtype, device or layout and on an input that requires grad.
+    `impl` names the implementation: "reference", "cpp" or "triton"; None takes the fastest there is.
+    """
+    tensors = (sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients)
+    buffers = (rows, state, output_scale, prev_sample, x0_hat, signals, flags)
+    refuse_grad(*tensors, *buffers)
+    torch.ops.amg.guided_step_into.default(*tensors, *buffers, impl)
 
 
 def encode_rows(rows: Tensor, *, impl: str | None = None) -> Codes:
@@ -123,28 +182,15 @@ def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl:
 
 def refuse_grad(*tensors: Tensor | None) -> None:
     """Raise ValueError for an input that requires grad: the kernels have no backward."""
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ValueError("inputs must not require grad (the kernels have no backward): detach them")
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError("inputs must not require grad (the kernels have no backward): detach them")
 
 
-def guided_step_op(
-    sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients, impl
-):
-    eps = (("eps_uncond", eps_uncond), ("eps_cond", eps_cond), ("eps_neighbour", eps_neighbour))
-    step_contract.check_sample(sample, *eps)
-    step_contract.check_like_sample("similarity_grad", similarity_grad, sample, torch.float32)
-    step_contract.check_coefficients(coefficients, sample)
-    needs_it = {"eps_neighbour": eps_neighbour, "similarity_grad": similarity_grad}
-    step_contract.check_similarity(similarity, sample, **needs_it)
-    step_contract.check_noise(noise, coefficients, sample)
-    run = choose("guided_step", sample, impl)
-    return run(sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients)
-
-
-def predict_x0_op(sample, eps_uncond, eps_cond, coefficients, impl):
-    step_contract.check_sample(sample, ("eps_uncond", eps_uncond), ("eps_cond", eps_cond))
-    step_contract.check_coefficients(coefficients, sample)
-    return choose("predict_x0", sample, impl)(sample, eps_uncond, eps_cond, coefficients)
+def guided_step_into_op(*arguments):
+    *tensors, impl = arguments
+    step_contract.check_step(StepTensors(*tensors))
+    choose("guided_step_into", tensors[0], impl)(*tensors)
 
 
 def encode_rows_op(rows, impl):
@@ -172,15 +218,8 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def guided_step_fake(
-    sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients, impl
-):
-    outputs = [sample.new_empty(sample.shape) for _ in range(2)]
-    return *outputs, sample.new_empty((sample.shape[0], 4), dtype=wide(sample))
-
-
-def predict_x0_fake(sample, eps_uncond, eps_cond, coefficients, impl):
-    return sample.new_empty(sample.shape), sample.new_empty((sample.shape[0], 3), dtype=wide(sample))
+def guided_step_into_fake(*arguments):
+    step_contract.check_step(StepTensors(*arguments[:-1]))
 
 
 def encode_rows_fake(rows, impl):
@@ -200,6 +239,6 @@ def nl2_fake(queries, rows, k, alpha, impl):
     return value, queries.new_empty(queries.shape[:1], dtype=torch.int64), distance, denominator
 
 
-for name in ("guided_step", "predict_x0", "encode_rows", "topk_cosine", "nl2"):
+for name in ("guided_step_into", "encode_rows", "topk_cosine", "nl2"):
     LIBRARY.impl(name, globals()[f"{name}_op"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"amg::{name}", globals()[f"{name}_fake"], lib=LIBRARY)

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu_level.h"
@@ -26,22 +27,25 @@ bool worth_streaming(const GuidedStepArgs& args) {
   constexpr std::int64_t kFrom = 2 << 20, kVector = 64;  // bytes of an output, about a core's own cache; of a vector
   const std::int64_t sample_bytes = args.size * static_cast<std::int64_t>(sizeof(float));
   const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kVector == 0; };
-  return args.dtype == DType::f32 && args.batch * sample_bytes >= kFrom && sample_bytes % kVector == 0 &&
-         aligned(args.x0_hat) && aligned(args.prev_sample);
+  return args.dtype == DType::f32 && args.network_dtype == DType::f32 && args.prev_sample != args.sample &&
+         args.batch * sample_bytes >= kFrom && sample_bytes % kVector == 0 && aligned(args.x0_hat) &&
+         aligned(args.prev_sample);
 }
 
-SampleScales sample_scales(const GuidedStepArgs& args, std::int64_t sample_index) {
-  const float* row = args.coefficients + sample_index * args.coefficient_stride;
-  const float threshold = row[5], s0 = row[6], c1 = row[7], c2 = row[8], c3 = row[9];
-  SampleScales scales{row[0], row[1], row[2], row[3], row[4], s0, 0.0f, 0.0f, false};
-  if (args.similarity == nullptr || !(args.similarity[sample_index] > threshold)) return scales;
-  const float similarity = args.similarity[sample_index];
-  const float s1 = std::max(std::min(c1 * similarity, s0 - 1.0f), 0.0f);
-  scales.guidance = s0 - s1;
-  scales.caption = std::max(std::min(c2 * similarity, s0 - s1 - 1.0f), 0.0f);
-  scales.push = c3 * row[3];
-  scales.open = true;
-  return scales;
+// Summed in block order, so that the number of threads changes nothing.
+void write_signals(const GuidedStepArgs& args, const std::vector<double>& partial, std::int64_t blocks) {
+  const int width = args.prev_sample == nullptr ? 3 : kSignals;
+  for (std::int64_t sample_index = 0; sample_index < args.batch; ++sample_index) {
+    bool finite = true;
+    for (int signal = 0; signal < width; ++signal) {
+      double total = 0;
+      for (std::int64_t block = 0; block < blocks; ++block) total += partial[(sample_index * blocks + block) * kSignals + signal];
+      const float value = static_cast<float>(total);
+      finite = finite && std::isfinite(value);
+      if (args.signals != nullptr) args.signals[sample_index * width + signal] = value;
+    }
+    if (args.flags != nullptr && !finite) args.flags[sample_index] = 1;
+  }
 }
 
 }  // namespace
@@ -55,17 +59,10 @@ void guided_step(const GuidedStepArgs& given) {
 #pragma omp parallel for schedule(static) num_threads(args.num_threads) if (args.batch * args.size >= kParallelFrom)
   for (std::int64_t task = 0; task < tasks; ++task) {
     const std::int64_t sample_index = task / blocks, begin = (task % blocks) * kSignalBlock;
-    const SampleScales scales = sample_scales(args, sample_index);
-    run(args, scales, sample_index, begin, std::min(begin + kSignalBlock, args.size), &partial[task * kSignals]);
+    const SamplePlan plan = sample_plan(args, sample_index);
+    run(args, plan, sample_index, begin, std::min(begin + kSignalBlock, args.size), &partial[task * kSignals]);
   }
-  // Summed in block order, so that the number of threads changes nothing.
-  const int width = args.prev_sample == nullptr ? 3 : kSignals;
-  for (std::int64_t sample_index = 0; sample_index < args.batch; ++sample_index)
-    for (int signal = 0; signal < width; ++signal) {
-      double total = 0;
-      for (std::int64_t block = 0; block < blocks; ++block) total += partial[(sample_index * blocks + block) * kSignals + signal];
-      args.signals[sample_index * width + signal] = static_cast<float>(total);
-    }
+  write_signals(args, partial, blocks);
 }
 
 }  // namespace amg

@@ -42,6 +42,8 @@ struct Avx512Vec {
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // A NaN stays one: the second operand is what these return for it.
+  static Reg clamp(Reg v, Reg low, Reg high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }
   static float reduce(Reg v) { return _mm512_reduce_add_ps(v); }
   static double sum(Reg v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));

@@ -71,6 +71,7 @@ struct ScalarVec {
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg clamp(Reg v, Reg low, Reg high) { return v < low ? low : v > high ? high : v; }  // a NaN stays one
   static float reduce(Reg v) { return v; }
   static double sum(Reg v) { return v; }
 };

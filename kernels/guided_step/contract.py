@@ -1,13 +1,14 @@
-"""Contract of guided_step: result types and argument checks shared by every implementation."""
+"""Contract of guided_step: coefficients, result types and argument checks shared by every implementation."""
 
-from math import isfinite
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import describe
 
+MAX_STATES = 3
 COEFFICIENTS = (
     "k_sample",
     "k_eps",
@@ -20,7 +21,23 @@ COEFFICIENTS = (
     "c2",
     "c3",
 )
-K_NOISE = COEFFICIENTS.index("k_noise")
+STEP_COEFFICIENTS = (
+    *COEFFICIENTS,
+    *("a", "b", "clip", "k_clipped"),
+    *("e_sample", "e_output", "scale", "next_scale"),
+    *(f"h{j}" for j in range(MAX_STATES)),
+    *(f"A{i}{j}" for i in range(MAX_STATES) for j in range(MAX_STATES)),
+    *(f"B{i}_{of}" for i in range(MAX_STATES) for of in ("sample", "output", "clipped", "noise")),
+)
+NARROW, WIDE = len(COEFFICIENTS), len(STEP_COEFFICIENTS)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def coefficient_index(name: str) -> int:
+    """Return the column of a coefficient of STEP_COEFFICIENTS; ValueError for a name it does not have."""
+    if name not in STEP_COEFFICIENTS:
+        raise ValueError(f"`name` must be one of STEP_COEFFICIENTS, got {name!r}")
+    return STEP_COEFFICIENTS.index(name)
 
 
 class GuidedStep(NamedTuple):
@@ -38,63 +55,127 @@ class PredictX0(NamedTuple):
     signals: Tensor
 
 
-def check_like_sample(name: str, tensor: Tensor | None, sample: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise ValueError unless `tensor` has sample's shape, device and dtype (or one of `dtypes`)."""
-    if tensor is None:
-        return
-    right_dtype = tensor.dtype == sample.dtype or tensor.dtype in dtypes
-    if right_dtype and tensor.shape == sample.shape and tensor.device == sample.device:
-        return
-    allowed = (sample.dtype, *dtypes)
-    expected = f"{list(sample.shape)} {' or '.join(dict.fromkeys(map(str, allowed)))} on {sample.device}"
-    raise ValueError(f"`{name}` must be {expected} like `sample`, got {describe(tensor)}")
+class StepTensors(NamedTuple):
+    """Every tensor of one call in the op's order, the last four and `state` written; see ops.py."""
+
+    sample: Tensor
+    eps_uncond: Tensor
+    eps_cond: Tensor
+    eps_neighbour: Tensor | None
+    similarity_grad: Tensor | None
+    similarity: Tensor | None
+    noise: Tensor | None
+    coefficients: Tensor
+    rows: Tensor | None
+    state: Tensor | None
+    output_scale: Tensor | None
+    prev_sample: Tensor | None
+    x0_hat: Tensor | None
+    signals: Tensor | None
+    flags: Tensor | None
 
 
-def check_coefficients(coefficients: Tensor, sample: Tensor) -> None:
-    """Raise ValueError unless `coefficients` is one fp32 row or one a sample (or fp64 like the sample)."""
-    width = len(COEFFICIENTS)
-    shapes = ((width,), (sample.shape[0], width))
-    dtypes = (torch.float32, torch.float64) if sample.dtype == torch.float64 else (torch.float32,)
-    if coefficients.shape in shapes and coefficients.dtype in dtypes and coefficients.device == sample.device:
+NETWORK = StepTensors._fields[1:5]  # the tensors that `rows` numbers, in its order
+
+
+def check_step(t: StepTensors) -> None:
+    """Raise ValueError unless shapes, dtypes, devices and layouts are the op's. Looks at no value.
+
+    An engine calls this at every step, so the tensors are gone through in as few Python operations as can be.
+    """
+    sample = t.sample
+    if sample.dim() < 2 or not sample.is_floating_point():
+        raise ValueError(f"`sample` must be floating [B, ...], got {describe(sample)}")
+    shape, device, like = sample.shape, sample.device, (sample.dtype,)
+    batch = shape[:1]
+    scalars = (torch.float32, torch.float64) if sample.dtype == torch.float64 else (torch.float32,)
+    check_network(t, shape)
+    check_coefficients(t.coefficients, shape[0], scalars, device)
+    if t.similarity is None:
+        check_gateless(t)
+    if t.state is not None:
+        check_states(t.state, shape, t.coefficients)
+    counts, exact = (torch.int32,), scalars[-1:]
+    wanted = (
+        ("similarity", t.similarity, batch, scalars),
+        ("noise", t.noise, shape, like),
+        ("rows", t.rows, (4, shape[0]), counts),
+        ("output_scale", t.output_scale, batch, scalars),
+    )
+    written = (
+        ("state", t.state, shape if t.state is None else (t.state.shape[0], *shape), exact),
+        ("prev_sample", t.prev_sample, shape, like),
+        ("x0_hat", t.x0_hat, shape, like),
+        ("signals", t.signals, (shape[0], 3 if t.prev_sample is None else 4), exact),
+        ("flags", t.flags, batch, counts),
+    )
+    for name, tensor, expected, dtypes in wanted + written:
+        if tensor is not None and not fits(tensor, expected, dtypes, device):
+            refuse(name, tensor, expected, dtypes, device)
+    for name, tensor, _, _ in written:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"`{name}` must be contiguous (it is written), got strides {tensor.stride()}")
+
+
+def fits(tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
+    """Return whether a tensor has this shape, device and one of these dtypes."""
+    return tensor.dtype in dtypes and tensor.shape == shape and tensor.device == device
+
+
+def refuse(
+    name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device
+) -> NoReturn:
+    """Raise ValueError saying what `name` must be and what it is."""
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes))
+    dimensions = ", ".join(map(str, shape))
+    raise ValueError(f"`{name}` must be [{dimensions}] {allowed} on {device}, got {describe(tensor)}")
+
+
+def check_network(t: StepTensors, shape: torch.Size) -> None:
+    """Raise ValueError unless the network's tensors are like `sample`, or of half precision beside fp32.
+
+    Without rows they have the sample's shape, with them any number of rows of its shape, one at least.
+    """
+    sample, device, dtype = t.sample, t.sample.device, t.eps_cond.dtype
+    beside = HALF if sample.dtype == torch.float32 else ()
+    like = (dtype,) if dtype in beside else (sample.dtype,)
+    of_row = shape[1:]
+    for name, tensor in zip(NETWORK, t[1:5], strict=True):
+        if tensor is None:
+            continue
+        found = tensor.shape
+        expected = (found[0], *of_row) if t.rows is not None and (found[:1] > (0,) or not shape[0]) else shape
+        dtypes = (*like, torch.float32) if name == "similarity_grad" else like
+        if tensor.dtype not in dtypes or found != expected or tensor.device != device:
+            wanted = ("N >= 1", *of_row) if t.rows is not None else shape
+            refuse(name, tensor, wanted, (sample.dtype, *beside) if name == "eps_cond" else dtypes, device)
+
+
+def check_coefficients(
+    coefficients: Tensor, batch: int, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Raise ValueError unless `coefficients` is one row of 10 or 42, or one a sample."""
+    shape = coefficients.shape
+    right_shape = shape[-1:] in ((NARROW,), (WIDE,)) and (len(shape) == 1 or shape[:-1] == (batch,))
+    if right_shape and coefficients.dtype in dtypes and coefficients.device == device:
         return
     raise ValueError(
-        f"`coefficients` must be [{width}] or [B, {width}] float32 on {sample.device} with B = "
-        f"{sample.shape[0]}, got {describe(coefficients)}"
+        f"`coefficients` must be [K] or [B, K] float32 on {device} with K = {NARROW} or {WIDE} and "
+        f"B = {batch}, got {describe(coefficients)}"
     )
 
 
-def check_sample(sample: Tensor, *eps: tuple[str, Tensor | None]) -> None:
-    """Raise ValueError unless `sample` is a floating batch and every named eps is like it."""
-    if sample.dim() < 2 or not sample.is_floating_point():
-        raise ValueError(f"`sample` must be floating [B, C, H, W], got {describe(sample)}")
-    for name, tensor in eps:
-        check_like_sample(name, tensor, sample)
+def check_gateless(t: StepTensors) -> None:
+    """Raise ValueError for tensors of an open gate where there is no similarity to open it."""
+    for name, tensor in (("eps_neighbour", t.eps_neighbour), ("similarity_grad", t.similarity_grad)):
+        if tensor is not None:
+            raise ValueError(f"`{name}` needs `similarity` to open or close the gate, got None")
 
 
-def check_similarity(similarity: Tensor | None, sample: Tensor, **needs_it: Tensor | None) -> None:
-    """Raise ValueError unless `similarity` is there when needed, [B] fp32 and (looked at on CPU) finite."""
-    if similarity is None:
-        for name, tensor in needs_it.items():
-            if tensor is not None:
-                raise ValueError(f"`{name}` needs `similarity` to open or close the gate, got None")
-        return
-    dtypes = (torch.float32, torch.float64) if sample.dtype == torch.float64 else (torch.float32,)
-    if (
-        similarity.shape != sample.shape[:1]
-        or similarity.dtype not in dtypes
-        or similarity.device != sample.device
-    ):
-        expected = f"[{sample.shape[0]}] float32 on {sample.device}"
-        raise ValueError(f"`similarity` must be {expected}, got {describe(similarity)}")
-    for number, value in enumerate(similarity.tolist() if similarity.device.type == "cpu" else ()):
-        if not isfinite(value):
-            raise ValueError(f"`similarity` must be finite, got {value} for sample {number}")
-
-
-def check_noise(noise: Tensor | None, coefficients: Tensor, sample: Tensor) -> None:
-    """Raise ValueError where k_noise asks for noise that was not given (looked at on CPU only)."""
-    check_like_sample("noise", noise, sample)
-    if noise is not None or coefficients.device.type != "cpu":
-        return
-    if any(row[K_NOISE] != 0 for row in coefficients.view(-1, len(COEFFICIENTS)).tolist()):
-        raise ValueError("`noise` must be given where coefficients[k_noise] is not 0, got noise=None")
+def check_states(state: Tensor, shape: torch.Size, coefficients: Tensor) -> None:
+    """Raise ValueError unless there are at most three states, and coefficients for them: ten have none."""
+    if state.dim() != len(shape) + 1 or state.shape[0] > MAX_STATES:
+        expected = ", ".join(map(str, (f"S <= {MAX_STATES}", *shape)))
+        raise ValueError(f"`state` must be [{expected}], got {describe(state)}")
+    if state.shape[0] > 0 and coefficients.shape[-1] == NARROW:
+        raise ValueError(f"`state` needs `coefficients` of {WIDE} columns, got {describe(coefficients)}")

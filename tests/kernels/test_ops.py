@@ -12,7 +12,10 @@ import amg.kernels as kernels
 from amg.kernels import dispatch
 from amg.kernels.extension import EXTENSION
 
+from .whole_step import make_step
+
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="amg._C is not built")
+STEPS = ("guided_step", "predict_x0")  # public functions of one op
 IMPLS = [None, "reference", pytest.param("cpp", marks=needs_extension)]
 
 
@@ -31,7 +34,7 @@ def op_arguments() -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("impl", ["reference", None])
-@pytest.mark.parametrize("op", ["guided_step", "predict_x0", "encode_rows", "topk_cosine", "nl2"])
+@pytest.mark.parametrize("op", ["encode_rows", "topk_cosine", "nl2"])  # guided_step's: test_whole_step.py
 def test_opcheck(op, impl):
     torch.library.opcheck(getattr(torch.ops.amg, op).default, (*op_arguments()[op], impl))
 
@@ -55,7 +58,7 @@ def call_public(op: str, first: torch.Tensor, arguments: tuple, impl: str | None
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("op", ["guided_step", "predict_x0", "encode_rows", "topk_cosine", "nl2"])
+@pytest.mark.parametrize("op", ["encode_rows", "topk_cosine", "nl2"])
 def test_what_an_implementation_makes_lies_where_its_tensors_do(op, impl):
     """With another default device, as on a GPU, a tensor that is made without saying where shows.
 
@@ -69,6 +72,19 @@ def test_what_an_implementation_makes_lies_where_its_tensors_do(op, impl):
     with torch.device("meta"):
         found = run(*arguments)
     assert all(map(torch.equal, found, truth))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_a_step_makes_on_the_way_lies_where_its_tensors_do(impl):
+    outcomes = []
+    for default_device in ("cpu", "meta"):
+        step = make_step()
+        buffers = step.state, step.output_scale, torch.zeros_like(step.sample), torch.zeros_like(step.sample)
+        launch = dispatch.choose("guided_step_into", step.sample, impl)
+        with torch.device(default_device):
+            launch(*list(vars(step).values())[:-2], *buffers, None, None)
+        outcomes.append((buffers[0], *buffers[2:]))
+    assert all(map(torch.equal, *outcomes))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -94,19 +110,20 @@ def test_compile_fullgraph_keeps_the_op_and_its_numbers(op, impl, dynamic):
     torch._dynamo.reset()
     torch.compile(around, fullgraph=True, dynamic=dynamic, backend=keep_graph)(arguments[0])
     targets = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert len(graphs) == 1 and targets.count(f"amg.{op.replace('top1', 'topk')}") == 1
+    target = "guided_step_into.default" if op in STEPS else op.replace("top1", "topk")
+    assert len(graphs) == 1 and targets.count(f"amg.{target}") == 1
 
 
 def test_cuda_gets_triton_where_it_can_be_imported_and_the_dtype_fits(monkeypatch):
     on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
     in_float64 = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64)
     monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
-    assert dispatch.default_impl("guided_step", on_cuda) == "triton"
-    assert dispatch.default_impl("guided_step", in_float64) == "reference"
+    assert dispatch.default_impl("guided_step_into", on_cuda) == "triton"
+    assert dispatch.default_impl("guided_step_into", in_float64) == "reference"
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "no module")
-    assert dispatch.default_impl("guided_step", on_cuda) == "reference"
+    assert dispatch.default_impl("guided_step_into", on_cuda) == "reference"
     with pytest.raises(RuntimeError, match="impl='triton' is not available: no module"):
-        dispatch.choose("guided_step", on_cuda, "triton")
+        dispatch.choose("guided_step_into", on_cuda, "triton")
 
 
 def test_triton_named_on_cpu_is_refused():
