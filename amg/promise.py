@@ -3,35 +3,21 @@ delivered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.engine.drive import pristine
-from amg.guidance.checkpoint import affords
 from amg.guidance.flight import Flight
-from amg.guidance.ordinary import despecify
-from amg.guidance.predict import Conditions
+from amg.guidance.predict import Denoiser
 from amg.guidance.terms import require_finite
-from amg.protection.group import Group
-from amg.protection.loop import Run, denoise
-from amg.verdict import GuardVerdict, MemorizedError, Neighbour, Verdict
+from amg.verdict import GuardVerdict, Neighbour, Verdict
 
 RANGE_TOLERANCE = 1e-3
-
-
-class Delivery(NamedTuple):
-    """`images` float32 [B, 3, H, W] in [0, 1], the samples they were decoded from, their verdicts, and the
-    rows whose image was replaced by a re-run or a blank."""
-
-    images: Tensor
-    sample: Tensor
-    verdicts: list[Verdict]
-    replaced: list[int]
 
 
 @torch.no_grad()
@@ -66,76 +52,10 @@ def check(
     return finished
 
 
-def deliver(
-    images: Tensor,
-    sample: Tensor,
-    run: Run,
-    conditions: Conditions,
-    flights: Sequence[Flight],
-    also: Sequence[Any] = (),
-    safety: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
-) -> Delivery:
-    """Check finished images and do what `on_memorized` says with those that break the promise.
-
-    "resample": each is run again alone with the `strong` preset and fresh noise of its own, at most
-    `max_retries` times and while `max_evaluations` allows, then blocked; "block": a blank image; "flag":
-    delivered, marked; "raise": `MemorizedError`. `safety` is shown what replaces an image,
-    (images, rows) -> what is delivered of them.
-    """
-    config, index = run.guide.config, run.guide.index
-    verdicts = check(images, index, also, config, flights)
-    bad = [row for row, verdict in enumerate(verdicts) if verdict.memorized]
-    if config.on_memorized == "raise" and bad:
-        raise MemorizedError(verdicts)
-    if config.on_memorized == "flag" or not bad:
-        return Delivery(images, sample, verdicts, [])
-    images, sample = images.clone(), sample.clone()
-    attempts = config.max_retries if config.on_memorized == "resample" else 0
-    plain = run.count * (1 if conditions.uncond is None else 2)
-    for _ in range(attempts):
-        again = [
-            row for row in bad if verdicts[row].memorized and affords(config, flights[row], plain, plain)
-        ]
-        if not again:
-            break
-        mine, wanted = [flights[row] for row in again], conditions.take(torch.tensor(again))
-        for row in again:
-            _despecify(run, flights[row], verdicts[row])
-        drawn = start_over(run, wanted, mine, sample[again], _strong(config))
-        sample[again] = drawn.to(sample.dtype)
-        pictures = decode(run, sample[again])
-        images[again] = (pictures if safety is None else safety(pictures, again)).to(images)
-        for row, verdict in zip(again, check(images[again], index, also, config, mine), strict=True):
-            verdicts[row] = verdict
-    blocked = [row for row in bad if verdicts[row].memorized]
-    for row in blocked:
-        images[row], sample[row] = 0.0, 0.0
-        verdicts[row] = replace(verdicts[row], blocked=True)
-    if safety is not None and blocked:
-        images[blocked] = safety(images[blocked].float(), blocked).to(images)
-    return Delivery(images, sample, verdicts, bad)
-
-
-def start_over(
-    run: Run, conditions: Conditions, flights: Sequence[Flight], like: Tensor, strong: AMGConfig
-) -> Tensor:
-    """Whole re-runs with fresh noise under `strong`, ungated, one per row of `like`; despecified up to the
-    first checkpoint."""
-    guide = replace(run.guide, config=strong, gate=None)
-    again, scheduler = replace(run, guide=guide), pristine(run.scheduler)
-    checkpoint = round(min(strong.rewind_at or (0.5,)) * (run.count - 1))
-    for flight in flights:
-        flight.suspected = flight.exhausted = False
-        flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
-    noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
-    group = Group(scheduler, noise * scheduler.init_noise_sigma, [*range(len(flights))])
-    return denoise(again, group, conditions, flights)
-
-
 @torch.no_grad()
-def decode(run: Run, sample: Tensor) -> Tensor:
+def decode(denoiser: Denoiser, sample: Tensor) -> Tensor:
     """The finished picture, float32 [B, 3, H, W] in [0, 1], rounded to the 8 bits it will be delivered in."""
-    images = run.guide.denoiser.decode(sample).float()
+    images = denoiser.decode(sample).float()
     require_finite("images", images)  # before clamping turns an infinity into white
     return _to_8_bits(images)
 
@@ -206,28 +126,35 @@ def _neighbour(index: Any, row: int) -> Neighbour:
     return Neighbour(row, index.ids[row], index.captions[row])
 
 
-def _despecify(run: Run, flight: Flight, verdict: Verdict) -> None:
-    """Give a sample's re-run an ordinary caption near the image that the metric, or else the guard, named."""
-    row = None
+def memorized_row(verdict: Verdict) -> int | None:
+    """The training image that the metric, or else the guard, names; None where neither does."""
     if verdict.similarity > verdict.threshold:
-        row = verdict.neighbour.row
-    elif verdict.guard is not None and verdict.guard.memorized:
-        row = verdict.guard.neighbour.row
-    if row is not None:
-        despecify(run.guide.config, run.guide.index, run.guide.denoiser, flight, row)
+        return verdict.neighbour.row
+    if verdict.guard is not None and verdict.guard.memorized:
+        return verdict.guard.neighbour.row
+    return None
 
 
 def _to_8_bits(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round() / 255
 
 
-def _strong(config: AMGConfig) -> AMGConfig:
+def began_again(flight: Flight, config: AMGConfig, total: int) -> None:
+    """Note that a sample runs again from its first step; despecified up to the first checkpoint."""
+    checkpoint = round(min(config.rewind_at or (0.5,)) * (total - 1))
+    flight.suspected = flight.exhausted = False
+    flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
+
+
+@functools.lru_cache(64)
+def strong(config: AMGConfig) -> AMGConfig:
+    """What re-runs are guided by: the preset `strong`, ungated by any calibration, and never weaker than
+    `config`."""
     assert config.metric is not None
     strong = AMGConfig.preset(
         "strong",
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
-        check_at=(),
         guard_threshold=config.guard_threshold,
         max_evaluations=config.max_evaluations,
     ).for_metric(config.metric)

@@ -31,9 +31,7 @@ class Modes(NamedTuple):
     def here() -> Modes:
         """Those of the calling thread."""
         kinds = ("cpu", "cuda", "mps", "xpu")
-        return Modes(
-            tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
-        )
+        return Modes(tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)))
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:

@@ -99,7 +99,9 @@ def _guided_terms(
 ) -> Terms:
     """Despecification and de-duplication of the `acting` rows; s2 acts where the neighbour has a caption and
     `max_evaluations` allows its evaluation."""
-    captions = {row: _caption(frame.seats[row], tools, seen_by[row]) for row in acting if strengths[row].s2 > 0}
+    captions = {
+        row: _caption(frame.seats[row], tools, seen_by[row]) for row in acting if strengths[row].s2 > 0
+    }
     told = [row for row, caption in captions.items() if caption is not None]
     table = torch.zeros(len(frame.seats), 4, dtype=torch.float32, device="cpu")
     table[:, 0] = CLOSED
@@ -203,9 +205,7 @@ def _push(
     return gradient, _s3(frame, tools, pushed, measured, threshold)
 
 
-def _s3(
-    frame: Frame, tools: Tools, pushed: Sequence[int], measured: Measured, threshold: Tensor
-) -> Tensor:
+def _s3(frame: Frame, tools: Tools, pushed: Sequence[int], measured: Measured, threshold: Tensor) -> Tensor:
     config = frame.seats[pushed[0]].config
     assert config.c3 is not None
     if config.form != "released":

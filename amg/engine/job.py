@@ -55,6 +55,11 @@ class Job:
     called: bool = False
     claimed: bool = False
 
+    @property
+    def steps(self) -> int:
+        """Of a whole run."""
+        return self.course.plan(self.config).total
+
     def __len__(self) -> int:
         return len(self.flights)
 

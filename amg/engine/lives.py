@@ -62,7 +62,9 @@ def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
         return
     said = denoiser.encode_captions([slot.flight.caption or "" for slot in told])
     for at, slot in enumerate(told):
-        slot.conditions = captioned(slot.conditions, {name: value[at : at + 1] for name, value in said.items()})
+        slot.conditions = captioned(
+            slot.conditions, {name: value[at : at + 1] for name, value in said.items()}
+        )
 
 
 def leave(slots: Slots, rows: Sequence[int]) -> list[Done]:

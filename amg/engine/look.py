@@ -67,9 +67,7 @@ def chosen(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return tensor.index_select(0, torch.tensor(rows, device=tensor.device))
 
 
-def look(
-    frame: Frame, tools: Tools, x0_hat: Tensor, rows: Sequence[int]
-) -> tuple[Measured, dict[int, Look]]:
+def look(frame: Frame, tools: Tools, x0_hat: Tensor, rows: Sequence[int]) -> tuple[Measured, dict[int, Look]]:
     """Measure `rows` of x0_hat [B, ...] by decoder, embedder and search: one read."""
     seats, x0_hat = [frame.seats[row] for row in rows], chosen(x0_hat, rows)
     measured = tools.similarity.measure(x0_hat)

@@ -65,7 +65,9 @@ def measure(frame: Frame, tools: Tools) -> Found:
     opened = [row for row, seen in whole.items() if row not in gone and _opens(frame.seats[row], seen)]
     for row in whole:
         frame.seats[row].flight.suspected = row in opened
-    return Found(correct(frame, tools, predicted.x0_hat, rows, measured, whole, opened, gone, notes), notes, broken)
+    return Found(
+        correct(frame, tools, predicted.x0_hat, rows, measured, whole, opened, gone, notes), notes, broken
+    )
 
 
 def _opens(seat: Seat, seen: Look) -> bool:
@@ -87,9 +89,7 @@ def _first(seat: Seat) -> bool:
     return not (seat.flight.rewinds or seat.flight.retries)
 
 
-def _heard(
-    frame: Frame, gate: Gate, signals: Tensor, due: Sequence[int]
-) -> tuple[list[int], set[int]]:
+def _heard(frame: Frame, gate: Gate, signals: Tensor, due: Sequence[int]) -> tuple[list[int], set[int]]:
     """`due` less the samples that a calibration calls ordinary, and those its alarm names: one read, where
     there is a rule to ask."""
     seats = frame.seats

@@ -47,4 +47,3 @@ def standard_normal(
         return torch.cat(rows)
     place = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=place, dtype=dtype).to(device)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, warn_without_captions
 from amg.guidance.predict import Conditions, Denoiser
-from amg.pipelines.conditions import of_request
+from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
@@ -127,8 +128,6 @@ class Source:
 
 def step_arguments(scheduler: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Those of `given` that this scheduler's `step` takes."""
-    import inspect
-
     known = inspect.signature(type(scheduler).step).parameters
     return {name: value for name, value in given.items() if name in known}
 
@@ -156,7 +155,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     plan = course.plan(config)
     noise = _noise(pipe, request, batch, generator, device)
     sample = noise * scheduler.init_noise_sigma
-    initial = sample * plan.table.input_scale[0].item() if plan.scaled else sample
+    initial = sample * float(plan.table.input_scale[0]) if plan.scaled else sample
     texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
     modes, tools = Modes.here(), source.tools()
     safety = None
@@ -200,16 +199,7 @@ def _shared(conditions: Conditions) -> Any:
 def _noise(pipe: Any, request: Request, batch: int, generator: Any, device: torch.device) -> Tensor:
     """The first noise [batch, ...] of a request, as its pipeline would draw it, or the caller's."""
     unet = pipe.unet
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    if is_latent(pipe):
-        asked_for = (request.height, request.width)
-        factor = pipe.vae_scale_factor
-        height, width = (
-            own if given is None else given // factor
-            for own, given in zip((height, width), asked_for, strict=True)
-        )
-    shape = (batch, unet.config.in_channels, height, width)
+    shape = (batch, unet.config.in_channels, *size_of(pipe, request.height, request.width))
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(
             f"`generator` must be one, or a list of {batch}, one per image, got {len(generator)}"

@@ -98,7 +98,10 @@ def despecify(
     seeded([flight for flight, _, _ in samples])
     nearby = ordinary.near(index, [row for _, _, row in samples])
     for (flight, _, row), near in zip(samples, nearby, strict=True):
-        refused = {index.captions[row], flight.prompt}  # the memorised caption need not repeat to bring it back
+        refused = {
+            index.captions[row],
+            flight.prompt,
+        }  # the memorised caption need not repeat to bring it back
         found = [index.captions[other] for other in near]
         captions = [caption for caption in found if caption is not None and caption not in refused]
         alike = closest_captions(flight.prompt or "", captions) or closest_captions(

@@ -45,6 +45,18 @@ def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(also)
 
 
+def state_of(pipe: Any) -> tuple[Any, ...]:
+    """What a pipeline's pictures are made with, apart from its scheduler: components by identity, and the
+    adapters that are loaded into the network, with their weights."""
+    unet = pipe.unet
+    adapters = tuple(sorted(getattr(unet, "peft_config", None) or ()))
+    active = getattr(unet, "active_adapters", None)
+    names = tuple(active()) if adapters and callable(active) else ()
+    kind = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
+    parts = (unet, *(getattr(pipe, name, None) for name in ("vae", "text_encoder", "tokenizer")))
+    return (*map(id, parts), str(unet.dtype), str(unet.device), kind, adapters, names)
+
+
 def gate_of(config: AMGConfig) -> Gate | None:
     """The gate of the config's calibration file, if it names one."""
     return None if config.calibration is None else Gate.load(config.calibration)

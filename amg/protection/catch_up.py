@@ -16,10 +16,10 @@ from amg.engine.level import Level
 from amg.engine.restart import latest
 from amg.guidance.checkpoint import restart
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide
 from amg.guidance.predict import Conditions, replace_captions
 from amg.guidance.schedule import levels_of
 from amg.protection.group import Group, Predicted, predict_together
+from amg.protection.guide import Guide
 from amg.protection.rewind import rewound
 
 

@@ -22,12 +22,12 @@ from amg.config import AMGConfig
 from amg.engine.drive import pristine
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
-from amg.guidance.guide import Guide
 from amg.guidance.predict import Conditions, predict, replace_captions
 from amg.pipelines.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.pipelines.identity import key_for
+from amg.protection.catch_up import Run, advance
 from amg.protection.group import Group
-from amg.protection.loop import Run, advance
+from amg.protection.guide import Guide
 from amg.protection.rewind import merge_history, rewound
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen

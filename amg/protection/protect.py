@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
@@ -18,9 +17,11 @@ from amg.guidance.gate import Gate
 from amg.guidance.ordinary import warn_without_captions
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
+from amg.pipelines.pictures import to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import require_supported
-from amg.promise import decode, deliver
+from amg.promise import decode
+from amg.protection.deliver import deliver
 from amg.protection.hook import Session, guided_call
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
@@ -174,7 +175,7 @@ def _deliver(
         )
     if output_type == "latent":
         sample = images
-        pictures = decode(run, sample)
+        pictures = decode(run.guide.denoiser, sample)
     else:
         pictures = to_tensor(images)
         sample = session.blank
@@ -184,46 +185,6 @@ def _deliver(
     if output_type == "latent":
         return delivery.sample, delivery.verdicts
     return _replace(images, delivery.images, delivery.replaced), delivery.verdicts
-
-
-def to_tensor(images: Any) -> Tensor:
-    """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float [B, 3, H,
-    W] in [0, 1]; a tensor in its own dtype, so that what replaces its images is checked as delivered."""
-    if isinstance(images, Tensor):
-        return images
-    if isinstance(images, np.ndarray):
-        if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"`images` must be [B, H, W, 3] to be checked, got {list(images.shape)}")
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    if not isinstance(images, (list, tuple)) or not images:
-        got = type(images).__name__
-        raise TypeError(f"`images` must be PIL images, an array or a tensor to be checked, got {got}")
-    arrays = [_pixels_of(image) for image in images]
-    if len({array.shape for array in arrays}) > 1:
-        raise ValueError(f"`images` must be of one size, got {sorted({array.shape for array in arrays})}")
-    return torch.stack(arrays).permute(0, 3, 1, 2).float() / 255
-
-
-def _pixels_of(image: Any) -> Tensor:
-    """uint8 [H, W, 3] of a PIL image that every viewer shows alike; ValueError for any other."""
-    from PIL import ExifTags, Image
-
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"`images` must hold PIL images to be checked, got {type(image).__name__}")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-    clear = "transparency" in image.info
-    if image.mode not in ("RGB", "L") or clear or turned != 1:
-        got = f"mode {image.mode}{', transparency' if clear else ''}, EXIF orientation {turned}"
-        raise ValueError(f"`images` must be opaque, upright, of mode RGB or L to be checked, got {got}")
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy())
-
-
-def to_pil(images: Tensor) -> list[Any]:
-    """float [B, 3, H, W] in [0, 1] as 8-bit PIL images."""
-    from PIL import Image
-
-    array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in array]
 
 
 def _replace(images: Any, new: Tensor, rows: list[int]) -> Any:

@@ -13,7 +13,7 @@ from amg.guidance.flight import Flight
 from amg.protection.group import Group
 
 if TYPE_CHECKING:
-    from amg.protection.loop import Run
+    from amg.protection.catch_up import Run
 
 
 def pending_rows(flights: Sequence[Flight]) -> list[int]:

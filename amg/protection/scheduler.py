@@ -12,10 +12,10 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.engine.level import Level
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import levels_of
 from amg.promise import check
+from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
 

@@ -1,0 +1,80 @@
+"""What a request is conditioned on, encoded by the pipeline as its own call would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from amg.guidance.predict import Conditions
+from amg.pipelines.denoiser import class_conditions, is_latent
+
+if TYPE_CHECKING:
+    from amg.engine.sampler import Request
+
+TEXT_ONLY = ("prompt_embeds", "negative_prompt_embeds", "clip_skip", "height", "width")
+
+
+def of_request(
+    pipe: Any, request: Request, null_class: int | None, scale: float, device: Any
+) -> tuple[Conditions, int]:
+    """The conditions of a request, and how many images it has. Errors: ValueError naming the argument."""
+    if is_latent(pipe):
+        return _of_text(pipe, request, scale, device)
+    if request.prompt is not None:
+        raise ValueError(
+            "`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`"
+        )
+    for name in TEXT_ONLY:
+        if getattr(request, name) is not None:
+            raise ValueError(f"`{name}` is for text-to-image pipelines, got {getattr(request, name)!r}")
+    labels, batch = request.class_labels, request.batch_size
+    count = len(labels) if labels is not None else (1 if batch is None else batch)
+    if count < 1:
+        raise ValueError(f"`batch_size` must be >= 1, got {batch}")
+    if getattr(pipe.unet.config, "num_class_embeds", None) is None:
+        return Conditions({}, None, {}), count
+    return class_conditions(pipe.unet, labels, count, null_class, scale), count
+
+
+def _of_text(pipe: Any, request: Request, scale: float, device: Any) -> tuple[Conditions, int]:
+    prompt, negative, guided = request.prompt, request.negative_prompt, scale > 1
+    embeds = request.prompt_embeds
+    if (prompt is None) == (embeds is None):
+        got = "neither" if prompt is None else "both"
+        raise ValueError(
+            "`prompt` must be a text or a list of texts for a text-to-image pipeline, or `prompt_embeds` be "
+            f"given instead, got {got}"
+        )
+    prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
+    count = len(embeds) if embeds is not None else (1 if isinstance(prompt, str) else len(prompt or ()))
+    if isinstance(negative, str):
+        negative = [negative] * count
+    cond, uncond = pipe.encode_prompt(
+        [prompt] if isinstance(prompt, str) else prompt,
+        device,
+        request.num_images_per_prompt,
+        guided,
+        negative,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=request.negative_prompt_embeds,
+        clip_skip=request.clip_skip,
+    )
+    own = {"encoder_hidden_states": cond}
+    return Conditions(own, {"encoder_hidden_states": uncond} if guided else None, {}), len(cond)
+
+
+def size_of(pipe: Any, height: int | None, width: int | None) -> Sequence[int]:
+    """Height and width of what the network denoises, for a picture of a size in pixels; ValueError where the
+    decoder cannot make that size."""
+    own = pipe.unet.config.sample_size
+    size = [own, own] if isinstance(own, int) else list(own)
+    if not is_latent(pipe):
+        return size
+    factor = pipe.vae_scale_factor
+    for at, (name, asked) in enumerate((("height", height), ("width", width))):
+        if asked is None:
+            continue
+        if asked < 1 or asked % 8:
+            raise ValueError(f"`{name}` must be a multiple of 8, got {asked}")
+        size[at] = asked // factor
+    return size
