@@ -26,7 +26,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.count: ("max_rewinds", "max_retries", "null_class"),
     ranges.fraction: ("terms_from", "rewind_to"),
     ranges.fractions: ("check_at", "rewind_at"),
-    ranges.switch: ("early_rewind", "gated", "lazy_search"),
+    ranges.switch: ("early_rewind", "gated"),
     ranges.file: ("calibration", "student"),
     ranges.guard: ("guard_threshold",),
     ranges.ceiling: ("max_evaluations",),
@@ -102,9 +102,6 @@ class AMGConfig:
     is empty."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
-    lazy_search: bool = True
-    """Cosine on CPU: each sample keeps the 256 nearest rows of its last full search, and the whole index is
-    read only where these do not prove which row is nearest now; the same answers. False: always."""
     rewind_at: tuple[float, ...] | None = None
     """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
     rewind_to: float = 0.06

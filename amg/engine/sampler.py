@@ -129,7 +129,7 @@ class Sampler:
             if made_of == self._made_of:
                 return
             self.denoiser = self._shared_denoiser(denoiser)
-            self.similarity = similarity_for(self.index, self.denoiser, lazy=self.config.lazy_search)
+            self.similarity = similarity_for(self.index, self.denoiser)
             self.judges = judges_for(self.also, self.denoiser)
             self._made_of = made_of
 

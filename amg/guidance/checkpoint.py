@@ -14,6 +14,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.gate import steps_of
 from amg.guidance.ordinary import despecify
 from amg.guidance.predict import Denoiser
+from amg.guidance.terms import require_finite
 from amg.similarity import Judge, Measured
 
 
@@ -67,6 +68,7 @@ def too_close(
         limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
         assert limit is not None
         found = judge.similarity.measure(x0_hat)
+        require_finite("similarity", found.similarity)
         alike, _ = guarded(config, judge.index, found)
         close = close | (found.similarity > limit).to(close.device) | alike.to(close.device)
     return close, near

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from amg.index.lazy import Kept
 from amg.verdict import TraceStep
 
 
@@ -33,7 +32,6 @@ class Flight:
     exhausted: bool = False  # a checkpoint wanted it back, and `max_evaluations` did not allow it
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     previous: Tensor | None = None  # its denoiser input at the last step, where free signals are kept
-    kept: Kept = field(default_factory=Kept)  # of its last full search, for lazy ones
     prompt: str | None = None  # what was asked for, where it is text and known
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)

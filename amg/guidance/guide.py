@@ -136,8 +136,7 @@ class _Step:
         sample = self.sample[rows]
         eps = self.prediction.to_eps(output[rows], sample)
         x0_hat = self.x0_hat(rows, eps)
-        flights = [self.flights[row] for row in rows.tolist()]
-        measured = self.guide.similarity.measure(x0_hat, flights, self.limit)
+        measured = self.guide.similarity.measure(x0_hat)
         opened = self.opened(measured) & ~self.sent_back(rows, x0_hat, measured)
         acting = opened | (self.ungated(rows, measured) if self.config.form == "released" else False)
         if bool(acting.any()):
@@ -168,7 +167,8 @@ class _Step:
             return list(checked)  # the student speaks for one index only
         rows = torch.tensor(checked, device=output.device)
         eps = self.prediction.to_eps(output[rows], self.sample[rows])
-        found = screen(self.x0_hat(rows, eps), self.step.alpha_bar, self.limit)
+        count = len(checked)
+        found = screen(self.x0_hat(rows, eps), [self.step.alpha_bar] * count, [self.limit] * count)
         near = found.near
         if checkpoint:
             near = near | guarded(self.config, self.guide.index, found.measured)[0]
@@ -277,8 +277,7 @@ class _Step:
             eps = self.despecify_and_deduplicate(rows, eps, measured, opened)
             if eps is not before and (self.config.step_length == "exact" or self.config.form == "released"):
                 x0_hat = self.prediction.x0_hat(eps, self.sample[rows].float())
-                flights = [self.flights[row] for row in rows.tolist()]
-                measured = self.guide.similarity.measure_with_gradient(x0_hat, flights)
+                measured = self.guide.similarity.measure_with_gradient(x0_hat)
                 opened = self.opened(measured)
         if self.config.gradient == "full":
             opened = opened & self.affords(rows, self.rest + self.cost).to(opened.device)
@@ -287,8 +286,9 @@ class _Step:
         inner = opened.nonzero().flatten()
         for row in rows[inner].tolist():
             self.terms[row].append("dissimilarity")
-        eps = eps.clone()
-        eps[inner] += self.dissimilarity(rows[inner], x0_hat[inner], measured.take(inner))
+        eps, change = eps.clone(), self.dissimilarity(rows[inner], x0_hat[inner], measured.take(inner))
+        guidance.require_finite("similarity_grad", change)
+        eps[inner] += change
         return eps
 
     def despecify_and_deduplicate(
