@@ -26,7 +26,8 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.count: ("max_rewinds", "max_retries", "null_class"),
     ranges.fraction: ("terms_from", "rewind_to"),
     ranges.fractions: ("check_at", "rewind_at"),
-    ranges.switch: ("early_rewind", "gated", "lazy_search"),
+    ranges.interval: ("guidance_interval",),
+    ranges.switch: ("early_rewind", "gated"),
     ranges.file: ("calibration", "student"),
     ranges.guard: ("guard_threshold",),
     ranges.ceiling: ("max_evaluations",),
@@ -102,9 +103,6 @@ class AMGConfig:
     is empty."""
     gated: bool = True
     """False applies the terms at every step (the paper's ungated ablation)."""
-    lazy_search: bool = True
-    """Cosine on CPU: each sample keeps the 256 nearest rows of its last full search, and the whole index is
-    read only where these do not prove which row is nearest now; the same answers. False: always."""
     rewind_at: tuple[float, ...] | None = None
     """Checkpoints, as fractions of the trajectory, where a sample above `rewind_threshold` goes back."""
     rewind_to: float = 0.06
@@ -123,6 +121,11 @@ class AMGConfig:
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
     memorised one whose own caption is not duplicated (where the index has captions and the model takes
     text)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the trajectory, as two fractions, in which classifier-free guidance acts (Kynkaanniemi et al.,
+    NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a calibration's gate
+    or alarm reads it, for suspected samples and for later tries. For `Sampler` alone: another's loop computes
+    both halves."""
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"

@@ -4,7 +4,8 @@ delivered."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,14 @@ def check(
 
     `images` float [B, 3, H, W] in [0, 1]; each is looked at as it is and rounded to 8 bits, the closer
     counts. `also` are held to their metric's threshold of the same preset. Raises where a check cannot be
-    made (values that are not finite or not in [0, 1], a corrupt index): never an unchecked image.
+    made (values that are not finite or not in [0, 1], a corrupt index): never an unchecked image. The host
+    reads once of the images and once under each index.
     """
-    _require_pictures(images, len(flights))
-    verdicts = _under(images, index, config)
-    others = [_under(images, judge, config.under(judge.metric)) for judge in also]
+    as_bytes = _require_pictures(images, len(flights))
+    images = images.float()
+    shown = [images] if as_bytes else [images, _to_8_bits(images)]
+    verdicts = _under(shown, index, config)
+    others = [_under(shown, judge, config.under(judge.metric)) for judge in also]
     finished = []
     for row, (verdict, flight) in enumerate(zip(verdicts, flights, strict=True)):
         more = tuple(other[row] for other in others)
@@ -70,8 +74,9 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def _require_pictures(images: Any, count: int) -> None:
-    """What is checked must be what is seen: a copy in other units is far from every training image."""
+def _require_pictures(images: Any, count: int) -> bool:
+    """What is checked must be what is seen: a copy in other units is far from every training image. Returns
+    whether the images are their own rounding to 8 bits."""
     wanted = f"`images` must be a float tensor [{count}, 3, H, W] in [0, 1] to be checked"
     if not isinstance(images, Tensor):
         raise TypeError(f"{wanted}, got {type(images).__name__}")
@@ -79,47 +84,62 @@ def _require_pictures(images: Any, count: int) -> None:
         raise ValueError(f"{wanted}, got {list(images.shape)} {images.dtype}")
     if not images.is_floating_point() or images.layout != torch.strided or images.is_meta:
         raise ValueError(f"{wanted}, got {images.dtype} {images.layout} on {images.device}")
-    require_finite("images", images)
-    low, high = (float(bound) for bound in images.aminmax())
-    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ValueError(f"{wanted}, got values from {low:g} to {high:g}")
+    values, kept = images.flatten(1), images.float() == _to_8_bits(images.float())
+    found = torch.stack([values.amin(1).double(), values.amax(1).double(), kept.flatten(1).all(1).double()])
+    least, most, rounded = found.tolist()
+    _require_finite_rows("images", zip(least, most, strict=True), images.shape)
+    if min(least) < -RANGE_TOLERANCE or max(most) > 1 + RANGE_TOLERANCE:
+        raise ValueError(f"{wanted}, got values from {min(least):g} to {max(most):g}")
+    return all(rounded)
 
 
-def _under(images: Tensor, index: Any, config: AMGConfig) -> list[Verdict]:
-    """Verdicts of `images` under one index: whichever is closer, the image or its rounding to 8 bits."""
-    images = images.float()
-    rounded = _to_8_bits(images)
-    shown = [images] if torch.equal(images, rounded) else [images, rounded]
+def _under(shown: Sequence[Tensor], index: Any, config: AMGConfig) -> list[Verdict]:
+    """Verdicts under one index of what is `shown`, the images and their rounding: whichever is closer."""
     looks = [index.closest(one) for one in shown]
-    similarity, row = _largest([(look.similarity, look.row) for look in looks])
-    require_finite("similarity", similarity)
-    assert config.threshold is not None
-    guards: Sequence[GuardVerdict | None] = [None] * len(images)
-    if config.guard_threshold is not None and index.guard is not None:
-        alike = _largest([look.guard for look in looks])
-        require_finite("guard", alike[0])
-        guards = [
-            GuardVerdict(value, config.guard_threshold, _neighbour(index, found))
-            for value, found in zip(*(part.tolist() for part in alike), strict=True)
-        ]
+    found = [(look.similarity, look.row) for look in looks]
+    guarded = config.guard_threshold is not None and index.guard is not None
+    alike = [(look.guard.similarity, look.guard.row) for look in looks] if guarded else []
+    columns = torch.stack([part.double() for pair in (*found, *alike) for part in pair]).tolist()
+    pairs = [[*zip(*pair, strict=True)] for pair in zip(columns[::2], columns[1::2], strict=True)]
+    nearest = _largest("similarity", pairs[: len(looks)])
+    most_alike = _largest("guard", pairs[len(looks) :]) if guarded else [None] * len(nearest)
     return [
-        Verdict(
-            index.metric,
-            value,
-            config.threshold,
-            _neighbour(index, found),
-            memorized=value > config.threshold or (guard is not None and guard.memorized),
-            guard=guard,
-        )
-        for value, found, guard in zip(similarity.tolist(), row.tolist(), guards, strict=True)
+        _verdict(index, config, *sample, guard) for sample, guard in zip(nearest, most_alike, strict=True)
     ]
 
 
-def _largest(looks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The largest similarity [B] of several looks at the same images, and its row [B]."""
-    similarity, which = torch.stack([similarity for similarity, _ in looks]).max(dim=0)
-    row = torch.stack([row for _, row in looks]).gather(0, which[None])[0]
-    return similarity, row
+def _largest(name: str, looks: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, int]]:
+    """The largest similarity of several looks at the same images, and its row. FloatingPointError on NaN."""
+    samples = [*zip(*looks, strict=True)]
+    _require_finite_rows(name, ([value for value, _ in sample] for sample in samples), (len(samples),))
+    largest = (max(sample, key=lambda look: look[0]) for sample in samples)
+    return [(similarity, int(row)) for similarity, row in largest]
+
+
+def _verdict(
+    index: Any, config: AMGConfig, similarity: float, row: int, alike: tuple[float, int] | None
+) -> Verdict:
+    assert config.threshold is not None
+    guard = None
+    if alike is not None and config.guard_threshold is not None:
+        guard = GuardVerdict(alike[0], config.guard_threshold, _neighbour(index, alike[1]))
+    return Verdict(
+        index.metric,
+        similarity,
+        config.threshold,
+        _neighbour(index, row),
+        memorized=similarity > config.threshold or (guard is not None and guard.memorized),
+        guard=guard,
+    )
+
+
+def _require_finite_rows(name: str, rows: Iterable[Sequence[float]], shape: Sequence[int]) -> None:
+    """`require_finite` of values that the host has read already: those of each row."""
+    bad = [row for row, values in enumerate(rows) if not all(map(math.isfinite, values))]
+    if bad:
+        raise FloatingPointError(
+            f"`{name}` must be finite, got NaN or infinity in rows {bad} of {list(shape)}"
+        )
 
 
 def _neighbour(index: Any, row: int) -> Neighbour:

@@ -16,8 +16,7 @@ class TraceStep:
     `similarity` is sigma_t (cosine, or -nL2) and `threshold` is lambda_t; `similarity` and `neighbour` are
     None where the check was skipped. `terms` names what fired: "despecification", "deduplication",
     "dissimilarity", "rewind". `signals` are the free signals of the fused step, in its order. `estimated`:
-    similarity and neighbour are the student's, which sufficed. Where a lazy search proved that nothing is
-    above the step's thresholds, they are those of the closest of the rows it kept.
+    similarity and neighbour are the student's, which sufficed.
     """
 
     step: int

@@ -30,7 +30,7 @@ from sampling.tables import COLUMNS, Line, judged, waterfall
 from torch import Tensor
 
 STEPS = 30
-# oneDNN keeps 1,024 compiled convolutions, one per batch size, and reads this at the first. Ten contestants
+# oneDNN keeps 1,024 compiled convolutions, one per batch size, and reads this at the first. Nine contestants
 # have more, and each would find in its turn that the others' had pushed out its own.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 

@@ -215,7 +215,7 @@ def test_what_has_a_value_of_its_own_cannot_be_none(name: str) -> None:
         AMGConfig.preset("main", **{name: None})
 
 
-@pytest.mark.parametrize("name", ["early_rewind", "gated", "lazy_search"])
+@pytest.mark.parametrize("name", ["early_rewind", "gated"])
 def test_switches_are_true_or_false(name: str) -> None:
     assert getattr(AMGConfig.preset("main", **{name: np.False_}), name) is False
     for value in ("false", 0, 1.0):

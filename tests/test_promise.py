@@ -20,12 +20,13 @@ from amg.engine.drive import pristine
 from amg.guidance.flight import Flight
 from amg.guidance.guide import Guide
 from amg.index.exact import Nearest
+from amg.index.index import Closest
 from amg.promise import Delivery, check, decode, deliver, summary
 from amg.protection.loop import Run
 from amg.similarity import similarity_for
 from amg.verdict import MemorizedError, TraceStep
 
-from . import oracle, toy
+from . import oracle, reads, toy
 
 PICTURES = [3, 17, 40, 8]
 COPIES = [0, 2]  # the rows that are copies in `finished`
@@ -290,6 +291,60 @@ def test_a_sample_that_went_non_finite_is_an_error(indexes: dict, bad: float) ->
             toy.conditions(PICTURES, [0.0] * 4, guided=False),
             flights_of(range(4)),
         )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "nl2"])
+@pytest.mark.parametrize("steps", [255, 1000])
+def test_the_host_reads_once_of_the_images_and_once_under_each_index(
+    indexes: dict, metric: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 8 bits and in finer steps, where the rounding is looked at too."""
+    index, other = indexes[metric], indexes["nl2" if metric == "cosine" else "cosine"]
+    images = (torch.rand(16, 3, 8, 8) * steps).round() / steps
+    config, flights = AMGConfig.preset("main").for_metric(metric), flights_of(range(16))
+    for one in (index, other):
+        one.seal.check()  # reads the files once
+    with monkeypatch.context() as patch:
+        found = reads.watch(patch)
+        check(images, index, (), config, flights)
+        assert len(found.ours) == 2
+        check(images, index, [other], config, flights)
+        assert len(found.ours) == 2 + 3
+
+
+@pytest.mark.parametrize("what", ["similarity", "guard"])
+def test_what_an_index_could_not_measure_is_an_error(indexes: dict, what: str) -> None:
+    class Lost(amg.Index):
+        def closest(self, images: Tensor) -> Closest:
+            found = super().closest(images)
+            alike = found.guard
+            assert alike is not None
+            for lost in [found.similarity] if what == "similarity" else [alike.similarity]:
+                lost[[1, 2]] = math.nan
+            return found
+
+    lost: Any = copy.copy(indexes["nl2"])
+    lost.__class__ = Lost
+    config = AMGConfig.preset("main").for_metric("nl2")
+    with pytest.raises(FloatingPointError, match=rf"`{what}` must be finite, .* in rows \[1, 2\] of \[4\]"):
+        check(toy.decode(finished()), lost, (), config, flights_of(range(4)))
+    if what == "guard":
+        found = check(
+            toy.decode(finished()), lost, (), replace(config, guard_threshold=None), flights_of(range(4))
+        )
+        assert [verdict.guard for verdict in found] == [None] * 4
+
+
+def test_an_embedder_that_fails_on_one_picture_is_an_error(indexes: dict) -> None:
+    def embed(images: Tensor) -> Tensor:
+        found = toy.ToyEmbedder()(images)
+        return torch.where(torch.arange(len(found))[:, None] == 3, torch.nan, found)
+
+    broken = copy.copy(indexes["cosine"])
+    broken.embedder = amg.embed.wrap(embed, name="toy", dimension=40, sha="ab" * 32, preprocessing="none")
+    config = AMGConfig.preset("main", on_memorized="flag").for_metric("cosine")
+    with pytest.raises(FloatingPointError, match=r"`similarity` must be finite, .* in rows \[3\] of \[4\]"):
+        check(toy.decode(finished()), broken, (), config, flights_of(range(4)))
 
 
 class Dead:

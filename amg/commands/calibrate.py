@@ -121,13 +121,10 @@ def record(
     from amg.engine.drive import pristine
     from amg.engine.sampler import Sampler
     from amg.guidance.calibration import Recorded
-    from amg.guidance.gate import Gate
-    from amg.guidance.signals import raw_signals
     from amg.pipelines.identity import key_for
 
     config = AMGConfig.preset(arguments.preset, guidance_scale=scale).for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
-    sampler.gate = Gate()
     verdicts: list[Any] = []
     with tqdm(total=len(jobs), desc="calibrate", unit="image") as bar:
         for start in range(0, len(jobs), arguments.batch_size):
@@ -143,7 +140,7 @@ def record(
             bar.update(len(batch))
     traces = [verdict.trace for verdict in verdicts]
     recorded = Recorded(
-        raw_signals(traces),
+        torch.tensor([[step.signals for step in trace] for trace in traces], dtype=torch.float64),
         torch.tensor([[step.similarity for step in trace] for trace in traces], dtype=torch.float32),
         torch.tensor([verdict.memorized for verdict in verdicts]),
         torch.tensor([job["ordinary"] for job in jobs]),

@@ -190,7 +190,7 @@ class _Recorder:
         self.inner = inner
         self.kept: list[tuple[Any, Any, Any]] = []
 
-    def measure(self, x0_hat: Any, flights: Any = None, limit: float = -math.inf) -> Any:
+    def measure(self, x0_hat: Any) -> Any:
         import torch
 
         images = self.inner.decode(x0_hat).clamp(0, 1).float()
@@ -217,8 +217,8 @@ def _generate(
 
     config = AMGConfig.preset("main").for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
-    recorder = _Recorder(sampler.similarity)
-    sampler.similarity = recorder  # type: ignore[assignment]
+    recorder = _Recorder(sampler.source.similarity)
+    sampler.source.similarity = recorder  # type: ignore[assignment]
     sampler(
         list(prompts),
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
@@ -269,7 +269,7 @@ def train(pairs: Pairs, pipe: Any, index: Any, arguments: argparse.Namespace) ->
     torch.manual_seed(arguments.seed)
     student = Student(origin_of(pipe, index)).to(device)
     rows = (~held_out(pairs.image)).nonzero().flatten()
-    similarity = index.nearest(pairs.embedding.float().to(device)).similarity.cpu()
+    similarity = index.search(pairs.embedding.float().to(device)).similarity.cpu()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
     for step in tqdm(range(arguments.train_steps), desc="student", unit="step", mininterval=2):
         for group in optimizer.param_groups:
@@ -306,9 +306,7 @@ def agreement_of(student: Any, pairs: Pairs, index: Any, miss_rate: float) -> tu
         ).cpu()
     teacher = embedding.float()
     cosine = torch.cosine_similarity(found, teacher)
-    ours, theirs = (
-        index.nearest(torch.nn.functional.normalize(part).to(device)) for part in (found, teacher)
-    )
+    ours, theirs = (index.search(torch.nn.functional.normalize(part).to(device)) for part in (found, teacher))
     measured = (image, cosine, ours.similarity.cpu(), theirs.similarity.cpu(), (ours.row == theirs.row).cpu())
     levels = alpha_bar.unique()
     edges = [float(part[0]) for part in levels.tensor_split(min(LEVELS, len(levels)))]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amg.embed.precision import full_precision
+
 RESIZE_MODES = ("short", "square", "short_crop", "long_pad")
 
 
@@ -142,7 +144,7 @@ class NetworkEmbedder:
 
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision():
             return self._replica(images.device)(images)
 
     def __repr__(self) -> str:

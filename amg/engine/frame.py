@@ -67,10 +67,11 @@ class Frame:
 
 
 class Terms(NamedTuple):
-    """What opens gates in `amg.kernels.guided_step` at this step: similarity [B], coefficients [B, 42], rows
-    int32 [4, B], and the tensors its last two lines point into, None where no sample has one."""
+    """What opens gates in `amg.kernels.guided_step` at this step: similarity [B], None where all are closed,
+    coefficients [B, 42], rows int32 [4, B], and the tensors its last two lines point into, None where no
+    sample has one."""
 
-    similarity: Tensor
+    similarity: Tensor | None
     coefficients: Tensor
     rows: Tensor
     eps_neighbour: Tensor | None = None
@@ -95,7 +96,7 @@ def predict(frame: Frame, terms: Terms | None = None) -> Predicted:
 def apply(frame: Frame, terms: Terms | None, **buffers: Tensor | None) -> None:
     """`amg.kernels.guided_step_into` of a frame and the terms that act in it."""
     if terms is None:
-        terms = Terms(None, frame.coefficients, frame.rows)  # type: ignore[arg-type]
+        terms = Terms(None, frame.coefficients, frame.rows)
     kernels.guided_step_into(
         frame.sample,
         frame.output,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.embed.precision import Modes
 from amg.engine.look import Tools
 from amg.engine.plan import Course
 from amg.guidance.flight import Flight
@@ -44,7 +45,7 @@ class Job:
     dtype: torch.dtype
     key: Hashable
     owner: Hashable
-    modes: Callable[[], Any]
+    modes: Modes
     late_at: float
     bar: Any = None
     future: Future = field(default_factory=Future)

@@ -80,7 +80,7 @@ class Engine:
                 broken = step(slots)
                 for row in broken:
                     slots.slots[row].job.fail(_not_finite(slots.slots[row]))
-                if slots.tick > slots.event:
+                if slots.tick > slots.event:  # that step was one with something to do
                     self._settle(slots)
         except Exception as error:
             self._part(slots, jobs, error)

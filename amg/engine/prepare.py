@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, warn_without_captions
-from amg.guidance.predict import Conditions, Denoiser
+from amg.guidance.predict import Conditions
 from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
@@ -60,9 +61,8 @@ class Source:
         if (made_of := state_of(pipe)) == self._made_of:
             return
         self.denoiser = denoiser_for(pipe)
-        similarity = similarity_for(self.index, self.denoiser)
-        judges = judges_for(self.also, self.denoiser)
-        self._parts = (self.index, similarity, self.denoiser, judges, self.gate, self.screen, self.ordinary)
+        self.similarity = similarity_for(self.index, self.denoiser)
+        self.judges = judges_for(self.also, self.denoiser)
         self._courses.clear()
         self._made_of = made_of
 
@@ -74,11 +74,9 @@ class Source:
     def tools(self) -> Tools:
         """What a request's samples are held to, with a cache of captions of its own, so that none outlives the
         text encoder that encoded it."""
-        index, similarity, denoiser, *rest = self._parts
-        own = Denoiser(
-            denoiser.network, denoiser.decode, denoiser.prediction_type, denoiser.pixels, self._captions()
-        )
-        return Tools(index, similarity, own, *rest)
+        own = replace(self.denoiser, encode_captions=self._captions())
+        rest = (self.judges, self.gate, self.screen, self.ordinary)
+        return Tools(self.index, self.similarity, own, *rest)
 
     def _captions(self) -> Any:
         if not is_latent(self.pipe):

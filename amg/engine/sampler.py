@@ -74,25 +74,25 @@ class Sampler:
         max_pending: int = 64,
     ):
         self._queue = Queue(max_batch, max_pending)
-        self._source = Source(pipe, index, config, also)
+        self.source = Source(pipe, index, config, also)
         self._preparing = threading.Lock()
 
     @property
     def pipe(self) -> Any:
-        return self._source.pipe
+        return self.source.pipe
 
     @property
     def index(self) -> Any:
-        return self._source.index
+        return self.source.index
 
     @property
     def config(self) -> AMGConfig:
         """The config, resolved for the index's metric."""
-        return self._source.config
+        return self.source.config
 
     @property
     def also(self) -> tuple[Any, ...]:
-        return self._source.also
+        return self.source.also
 
     def __call__(
         self,
@@ -130,13 +130,28 @@ class Sampler:
         run here.
         """
         request = Request(
-            *(prompt, negative_prompt, class_labels, batch_size, num_inference_steps, guidance_scale),
-            *(guidance_rescale, eta, num_images_per_prompt, latents, output_type, None, None, height, width),
-            *(timesteps, sigmas, prompt_embeds, negative_prompt_embeds, clip_skip),
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            class_labels=class_labels,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            num_images_per_prompt=num_images_per_prompt,
+            latents=latents,
+            output_type=output_type,
+            height=height,
+            width=width,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
         )
         with self._preparing:
-            job = prepare(self._source, request, generator, math.inf)
-        self._source.warn_without_guidance(job)
+            job = prepare(self.source, request, generator, math.inf)
+        self.source.warn_without_guidance(job)
         job.called = True
         with _bar(job.steps, progress) as job.bar:
             self._queue.submit(job)
@@ -163,8 +178,8 @@ class Sampler:
             raise ValueError(f"`deadline` must be > 0 seconds or None, got {deadline}")
         late_at = math.inf if deadline is None else start + deadline
         with self._preparing:
-            job = prepare(self._source, request, self._source.generator(request.seed), late_at)
-        self._source.warn_without_guidance(job)
+            job = prepare(self.source, request, self.source.generator(request.seed), late_at)
+        self.source.warn_without_guidance(job)
         self._queue.submit(job, block, timeout)
         return job.future
 

@@ -133,7 +133,7 @@ class Slots:
         n, self.changed = len(slots), True
         for slot in slots:
             slot.began = self.tick
-        self.slots += slots
+        self.slots, self.event = [*self.slots, *slots], self.tick
         self.sample = torch.cat([self.sample, sample.to(self.device, torch.float32)])
         self.state = torch.cat([self.state, self.state.new_zeros(len(self.state), n, *sample.shape[1:])], 1)
         self.flags = torch.cat([self.flags, self.flags.new_zeros(n)])
@@ -143,7 +143,7 @@ class Slots:
         """Let the samples `rows` go."""
         gone, self.changed = {*rows}, True
         kept = [row for row in range(len(self.slots)) if row not in gone]
-        self.slots = [self.slots[row] for row in kept]
+        self.slots, self.event = [self.slots[row] for row in kept], self.tick
         at = torch.tensor(kept, dtype=torch.int64, device="cpu").to(self.device)
         self.sample, self.flags, self.trace = (
             tensor.index_select(0, at) for tensor in (self.sample, self.flags, self.trace)
@@ -156,11 +156,20 @@ class Slots:
         rows = ((slot, self.row_of(slot)) for slot in self.slots)
         return min((slot.next_event(row) - row for slot, row in rows), default=0)
 
+    def part(self, job: Job) -> Slots:
+        """A set of one request's samples alone, as they are in this one."""
+        rows = [at for at, slot in enumerate(self.slots) if slot.job is job]
+        other = Slots(self.denoiser, self.sample, self.dtype)
+        other.slots, other.tick, other.event = [*self.slots], self.tick, self.tick
+        other.sample, other.state, other.flags, other.trace = self.sample, self.state, self.flags, self.trace
+        other.leave([at for at in range(len(self.slots)) if at not in rows])
+        return other
+
     def start_again(self, rows: Sequence[int], sample: Tensor) -> None:
         """Put fresh samples [n, ...] in the place of `rows`, which begin their new plans."""
         at, self.changed = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device), True
         self.sample = self.sample.index_copy(0, at, sample.to(self.device, torch.float32))
-        self.state = self.state.index_fill(1, at, 0.0)
+        self.state, self.event = self.state.index_fill(1, at, 0.0), self.tick
         for row in rows:
             self.slots[row].began, self.slots[row].counted = self.tick, 0
 

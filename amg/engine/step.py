@@ -22,7 +22,7 @@ def step(slots: Slots) -> list[int]:
     """Make one step of every sample; the rows that turned out not to be finite. Between events the host reads
     nothing and decides nothing."""
     terms, broken = None, list[int]()
-    eventful = slots.tick >= slots.event or slots.changed
+    eventful = slots.tick >= slots.event
     if eventful:
         slots.prepare()
     coefficients = coefficients_of(slots)

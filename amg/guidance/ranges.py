@@ -96,6 +96,14 @@ def fractions(name: str, values: Any) -> tuple[float, ...]:
     return tuple(fraction(name, value) for value in listed)
 
 
+def interval(name: str, values: Any) -> tuple[float, float]:
+    """Two floats in [0, 1], the first not above the second."""
+    found = fractions(name, values)
+    if len(found) != 2 or found[0] > found[1]:
+        raise ValueError(f"`{name}` must be two fractions (from, to) with from <= to, got {values!r}")
+    return found[0], found[1]
+
+
 def similarity(name: str, value: float, metric: str) -> float:
     """A threshold of the similarity sigma under a metric; of nL2 as people write it (1.4) or as sigma (-1.4).
 

@@ -83,11 +83,12 @@ def exact_dissimilarity(shift: Tensor, alpha_bar: float) -> Tensor:
 
 
 def newton_shift(
-    x0_grad: Tensor, similarity: Tensor, threshold: float, limit: float = 0.5, scale: float = 1.0
+    x0_grad: Tensor, similarity: Tensor, threshold: float | Tensor, limit: float = 0.5, scale: float = 1.0
 ) -> Tensor:
     """One Newton step on sigma along its gradient, -(sigma - lambda)·g / |g|², its length clipped.
 
-    The root mean square of the shift is at most `limit`·`scale`; `scale` is the size of x0_hat's own values.
+    `threshold` is lambda, one or [B]. The root mean square of the shift is at most `limit`·`scale`; `scale`
+    is the size of x0_hat's own values. Looks at no value: NaN where sigma or its gradient is.
     """
     size = x0_grad[0].numel()
     norm = x0_grad.flatten(1).norm(dim=1).clamp(min=1e-12)

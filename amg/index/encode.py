@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 from amg.embed.precision import embedded
 from amg.index.errors import EmbedderMismatch
 from amg.index.store import EmbedderRecord
+from amg.index.usable import directions, require_directions
 
 
 class Embedder(Protocol):
@@ -62,19 +63,14 @@ def unit_vectors(images: torch.Tensor, embedder: Any) -> torch.Tensor:
 
     Raises ValueError for an output of another shape, of an integer dtype, non-finite, or zero.
     """
+    return require_directions(embedded_directions(images, embedder), f"embedder {embedder.name!r} returned")
+
+
+def embedded_directions(images: torch.Tensor, embedder: Any) -> torch.Tensor:
+    """`unit_vectors` that looks at no value: NaN in the rows that are non-finite or zero."""
     found = embedded(embedder, images)
     expected = (len(images), embedder.dimension)
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected or not found.is_floating_point():
         got = f"{list(found.shape)} {found.dtype}" if isinstance(found, torch.Tensor) else type(found)
         raise ValueError(f"embedder {embedder.name!r} must return float {list(expected)}, got {got}")
-    return normalise(found, f"embedder {embedder.name!r} returned")
-
-
-def normalise(vectors: torch.Tensor, origin: str) -> torch.Tensor:
-    """float [B, D] → unit fp32 [B, D]. Raises ValueError for zero or non-finite vectors, naming them."""
-    vectors = vectors.float()
-    lengths = vectors.norm(dim=1, keepdim=True)
-    if not bool(((lengths > 0) & lengths.isfinite()).all()):
-        bad = (~((lengths > 0) & lengths.isfinite())).flatten().nonzero().flatten().tolist()
-        raise ValueError(f"{origin} zero or non-finite vectors at {bad[:8]} of {len(vectors)}")
-    return vectors / lengths
+    return directions(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import torch
 
 import amg.kernels
 from amg.index.store import CODE_ERRORS, CODE_SCALES, CODES, Manifest, map_file
+from amg.index.usable import where_rows
 from amg.kernels import NL2, Codes
 
 NL2_NEIGHBOURS = 50
@@ -24,6 +25,16 @@ class Nearest(NamedTuple):
     row: torch.Tensor
     extras: NL2 | None
 
+    def where(self, usable: torch.Tensor) -> Nearest:
+        """This, but NaN and row 0 for the queries that are not `usable` [B] bool."""
+        row = where_rows(usable, self.row, 0)
+        similarity = where_rows(usable, self.similarity, math.nan)
+        if self.extras is None:
+            return Nearest(similarity, row, None)
+        value, _, *scales = self.extras
+        value, distance, denominator = (where_rows(usable, one, math.nan) for one in (value, *scales))
+        return Nearest(similarity, row, NL2(value, row, distance, denominator))
+
 
 class Searcher(Protocol):
     """nearest(queries [B, D]); top(queries [B, D], k) → similarity [B, k], row [B, k], best first."""
@@ -37,13 +48,6 @@ class ExactCosine:
 
     def __init__(self, rows: torch.Tensor, codes: Codes | None = None):
         self.rows, self.codes = rows, codes
-
-    @functools.cached_property
-    def largest_norm(self) -> float:
-        """The largest of the rows' norms, in float64: one pass over them, once. NaN if one is."""
-        blocks = self.rows.split(max(1, BLOCK_VALUES // self.rows.shape[1]))
-        norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).max() for block in blocks]
-        return float(torch.stack(norms).max())
 
     def nearest(self, queries: torch.Tensor) -> Nearest:
         found = amg.kernels.top1_cosine(queries, self.rows, codes=self.codes)

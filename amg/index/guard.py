@@ -6,6 +6,7 @@ of the same pictures, which only ever looks: the cosine of their luminance gradi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch.nn.functional import interpolate, pad
 import amg.kernels
 from amg.index.errors import IndexVersionError
 from amg.index.store import GUARD, Manifest, map_file
+from amg.index.usable import finite_rows, where_rows
 
 SKETCH = "forward differences of luminance (Rec. 601) at 32x32, unit norm, version 1"
 SKETCH_SIDE = 32
@@ -45,12 +47,15 @@ class Guard:
     def nearest(self, images: Tensor) -> Alike:
         """`images` float [B, 3, H, W], of which [0, 1] counts, anywhere -> Alike on the images' device.
 
-        Exact search over all sketches; a picture without structure is like none (0).
+        Exact search over all sketches; a picture without structure is like none (0). Looks at no value: of a
+        picture that is not finite similarity is NaN and row 0.
         """
-        queries = _directions(images).to(self.sketches.device)
+        usable = finite_rows(images)
+        queries = _directions(where_rows(usable, images, 0.0)).to(self.sketches.device)
         found = amg.kernels.top1_cosine(queries, self.sketches)
-        row = self.rows[found.row.to(self.rows.device)]
-        return Alike(found.similarity.to(images.device), row.to(images.device))
+        row = self.rows[found.row.to(self.rows.device)].to(images.device)
+        similarity = found.similarity.to(images.device)
+        return Alike(where_rows(usable, similarity, math.nan), where_rows(usable, row, 0))
 
     def to(self, device: torch.device) -> Guard:
         """This guard with its sketches on another device."""

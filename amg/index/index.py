@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,21 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from amg.embed.precision import full_precision
-from amg.index.encode import check_embedder, normalise, resize_images, unit_vectors
+from amg.index.encode import check_embedder, embedded_directions, resize_images
 from amg.index.errors import IndexBuildError
-from amg.index.exact import NL2_NEIGHBOURS, ExactCosine, Nearest, Searcher, make_searcher, map_codes
+from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Alike, Guard, map_guard
-from amg.index.lazy import Kept, nearest_lazily
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
-from amg.index.store import (
-    Manifest,
-    check_hashes,
-    check_sizes,
-    map_rows,
-    read_manifest,
-    read_meta,
-)
+from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
+from amg.index.usable import require_directions, require_searchable, searchable
 from amg.kernels import Codes
 
 
@@ -286,6 +278,15 @@ class Index:
         Unit vectors of the embedder, or pixels of a pixel index, resized to image_size (antialiased).
         Raises ValueError for another shape or dtype, without an embedder, or for zero or non-finite vectors.
         """
+        vectors = self.encode(images)
+        if self.metric == "cosine":
+            require_directions(vectors, f"embedder {self.embedder.name!r} returned")
+        return vectors
+
+    @full_precision()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """`embed` that looks at no value, for the sampling loop: vectors that are zero or not finite are NaN.
+        Raises ValueError for another shape or dtype, or without an embedder."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(
                 f"`images` must be float [B, 3, H, W] in [0, 1], got {list(images.shape)} {images.dtype}"
@@ -299,24 +300,19 @@ class Index:
                 f"{self.path} was opened without an embedder and can only be searched with vectors: pass "
                 f"{expected.name if expected else 'its embedder'!r} to Index.open(path, embedder)"
             )
-        return unit_vectors(images, self.embedder)
+        return embedded_directions(images, self.embedder)
 
     @full_precision()
-    def nearest(
-        self, vectors: torch.Tensor, kept: Sequence[Kept] | None = None, limit: float = -math.inf
-    ) -> Nearest:
-        """Closest row of each vector [B, dimension] from embed() → (similarity [B], row [B], extras).
+    def nearest(self, vectors: torch.Tensor) -> Nearest:
+        """Closest row of each vector [B, dimension] from encode() → (similarity [B], row [B], extras).
 
-        The cheap call of the sampling loop. extras: for nl2 the amg.kernels.NL2 tuple (distance,
-        denominator …), None for cosine. Raises ValueError for a wrong shape, dtype or device and
-        for non-finite vectors. kept: one amg.index.lazy.Kept per vector, so that exact cosine search on CPU
-        reads the whole index only where the rows kept from before do not prove the answer; the same result,
-        except that of a vector to which no row can be above `limit` it may name any row that is not.
+        The cheap call of the sampling loop; it looks at no value (a faiss searcher's does). extras: for nl2
+        the amg.kernels.NL2 tuple (distance, denominator …), None for cosine. Of a vector that is not finite,
+        or zero under cosine, similarity and extras are NaN and row 0; the others are what they would be
+        without it. Raises ValueError for a wrong shape, dtype or device.
         """
-        vectors = self._check(vectors)
-        if kept is not None and isinstance(self.searcher, ExactCosine) and self.device.type == "cpu":
-            return nearest_lazily(self.searcher, vectors, kept, limit=limit)
-        return self.searcher.nearest(vectors)
+        queries, usable = searchable(self._require_vectors(vectors), self.metric)
+        return self.searcher.nearest(queries).where(usable)
 
     @torch.no_grad()
     @full_precision()
@@ -324,19 +320,17 @@ class Index:
         """The closest of *all* training images to each of `images`, float [B, 3, H, W] in [0, 1].
 
         The call of the final check, by exact search: folded pictures are looked through as well as the rows
-        that stand for them, and the guard is asked. Raises as embed(), and IndexCorrupt where a file changed
-        (see `seal`).
+        that stand for them, and the guard is asked. It looks at no value: what could not be measured has a
+        similarity of NaN, the guard's too. Raises as encode(), and IndexCorrupt where a file changed (see
+        `seal`).
         """
         self.seal.check()
         images = images.to(self.device)
-        vectors = self._check(self.embed(images))
-        found = self.with_searcher("exact").searcher.nearest(vectors)
-        similarity, row = found.similarity, found.row
+        queries, usable = searchable(self._require_vectors(self.encode(images)), self.metric)
+        found = self.with_searcher("exact").searcher.nearest(queries)
         if self.members is not None:
-            denominator = None if found.extras is None else found.extras.denominator
-            folded, owner = self.members.nearest(vectors, self.metric, denominator)
-            nearer = folded > similarity
-            similarity, row = torch.where(nearer, folded, similarity), torch.where(nearer, owner, row)
+            found = self.members.nearer(queries, found)
+        similarity, row, _ = found.where(usable)
         return Closest(similarity, row, None if self.guard is None else self.guard.nearest(images))
 
     @full_precision()
@@ -349,7 +343,7 @@ class Index:
         """
         if not 1 <= k <= self.count:
             raise ValueError(f"`k` must be in [1, {self.count}] (rows of the index), got {k}")
-        vectors = self._check(self._vectors_of(queries))
+        vectors = require_searchable(self._require_vectors(self._vectors_of(queries)), self.metric)
         if k == 1:
             found = self.searcher.nearest(vectors)
             return Hits(found.similarity, found.row, self)
@@ -360,7 +354,7 @@ class Index:
         check_hashes(self.path, read_manifest(self.path))
         read_meta(self.path, self.manifest)
 
-    def _check(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _require_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         expected = f"floating [B, {self.dimension}] on {self.device} (the index's device)"
         got = f"got {list(vectors.shape)} {vectors.dtype} on {vectors.device}"
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension or not vectors.is_floating_point():
@@ -369,8 +363,7 @@ class Index:
             raise ValueError(
                 f"`queries` must be {expected}, {got}: move them, or the index with index.to(device)"
             )
-        vectors = vectors.detach()
-        return normalise(vectors, "`queries` hold") if self.metric == "cosine" else vectors
+        return vectors.detach()
 
     def _vectors_of(self, queries: Any) -> torch.Tensor:
         if isinstance(queries, torch.Tensor):

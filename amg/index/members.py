@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import amg.kernels
+from amg.index.exact import Nearest
 from amg.index.fold import row_hashes
 from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH
 from amg.index.store import DTYPES, GUARD, MEMBER_ROWS, MEMBERS_FILE, Manifest, append, map_file, truncate
+from amg.kernels import NL2
 
 MEMBER_SKETCHES = "members.sketches.f16"  # during a build; at its end they follow the rows' own
 HASH_BLOCK = 1 << 13
@@ -24,20 +26,24 @@ class Members:
     vectors: Tensor
     rows: Tensor
 
-    def nearest(
-        self, queries: Tensor, metric: str, denominator: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Similarity [B] to the closest member of each query [B, D], and the row it was folded into.
+    def nearer(self, queries: Tensor, found: Nearest) -> Nearest:
+        """What was `found` of each query [B, D] among the rows, or the row of a member that is closer.
 
-        Exact. nl2: over the rows' `denominator` [B], which duplicates among the nearest would make small.
+        Exact. nl2: over the rows' denominator, which duplicates among the nearest would make small.
         """
-        if metric == "cosine":
+        similarity, member = self._nearest(queries, found.extras)
+        row, nearer = self.rows.to(member.device)[member], similarity > found.similarity
+        return found._replace(
+            similarity=torch.where(nearer, similarity, found.similarity),
+            row=torch.where(nearer, row, found.row),
+        )
+
+    def _nearest(self, queries: Tensor, of_rows: NL2 | None) -> tuple[Tensor, Tensor]:
+        if of_rows is None:
             found = amg.kernels.top1_cosine(queries, self.vectors)
-            return found.similarity.clamp(-1, 1), self.rows.to(found.row.device)[found.row]
-        assert denominator is not None
-        distances = amg.kernels.nl2(queries, self.vectors, k=1)
-        similarity = torch.where(distances.distance == 0, 0.0, -distances.distance / denominator)
-        return similarity, self.rows.to(distances.row.device)[distances.row]
+            return found.similarity.clamp(-1, 1), found.row
+        pixels = amg.kernels.nl2(queries, self.vectors, k=1)
+        return torch.where(pixels.distance == 0, 0.0, -pixels.distance / of_rows.denominator), pixels.row
 
     def to(self, device: torch.device) -> Members:
         """These members on another device."""

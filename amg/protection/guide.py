@@ -99,6 +99,7 @@ class Guide:
         if terms is None:
             return Guided(output, low)
         guided = guided_output(frame, terms).to(output.dtype)
+        assert terms.similarity is not None
         acting = (terms.similarity > 0).to(output.device) & (guided != output).flatten(1).any(1)
         return Guided(torch.where(_spread(acting, output), guided, output), low | acting)
 

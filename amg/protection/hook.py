@@ -76,7 +76,7 @@ class Session:
         ]
         denoiser = denoiser_for(self.pipe, self.forward)
         rescale = float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
-        similarity = similarity_for(self.index, denoiser, lazy=self.config.lazy_search)
+        similarity = similarity_for(self.index, denoiser)
         judges = judges_for(self.also, denoiser)
         if self.gate is not None:
             scheduler = self.pipe.scheduler

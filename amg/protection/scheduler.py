@@ -60,7 +60,7 @@ class AMGScheduler:
         self._guide = Guide(
             self.amg_config,
             index,
-            similarity_for(index, denoiser, lazy=self.amg_config.lazy_search),
+            similarity_for(index, denoiser),
             denoiser,
             self.amg_config.guidance_scale,
         )

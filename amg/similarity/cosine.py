@@ -3,17 +3,15 @@ E(x0_hat)·E(n0))."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amg.embed.precision import carried_back, embedded, recorded
-from amg.guidance.flight import Flight
-from amg.guidance.terms import newton_shift, require_finite
-from amg.similarity import Measured
+from amg.guidance.terms import newton_shift
+from amg.similarity import Measured, of_measured, pictures
 
 
 def embedding_gradient(embedding: Tensor, neighbour: Tensor) -> Tensor:
@@ -35,21 +33,19 @@ class _Graph(NamedTuple):
 
 class CosineSimilarity:
     """Decode, embed, search; the gradient runs back through embedder and decoder from the closed form
-    above. `lazy`: a flight's searches read the whole index only where its kept rows prove nothing."""
+    above."""
 
-    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor], *, lazy: bool = False):
-        self.index, self.decode, self.lazy = index, decode, lazy
+    def __init__(self, index: Any, decode: Callable[[Tensor], Tensor]):
+        self.index, self.decode = index, decode
 
     @torch.no_grad()
-    def measure(
-        self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
-    ) -> Measured:
+    def measure(self, x0_hat: Tensor) -> Measured:
         images = self._pictures(x0_hat).clamp(0, 1)
-        return self._nearest(self._embed(images), flights, limit)._replace(images=images)
+        return self._nearest(self._embed(images), images)
 
-    def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
+    def measure_with_gradient(self, x0_hat: Tensor) -> Measured:
         graph = self._graph(x0_hat)
-        measured = self._nearest(graph.embedding.detach(), flights)
+        measured = self._nearest(graph.embedding.detach(), graph.picture.detach())
         return measured._replace(extras={"gradient": self._back(graph, measured)})
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
@@ -57,30 +53,23 @@ class CosineSimilarity:
             return measured.extras["gradient"]
         return self._back(self._graph(x0_hat), measured)
 
-    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float | Tensor) -> Tensor:
         return newton_shift(self.gradient(x0_hat, measured), measured.similarity, threshold)
 
     def _pictures(self, x0_hat: Tensor) -> Tensor:
-        require_finite("x0_hat", x0_hat)
-        return self.decode(x0_hat).float()
+        return pictures(self.decode, x0_hat)
 
     def _embed(self, images: Tensor) -> Tensor:
-        embedding = embedded(self.index.embedder, images.clamp(0, 1))
-        require_finite("embedding", embedding)
-        return embedding
+        return embedded(self.index.embedder, images)
 
     def _graph(self, x0_hat: Tensor) -> _Graph:
         leaf, images = recorded(self._pictures, x0_hat)
         picture, embedding = recorded(self._embed, images.detach().clamp(0, 1))
         return _Graph(leaf, images, picture, embedding)
 
-    def _nearest(
-        self, embedding: Tensor, flights: Sequence[Flight] | None, limit: float = -math.inf
-    ) -> Measured:
-        unit = torch.nn.functional.normalize(embedding.float())
-        kept = [flight.kept for flight in flights] if self.lazy and flights is not None else None
-        similarity, row, _ = self.index.nearest(unit, kept, limit)
-        return Measured(similarity, row, {})
+    def _nearest(self, embedding: Tensor, images: Tensor) -> Measured:
+        similarity, row, _ = self.index.nearest(embedding)
+        return Measured(similarity, row, {}, images)
 
     def _back(self, graph: _Graph, measured: Measured) -> Tensor:
         """Back to the picture, then to x0_hat: a saturated pixel, clamped in between, can still come back."""
@@ -88,6 +77,4 @@ class CosineSimilarity:
         neighbour = rows[measured.row.to(rows.device)].to(graph.leaf.device, torch.float32)
         cotangent = embedding_gradient(graph.embedding.detach().float(), neighbour)
         on_picture = carried_back(graph.embedding, graph.picture, cotangent)
-        gradient = carried_back(graph.images, graph.leaf, on_picture)
-        require_finite("similarity_grad", gradient)
-        return gradient
+        return of_measured(carried_back(graph.images, graph.leaf, on_picture), measured)

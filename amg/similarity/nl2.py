@@ -5,17 +5,15 @@ nL2 = l2(x0_hat, n0) / D, D = alpha·mean of l2 over the k nearest rows, l2(a, b
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amg.embed.precision import carried_back, recorded
-from amg.guidance.flight import Flight
-from amg.guidance.terms import newton_shift, per_sample, require_finite
-from amg.similarity import Measured
+from amg.guidance.terms import newton_shift, per_sample
+from amg.similarity import Measured, of_measured, pictures
 
 
 def nl2_gradient(x0: Tensor, neighbour: Tensor, distance: Tensor, denominator: Tensor) -> Tensor:
@@ -44,27 +42,24 @@ class NL2Similarity:
         self.index, self.decode, self.pixels = index, decode, pixels
 
     @torch.no_grad()
-    def measure(
-        self, x0_hat: Tensor, flights: Sequence[Flight] | None = None, limit: float = -math.inf
-    ) -> Measured:
-        require_finite("x0_hat", x0_hat)
-        images = self.decode(x0_hat).float().clamp(0, 1)
-        similarity, row, extras = self.index.nearest(self.index.embed(images))
+    def measure(self, x0_hat: Tensor) -> Measured:
+        images = pictures(self.decode, x0_hat).clamp(0, 1)
+        similarity, row, extras = self.index.nearest(self.index.encode(images))
         scales = {"distance": extras.distance, "denominator": extras.denominator}
         return Measured(similarity, row, scales, images)
 
-    def measure_with_gradient(self, x0_hat: Tensor, flights: Sequence[Flight] | None = None) -> Measured:
-        return self.measure(x0_hat, flights)
+    def measure_with_gradient(self, x0_hat: Tensor) -> Measured:
+        return self.measure(x0_hat)
 
     def gradient(self, x0_hat: Tensor, measured: Measured) -> Tensor:
-        leaf, images = recorded(lambda x0: self.index.embed(self.decode(x0).float()), x0_hat)
+        leaf, images = recorded(lambda x0: self.index.encode(self.decode(x0).float()), x0_hat)
         distance = measured.extras["distance"].clamp(min=1e-6)
         cotangent = nl2_gradient(
             images.detach(), self._neighbour(measured, images), distance, measured.extras["denominator"]
         )
-        return carried_back(images, leaf, cotangent)
+        return of_measured(carried_back(images, leaf, cotangent), measured)
 
-    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float) -> Tensor:
+    def shift(self, x0_hat: Tensor, measured: Measured, threshold: float | Tensor) -> Tensor:
         """Pixels: x0' - x0_hat with x0' = n0 + (x0_hat - n0)·lambda·D/l2, lambda on the nL2 scale. Else one
         Newton step."""
         if not self.pixels:

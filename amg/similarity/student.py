@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from amg.embed.precision import embedded, full_precision
 from amg.embed.student import Origin, Student
-from amg.guidance.terms import require_finite
-from amg.similarity import Measured
+from amg.similarity import Measured, pictures
 
 
 class Screened(NamedTuple):
@@ -40,12 +40,19 @@ class Screen:
                 )
 
     @torch.no_grad()
-    def __call__(self, x0_hat: Tensor, alpha_bar: float, limit: float) -> Screened:
-        """Screen x0_hat [B, C, h, w] of a step for similarities above `limit`; FloatingPointError on NaN."""
-        require_finite("x0_hat", x0_hat)
+    def __call__(self, x0_hat: Tensor, alpha_bar: Sequence[float], limit: Sequence[float]) -> Screened:
+        """Screen x0_hat [B, C, h, w] for similarities above `limit`, each sample at its noise level.
+
+        Looks at no value: of a sample that is not finite the similarity is NaN, and the teacher must look.
+        ValueError unless there are B of each.
+        """
+        cuts = [self.student.cut(*at) for at in zip(alpha_bar, limit, strict=True)]
+        if len(cuts) != len(x0_hat):
+            raise ValueError(
+                f"`alpha_bar` and `limit` must have {len(x0_hat)} values, one a sample, got {len(cuts)}"
+            )
         with full_precision():
-            picture = self.student(x0_hat.float()).clamp(0, 1)
-        embedding = torch.nn.functional.normalize(embedded(self.index.embedder, picture).float())
-        similarity, row, _ = self.index.nearest(embedding)
-        measured = Measured(similarity, row, {}, picture)
-        return Screened(similarity >= self.student.cut(alpha_bar, limit), measured)
+            picture = pictures(self.student, x0_hat).clamp(0, 1)
+        similarity, row, _ = self.index.nearest(embedded(self.index.embedder, picture))
+        cut = torch.tensor(cuts, dtype=similarity.dtype, device=similarity.device)
+        return Screened(~(similarity < cut), Measured(similarity, row, {}, picture))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -73,9 +73,6 @@ class Contestant:
     draw: Draw = field(repr=False)
 
 
-# Savings that are options of the config, switched off; those this version of amg does not have are left out.
-OFF = {"lazy_search": False}
-WITHOUT = {option.name: OFF[option.name] for option in fields(AMGConfig) if option.name in OFF}
 # The paper's method: measured at every step by decoder, embedder and exact search, a term of constant length,
 # and nothing after it: no rewinds, nothing run again.
 LITERALLY = {
@@ -85,7 +82,6 @@ LITERALLY = {
     "terms_from": 0.0,
     "step_length": "constant",
     "on_memorized": "flag",
-    **WITHOUT,
 }
 PLAIN, LITERAL, OURS = "plain", "literal", "ours"
 # A further saving is one more line: an option of the config, a searcher, or another `draw`.
@@ -102,15 +98,8 @@ CONTESTANTS = (
         "the length of the third term is computed",
         guided("main", **{**LITERALLY, "step_length": None}),
     ),
-    Contestant(
-        "promise", "rewinds, and what is still memorised is run again", guided("main", check_at=(), **WITHOUT)
-    ),
-    Contestant(
-        "check schedule",
-        "measured at a few steps, suspected samples at every step",
-        guided("main", **WITHOUT),
-    ),
-    Contestant("lazy search", "kept rows answer wherever they prove the nearest", guided("main")),
+    Contestant("promise", "rewinds, and what is still memorised is run again", guided("main", check_at=())),
+    Contestant("check schedule", "measured at a few steps, suspected samples at every step", guided("main")),
     Contestant(
         "calibrated gate",
         "free signals skip checks and raise the alarm",

@@ -25,9 +25,9 @@ class CountedIndex(Index):
 
     counter: Counter[str]
 
-    def nearest(self, vectors: Tensor, *rest: Any) -> Any:
+    def nearest(self, vectors: Tensor) -> Any:
         self.counter["searches"] += len(vectors)
-        return super().nearest(vectors, *rest)
+        return super().nearest(vectors)
 
     def closest(self, images: Tensor) -> Any:
         self.counter["searches"] += len(images)

@@ -165,6 +165,20 @@ def test_newton_limit_scales_with_the_values_of_x0_hat() -> None:
     assert float(guidance.newton_shift(torch.zeros(1, 3, 4, 4), torch.tensor([0.9]), 0.1).abs().max()) == 0
 
 
+def test_newton_takes_a_threshold_per_sample_and_passes_nan_on() -> None:
+    generator = torch.Generator().manual_seed(6)
+    gradient = torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64)
+    similarity = torch.tensor([0.5, 0.7, math.nan, 0.2], dtype=torch.float64)
+    gradient[3, 1, 2, 2] = math.nan
+    thresholds = [0.45, 0.8, 0.1, 0.1]
+    found = guidance.newton_shift(gradient, similarity, torch.tensor(thresholds, dtype=torch.float64))
+    for row, threshold in enumerate(thresholds[:2]):
+        assert torch.equal(found[row], guidance.newton_shift(gradient, similarity, threshold)[row])
+    assert float((gradient[0] * found[0]).sum()) == pytest.approx(-0.05, rel=1e-12)
+    assert float(found[1].abs().max()) == 0
+    assert bool(found[2:].isnan().all())
+
+
 def test_gates_open_above_lambda_only() -> None:
     similarity = torch.tensor([0.39999, 0.4, 0.40001, -1.0, 1.0])
     assert guidance.open_gates(similarity, 0.4).tolist() == [False, False, True, False, True]

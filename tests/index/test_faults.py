@@ -388,7 +388,7 @@ def test_other_query_faults(tmp_path, index, pictures):
     pixels = build(pictures, path=tmp_path / "p")
     for value in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="finite"):
-            pixels.nearest(torch.full((1, 192), value))
+            pixels.search(torch.full((1, 192), value))
     for spec in ("annoy", "faiss:", "faiss"):
         with pytest.raises(ValueError, match="`searcher` must be"):
             Index.open(index.path, searcher=spec)
