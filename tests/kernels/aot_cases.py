@@ -5,35 +5,61 @@ import importlib
 from .aot import AMD, NVIDIA, Case, why_not
 
 
-def step_case(variant: str, dtype: str, **changes: object) -> Case:
-    tensor = f"*{dtype}"
+def step_case(
+    variant: str,
+    dtype: str,
+    network: str | None = None,
+    targets: tuple[str, ...] = NVIDIA + AMD,
+    **changes: object,
+) -> Case:
+    tensor, output = f"*{dtype}", f"*{network or dtype}"
     arguments = {
         "sample": tensor,
-        "eps_uncond": tensor,
-        "eps_cond": tensor,
-        "eps_neighbour": tensor,
-        "similarity_grad": tensor,
+        "eps_uncond": output,
+        "eps_cond": output,
+        "eps_neighbour": output,
+        "similarity_grad": output,
         "similarity": "*fp32",
         "noise": tensor,
         "coefficients": "*fp32",
+        "rows": None,
+        "state": None,
+        "output_scale": None,
         "prev_sample": tensor,
         "x0_hat": tensor,
         "sums": "*fp32",
+        "flags": None,
         "size": "i32:16",
-        "programs": "i32",
-        "coefficient_stride": "i32",
+        **dict.fromkeys(("uncond_rows", "cond_rows", "neighbour_rows", "grad_rows"), "i32"),
+        **dict.fromkeys(("batches", "programs", "coefficient_stride"), "i32"),
+        "WIDE": False,
+        "STATES": 0,
         "SUMS": 4,
         "BLOCK": 2048,
     }
     arguments |= changes
-    warps = arguments["BLOCK"] // 512
-    return Case("guided_step.triton.step_kernel", variant, arguments, warps=warps, targets=NVIDIA + AMD)
+    warps = arguments["BLOCK"] // (256 if arguments["STATES"] else 512)
+    return Case("guided_step.triton.step_kernel", variant, arguments, warps=warps, targets=targets)
 
 
 TERMS = ("eps_neighbour", "similarity_grad", "similarity", "noise")
+ENGINE = {"rows": "*i32", "output_scale": "*fp32", "WIDE": True}
+
+
+def with_states(count: int) -> dict[str, object]:
+    """What an engine's step has with this many states."""
+    return {**ENGINE, "STATES": count, "state": "*fp32" if count else None}
+
+
+def whole_with_states(count: int) -> dict[str, object]:
+    """The same where a program takes a whole sample and sets its flag."""
+    return {**with_states(count), "BLOCK": 4096 if count else 8192, "flags": "*i32"}
+
+
 SIGNALS_ARGUMENTS = {
     "sums": "*fp32",
     "signals": "*fp32",
+    "flags": None,
     "programs": "i32",
     "SIGNALS": 4,
     "SUM_PROGRAMS": 64,
@@ -51,7 +77,23 @@ CASES_GUIDED_STEP = [
         SUMS=3,
         BLOCK=8192,
     ),
+    *(step_case(f"engine fp16, {count} states", "fp16", **with_states(count)) for count in range(4)),
+    step_case("engine fp32 beside fp16, 2 states", "fp32", "fp16", **with_states(2)),
+    *(  # on gfx942 up to 11 scalar registers are spilled here
+        step_case(
+            f"engine {dtype}, {count} states, whole samples", dtype, None, NVIDIA, **whole_with_states(count)
+        )
+        for dtype, count in (("fp16", 2), ("fp16", 3), ("fp32", 3))
+    ),
+    step_case("engine fp16, 0 states, whole samples", "fp16", **whole_with_states(0)),
     Case("guided_step.triton.signals_kernel", "4 signals", SIGNALS_ARGUMENTS, warps=1, targets=NVIDIA + AMD),
+    Case(
+        "guided_step.triton.signals_kernel",
+        "4 signals and flags",
+        SIGNALS_ARGUMENTS | {"flags": "*i32"},
+        warps=1,
+        targets=NVIDIA + AMD,
+    ),
 ]
 
 

@@ -13,10 +13,12 @@ from amg.kernels import Codes
 
 from . import aot
 from .aot_cases import CASES, CASES_GUIDED_STEP, CASES_TOP1
-from .step_inputs import make_inputs
+from .step_inputs import StepInputs, make_inputs
+from .whole_step import WholeStep, make_step
 
 COMPILATIONS = [(case, target) for case in CASES for target in case.targets]
 NAMES = [f"{case.kernel}-{case.variant}-{target}" for case, target in COMPILATIONS]
+STEP_TENSORS = ("sample", "eps_uncond", "eps_cond", "eps_neighbour", "similarity_grad")
 SCREENING = [case for case in CASES if case.kernel.endswith("screen_blocks")]
 compiles = pytest.mark.skipif(aot.why_not() is not None, reason=str(aot.why_not()))
 
@@ -52,26 +54,46 @@ def test_guided_step_launches_the_recorded_specialisations(monkeypatch):
     launched = []
     pretend_sm_90(monkeypatch, launched)
     inputs = make_inputs(torch.float16, (5, 4, 64, 64))
-    tensors, keywords = inputs.arguments()
-    launchers.guided_step(*tensors, keywords["similarity"], keywords["noise"], inputs.coefficients)
-    launchers.guided_step(*tensors[:3], None, None, None, None, inputs.coefficients)
-    launchers.predict_x0(*tensors[:3], inputs.coefficients.repeat(5, 1))
-    small, tensors = len(launched), [tensor.repeat(1, 1, 2, 2) for tensor in tensors]
-    noise = keywords["noise"].repeat(1, 1, 2, 2)
-    launchers.guided_step(*tensors, keywords["similarity"], noise, inputs.coefficients)
-    launchers.guided_step(*tensors[:3], None, None, None, None, inputs.coefficients)
+    rows = inputs.coefficients.repeat(5, 1)
+    large = replace(
+        inputs, **{name: getattr(inputs, name).repeat(1, 1, 2, 2) for name in (*STEP_TENSORS, "noise")}
+    )
+    launch_step(launchers, inputs)
+    launch_step(launchers, inputs, terms=False)
+    launch_step(launchers, replace(inputs, coefficients=rows), terms=False, update=False)
+    launch_step(launchers, large)
+    launch_step(launchers, large, terms=False)
+    launch_engine_step(launchers, make_step(torch.float16, of_sample=(4, 64, 64), states=2))
+    launch_engine_step(launchers, make_step(torch.float32, torch.float16, (4, 128, 128), states=2))
     cases = {case.variant: aot.compile_case(case, "sm_90") for case in CASES_GUIDED_STEP}
-    for place, variant in {
-        0: "all terms fp16, whole samples",
-        1: "plain guidance fp16, whole samples",
-        2: "predict_x0 fp16, whole samples",
-        3: "all terms fp16",
-        4: "4 signals",
-        5: "plain guidance fp16",
-    }.items():
-        assert aot.specialisation(launched[place]) == aot.specialisation(cases[variant])
-    assert small == 3, "a sample that is one program's needs no second launch"
-    assert len(launched) == 7
+    variants = [
+        "all terms fp16, whole samples",
+        "plain guidance fp16, whole samples",
+        "predict_x0 fp16, whole samples",
+        *("all terms fp16", "4 signals"),
+        *("plain guidance fp16", "4 signals"),
+        "engine fp16, 2 states, whole samples",
+        *("engine fp32 beside fp16, 2 states", "4 signals and flags"),
+    ]
+    assert len(launched) == len(variants), "a sample that is one program's needs no second launch"
+    for compiled, variant in zip(launched, variants, strict=True):
+        assert aot.specialisation(compiled) == aot.specialisation(cases[variant]), variant
+
+
+def launch_step(launchers, inputs: StepInputs, terms: bool = True, update: bool = True) -> None:
+    """What the functional forms launch."""
+    tensors, keywords = inputs.arguments()
+    terms_given = (*tensors[3:], keywords["similarity"], keywords["noise"]) if terms else (None,) * 4
+    buffers = torch.empty_like(inputs.sample) if update else None, torch.empty_like(inputs.sample)
+    signals = torch.empty(len(inputs.sample), 4 if update else 3)
+    launchers.guided_step_into(
+        *tensors[:3], *terms_given, inputs.coefficients, None, None, None, *buffers, signals, None
+    )
+
+
+def launch_engine_step(launchers, step: WholeStep) -> None:
+    buffers = torch.empty_like(step.sample), torch.empty_like(step.sample), torch.empty(5, 4)
+    launchers.guided_step_into(*vars(step).values(), *buffers, torch.zeros(5, dtype=torch.int32))
 
 
 @compiles

@@ -11,6 +11,8 @@ import amg.kernels as kernels
 from amg.kernels import dispatch
 
 from .step_inputs import DTYPES, StepInputs, assert_within_twice_eager, make_inputs, run
+from .whole_step import Outcome, WholeStep, assert_equals_oracle, assert_same, make_step
+from .whole_step import run as run_whole
 
 pytestmark = pytest.mark.gpu
 TENSORS = ("sample", "eps_uncond", "eps_cond", "eps_neighbour", "similarity_grad", "noise")
@@ -30,7 +32,7 @@ def assert_same_bits(outputs: tuple[Tensor, ...], truths: tuple[Tensor, ...]) ->
 
 
 def test_triton_is_what_runs():
-    assert dispatch.default_impl("guided_step", torch.empty(1, device="cuda")) == "triton"
+    assert dispatch.default_impl("guided_step_into", torch.empty(1, device="cuda")) == "triton"
     inputs = on_cuda(make_inputs(torch.float32))
     assert_same_bits(run(inputs, None), run(inputs, "triton"))
 
@@ -169,13 +171,76 @@ def test_a_device_that_is_not_current():
     assert_within_twice_eager(to_cpu(run(on_cuda(inputs, "cuda:1"), None)), inputs)
 
 
-def test_opcheck_and_fullgraph():
+def test_fullgraph():
     inputs = on_cuda(make_inputs(torch.float32))
-    tensors, keywords = inputs.arguments()
-    arguments = (*tensors, keywords["similarity"], keywords["noise"], keywords["coefficients"], None)
-    torch.library.opcheck(torch.ops.amg.guided_step.default, arguments)
     compiled = torch.compile(lambda: run(inputs, None), fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(), run(inputs, None))
+
+
+WHOLE_DTYPES = [*((dtype, dtype) for dtype in DTYPES), (torch.float32, torch.float16)]
+
+
+def whole_on_cuda(step: WholeStep) -> WholeStep:
+    return replace(step, **{name: tensor.cuda() for name, tensor in vars(step).items() if tensor is not None})
+
+
+def run_on_cuda(step: WholeStep, update: bool = True, in_place: bool = False) -> Outcome:
+    """The step on the device, its outcome on the CPU."""
+    moved = whole_on_cuda(step)
+    sample, batch = moved.sample, len(moved.sample)
+    buffers = {
+        "prev_sample": (sample if in_place else torch.full_like(sample, torch.nan)) if update else None,
+        "x0_hat": torch.full_like(sample, torch.nan),
+        "signals": torch.full((batch, 4 if update else 3), torch.nan, device="cuda"),
+        "flags": torch.zeros(batch, dtype=torch.int32, device="cuda"),
+    }
+    found = run_whole(moved, None, update, **buffers)
+    return Outcome(**{name: None if part is None else part.cpu() for name, part in vars(found).items()})
+
+
+@pytest.mark.parametrize("states", [0, 1, 2, 3])
+@pytest.mark.parametrize("of_sample", [(3, 7, 5), (4, 64, 64), (33, 1027)])
+@pytest.mark.parametrize(("dtype", "network"), WHOLE_DTYPES)
+def test_whole_step_equals_the_oracle(dtype, network, of_sample, states):
+    step = make_step(dtype, network, of_sample, states)
+    assert_equals_oracle(run_on_cuda(step), step)
+    assert_equals_oracle(run_on_cuda(step, update=False), step)
+
+
+@pytest.mark.parametrize("of_sample", [(4, 64, 64), (33, 1027)])
+@pytest.mark.parametrize(("dtype", "network"), WHOLE_DTYPES)
+def test_prev_sample_may_be_the_sample(dtype, network, of_sample):
+    step = make_step(dtype, network, of_sample)
+    assert_same(run_on_cuda(step, in_place=True), run_on_cuda(step))
+
+
+@pytest.mark.parametrize("of_sample", [(3, 7, 5), (33, 1027)])
+@pytest.mark.parametrize("row", [-1, -(2**31), 7, 2**31 - 1])
+def test_row_numbers_outside_the_output_spoil_and_flag_their_own_sample(row, of_sample):
+    step = make_step(of_sample=of_sample)
+    clean = run_on_cuda(step)
+    step.rows[1, 2] = row
+    found, rest = run_on_cuda(step), [0, 1, 3, 4]
+    assert found.flags.tolist() == [0, 0, 1, 0, 0] and found.prev_sample[2].isnan().all()
+    assert torch.equal(found.prev_sample[rest], clean.prev_sample[rest])
+    assert torch.equal(found.state[:, rest], clean.state[:, rest])
+
+
+def test_whole_step_in_a_graph_advances_its_buffers():
+    step = whole_on_cuda(make_step(torch.float16, of_sample=(33, 1027)))
+    tensors, keywords = step.arguments()
+    signals, flags = torch.zeros(5, 4, device="cuda"), torch.zeros(5, dtype=torch.int32, device="cuda")
+    buffers = {"state": step.state, "prev_sample": step.sample, "signals": signals, "flags": flags}
+    start = [buffer.clone() for buffer in buffers.values()]
+    graph, _ = capture(lambda: kernels.guided_step_into(*tensors, **keywords, **buffers) or ())
+    advanced = []
+    for advance in (graph.replay, lambda: kernels.guided_step_into(*tensors, **keywords, **buffers)):
+        for buffer, value in zip(buffers.values(), start, strict=True):
+            buffer.copy_(value)
+        advance()
+        advance()
+        advanced.append([buffer.clone() for buffer in buffers.values()])
+    assert_same_bits(*map(tuple, advanced))
 
 
 def unit_rows(count: int, dimension: int, dtype: torch.dtype) -> Tensor:

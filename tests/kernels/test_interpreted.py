@@ -1,4 +1,4 @@
-"""Runs Triton's kernels on the CPU: the tests in interpreted/, and guided_step's own with impl="triton".
+"""Runs Triton's kernels on the CPU: the tests in interpreted/, and guided_step's own with "triton".
 
 They need processes of their own, where TRITON_INTERPRET=1 was set before triton was imported.
 """
@@ -14,7 +14,8 @@ import pytest
 from amg.kernels.triton_backend import triton_missing
 
 HERE = Path(__file__).parent
-FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), HERE / "test_guided_step.py"]
+STEPS = [HERE / f"test_{name}.py" for name in ("guided_step", "whole_step", "whole_step_op")]
+FILES = [*sorted((HERE / "interpreted").glob("test_*.py")), *STEPS]
 
 
 @pytest.mark.slow

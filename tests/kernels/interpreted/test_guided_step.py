@@ -1,15 +1,16 @@
-"""guided_step's Triton kernels where they differ from the C++ ones: blocks, a non-finite σ, bf16, bits."""
+"""guided_step's Triton kernels where they differ from the C++ ones: blocks, bf16, bits."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import amg.kernels as kernels
 from amg.kernels.guided_step import triton as launchers
 
 from ..step_inputs import assert_within_twice_eager, in_float64, make_inputs, run
+from ..whole_step import assert_equals_oracle, make_step
+from ..whole_step import run as run_whole
 
 BLOCK = launchers.BLOCK
 TENSORS = ("sample", "eps_uncond", "eps_cond", "eps_neighbour", "similarity_grad", "noise")
@@ -30,6 +31,21 @@ def test_block_edges(size):
         torch.testing.assert_close(output.double(), truth, rtol=1e-6, atol=2e-5)
 
 
+@pytest.mark.parametrize("states", [0, 1, 3])
+@pytest.mark.parametrize("size", [launchers.ONE_PROGRAM, launchers.ONE_PROGRAM + 1])
+def test_engine_steps_at_block_edges(size, states):
+    step = make_step(of_sample=(size,), states=states)
+    assert_equals_oracle(run_whole(step, "triton"), step)
+
+
+def test_flags_of_samples_of_several_programs():
+    step = make_step(of_sample=(launchers.ONE_PROGRAM + BLOCK,))
+    step.noise[1, -1] = torch.nan
+    for update, flags in ((True, [0, 1, 0, 0, 0]), (False, [0] * 5)):
+        assert run_whole(step, "triton", update).flags.tolist() == flags
+        assert run_whole(step, "triton", update, signals=None).flags.tolist() == flags
+
+
 def test_every_term_is_its_own():
     """One coefficient row a sample, each with one term alone, so that none can stand in for another."""
     inputs = make_inputs(torch.float32, (5, 4, 8, 8))
@@ -38,25 +54,6 @@ def test_every_term_is_its_own():
     rows[:, 7:] = torch.tensor([[2.0, 0, 0], [0, 2.0, 0], [0, 0, 20.0], [2.0, 3, 4], [2.0, 3, 4]])
     inputs = replace(inputs, coefficients=rows)
     assert_within_twice_eager(run(inputs, "triton"), inputs)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_non_finite_similarity_spoils_its_own_sample_only(value):
-    """The launcher is called directly: on CPU the op refuses such a similarity, on a GPU it cannot look."""
-    inputs = make_inputs(torch.float32)
-    similarity = inputs.similarity.clone()
-    similarity[1] = value
-    clean, spoilt = (launch(inputs, sigma) for sigma in (inputs.similarity, similarity))
-    for before, after in zip(clean, spoilt, strict=True):
-        rest = torch.tensor([0, 2, 3, 4])
-        assert torch.equal(before[rest], after[rest])
-    assert spoilt[0][1].isnan().all() and spoilt[1][1].isnan().all()
-    assert torch.equal(spoilt[2][1, :3], clean[2][1, :3]) and spoilt[2][1, 3].isnan()
-
-
-def launch(inputs, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, keywords = inputs.arguments()
-    return launchers.guided_step(*tensors, similarity, keywords["noise"], keywords["coefficients"])
 
 
 @pytest.mark.parametrize("size", [100, 2 * BLOCK + 7])
@@ -88,4 +85,4 @@ def test_predict_x0_of_nothing(shape):
 
 def test_the_default_on_cpu_is_not_the_interpreter():
     inputs = make_inputs(torch.float32)
-    assert kernels.dispatch.default_impl("guided_step", inputs.sample) in ("cpp", "reference")
+    assert kernels.dispatch.default_impl("guided_step_into", inputs.sample) in ("cpp", "reference")
