@@ -31,16 +31,17 @@ def listed() -> dict[str, Any]:
 
 
 def further(known: set[str], config: Any) -> dict[str, Any]:
-    """diffusers' other schedulers by name, made from the pipeline's own scheduler's config."""
+    """diffusers' other schedulers by name, made from the pipeline's own scheduler's config; those that need
+    a package that is not installed cannot be made."""
     import diffusers
 
-    found = {}
-    for name in sorted(dir(diffusers)):
-        if name.endswith("Scheduler") and name not in known and not name.startswith("Flax"):
-            kind = getattr(diffusers, name)
-            if inspect.isclass(kind) and hasattr(kind, "set_timesteps") and hasattr(kind, "from_config"):
-                found[name] = lambda kind=kind: kind.from_config(config)
-    return found
+    names = (name for name in sorted(dir(diffusers)) if name.endswith("Scheduler") and name not in known)
+    kinds = {name: getattr(diffusers, name) for name in names if not name.startswith("Flax")}
+    return {
+        name: lambda kind=kind: kind.from_config(config)
+        for name, kind in kinds.items()
+        if inspect.isclass(kind)
+    }
 
 
 def schedulers(bench: Bench) -> list[Figure]:
@@ -66,6 +67,10 @@ def compared(bench: Bench, make: Any, eta: float) -> tuple[int | None, str]:
     prompts, seeds = bench.model.prompts("ordinary", IMAGES)
     steps = QUICK_STEPS if bench.quick else bench.steps
     found = []
+    try:
+        make()
+    except Exception as error:
+        return None, f"cannot be made: {said(error)}"
     for name in ("pipeline", "Sampler"):
         try:
             bench.model.pipe.scheduler = make()
@@ -73,10 +78,15 @@ def compared(bench: Bench, make: Any, eta: float) -> tuple[int | None, str]:
             more = {"eta": eta} if name == "pipeline" else {"eta": eta, "progress": False}
             found.append(bench.call(draw, prompts, seeds, steps, **more).images)
         except Exception as error:
-            return None, f"the {name} refuses: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            return None, f"the {name} refuses: {said(error)}"
     if not bool(found[0].isfinite().all()):
         return None, "the pipeline's own picture is not finite"
     return max(grey_levels(found[1], found[0])), ""
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def alone(bench: Bench) -> list[Figure]:

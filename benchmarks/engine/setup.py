@@ -112,12 +112,19 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before) if had else delattr(owner, name)
 
 
+def far_from(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Of random vectors the `FREE_ROWS` that are farthest, by cosine, from their nearest of `rows` [N, D]."""
+    drawn = torch.randn(32 * FREE_ROWS, rows.shape[1], generator=generator)
+    nearest = (torch.nn.functional.normalize(drawn) @ torch.nn.functional.normalize(rows).T).amax(1)
+    return drawn[nearest.argsort()[:FREE_ROWS]]
+
+
 @contextlib.contextmanager
 def free_networks(model: Model) -> Iterator[Counter[str]]:
     """U-Net, decoder and embedder return prepared tensors at once; their calls are counted.
 
     The prepared noise prediction is small noise, the prepared picture uniform noise and its embedding a
-    random vector, far from every row of the index: nothing is sent back, and a call makes its steps alone.
+    vector far from every row of the index: nothing is sent back, and a call makes its steps alone.
     """
     pipe, embedder, calls = model.pipe, model.index.embedder, Counter[str]()
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +132,7 @@ def free_networks(model: Model) -> Iterator[Counter[str]]:
     eps = 0.1 * torch.randn(FREE_ROWS, config.in_channels, size, size, generator=generator)
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     pictures = 2 * torch.rand(FREE_ROWS, 3, scale * size, scale * size, generator=generator) - 1
-    vectors = torch.randn(FREE_ROWS, embedder.dimension, generator=generator)
+    vectors = far_from(model.index.rows.float(), generator)
 
     def prepared(name: str, tensor: Tensor, wrap: Callable[[Tensor], Any] | None) -> Callable[..., Any]:
         def free(rows: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:

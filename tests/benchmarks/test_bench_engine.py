@@ -207,6 +207,10 @@ def test_schedulers_that_refuse_say_why(bench, tiny):
     assert levels is None and note.startswith(("the pipeline refuses: ", "the Sampler refuses: "))
     others = likeness.further({case.kind for case in cases.values()}, own.config)
     assert "DDIMScheduler" not in others and "DDIMInverseScheduler" in others
+    levels, note = likeness.compared(tiny, lambda: cases["ddim"].kind.missing, 0.0)
+    assert (
+        levels is None and note == "cannot be made: AttributeError: 'str' object has no attribute 'missing'"
+    )
     tiny.model.pipe.scheduler = own
 
 
