@@ -63,11 +63,11 @@ def chosen(text: str) -> list[str]:
 def run(bench: Bench, names: list[str], options: argparse.Namespace) -> int:
     """Measure, record and show; a row that fails is reported and the rest go on."""
     found, failures = [], []
-    note = "; ".join(part for part in ("quick" if bench.quick else "", options.note) if part)
+    conditions = ", ".join(part for part in ("quick" if bench.quick else "", options.note) if part)
     for name in names:
         start = time.perf_counter()
         try:
-            lines = report.lines_of(rows()[name](bench), options.loop, note)
+            lines = report.lines_of(rows()[name](bench), options.loop, conditions)
         except Exception as error:
             traceback.print_exc()
             failures.append(f"{name}: {type(error).__name__}: {error}")
@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--loop", default="engine", help="what the figures are of, in the CSV's column `loop`"
     )
-    parser.add_argument("--note", default="", help="said in the CSV")
+    parser.add_argument("--note", default="", help="conditions of the run, said in the CSV and on the page")
     parser.add_argument("--csv", type=Path, default=RESULTS / "engine.csv")
     parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_engine"), help="what is made once")
     return parser.parse_args()

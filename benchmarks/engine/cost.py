@@ -16,7 +16,7 @@ from engine.setup import BATCH, Bench, free_networks
 FEW, MANY = 10, 50
 PLAIN, OFF, MAIN = "plain", "off", "main"
 EVERYTHING = "main, calibrated, student"
-CPU = ", CPU time"  # of all threads, which other jobs on the machine stretch less
+CPU = " (CPU time)"  # of all threads, which other jobs on the machine stretch less
 CLOCKS = {"": time.perf_counter, CPU: time.process_time}
 Call = Callable[[int], Any]  # of a number of steps
 

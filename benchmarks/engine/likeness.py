@@ -86,7 +86,7 @@ def compared(bench: Bench, make: Any, eta: float) -> tuple[int | None, str]:
 
 def said(error: Exception) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def alone(bench: Bench) -> list[Figure]:

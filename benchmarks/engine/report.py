@@ -13,9 +13,10 @@ from protocol import commit, percentiles, processor
 
 COLUMNS = (
     *("date", "commit", "device", "torch", "diffusers", "threads", "loop", "row", "case", "contestant"),
-    *("metric", "rounds", "p20", "p50", "p80", "low", "high", "note"),
+    *("metric", "rounds", "p20", "p50", "p80", "low", "high", "note", "conditions"),
 )
 KEY = ("device", "threads", "row", "case", "contestant", "metric")
+SAMPLER_REFUSES = "the Sampler refuses"
 Line = dict[str, str]
 # Row -> what the page says above its figures.
 TITLES = {
@@ -44,8 +45,8 @@ class Figure:
     note: str = ""
 
 
-def lines_of(figures: Sequence[Figure], loop: str, note: str) -> list[dict[str, object]]:
-    """One line per figure, in the order of COLUMNS."""
+def lines_of(figures: Sequence[Figure], loop: str, conditions: str) -> list[dict[str, object]]:
+    """One line per figure, in the order of COLUMNS; `conditions` are the whole run's."""
     import diffusers
 
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -56,9 +57,8 @@ def lines_of(figures: Sequence[Figure], loop: str, note: str) -> list[dict[str, 
         if len(figure.values) == 1:
             spread = ("", spread[1], "")
         ends = tuple(f"{value:.4g}" for value in figure.interval or ()) or ("", "")
-        said = "; ".join(part for part in (figure.note, note) if part)
         head = (*run, loop, figure.row, figure.case, figure.contestant, figure.metric)
-        values = (*head, len(figure.values), *spread, *ends, said)
+        values = (*head, len(figure.values), *spread, *ends, figure.note, conditions)
         lines.append(dict(zip(COLUMNS, values, strict=True)))
     return lines
 
@@ -90,19 +90,37 @@ def tables(path: Path) -> str:
 def _section(row: str, latest: dict[tuple[str, ...], Line]) -> str:
     mine = {key: line for key, line in latest.items() if key[0] == row}
     loops = list(dict.fromkeys(key[-1] for key in mine))
-    heads = ["case", "who", "figure", *loops]
-    body = [
-        " | ".join([*key, *(cell(mine.get((row, *key, loop))) for loop in loops)])
-        for key in dict.fromkeys(key[1:-1] for key in mine)
-    ]
-    made = sorted(
-        {(line["loop"], line["commit"], line["date"][:10], line["torch"]) for line in mine.values()}
+    names = ("loop", "commit", "date", "conditions")
+    made = dict.fromkeys(tuple(line[name] for name in names) for line in mine.values())
+    said = "; ".join(
+        f"{loop}: commit {at}, {date[:10]}" + (f", {conditions}" if conditions else "")
+        for loop, at, date, conditions in made
     )
-    said = "; ".join(f"{loop}: commit {at}, {day}, torch {version}" for loop, at, day, version in made)
-    table = "\n".join(
-        [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {line} |" for line in body)]
-    )
+    if row == "schedulers":
+        table = "\n\n".join(_grouped(loop, mine) for loop in loops)
+    else:
+        body = [
+            [*key, *(cell(mine.get((row, *key, loop))) for loop in loops)]
+            for key in dict.fromkeys(key[1:-1] for key in mine)
+        ]
+        table = markdown(["case", "who", "figure", *loops], body)
     return f"**{TITLES[row]}** ({said})\n\n{table}"
+
+
+def _grouped(loop: str, mine: dict[tuple[str, ...], Line]) -> str:
+    """Schedulers by what came of them; reasons are told of those that only `Sampler` refuses."""
+    groups: dict[str, list[str]] = {}
+    for key, line in mine.items():
+        if key[-1] == loop:
+            told = cell(line)
+            refused = told if told.startswith(SAMPLER_REFUSES) else told.split(":")[0]
+            groups.setdefault(refused if line["note"] else f"{told} grey levels", []).append(key[1])
+    return markdown([loop, "schedulers"], [[said, ", ".join(names)] for said, names in groups.items()])
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
 
 
 def aligned(lines: Sequence[dict[str, object]]) -> str:

@@ -19,7 +19,6 @@ from engine.setup import BATCH, Bench, counted_rows
 
 SUBMIT = "submit"
 INTERVAL = (0.0, 0.7)
-AT_LEAST = 15  # paired rounds of `ordinary`
 CEILING_IMAGES = 8
 
 
@@ -178,7 +177,7 @@ def ordinary(bench: Bench) -> list[Figure]:
         print("ordinary: AMGConfig has no `guidance_interval`, that contestant is left out", flush=True)
     draws = {PLAIN: in_batches(bench), **{name: in_batches(bench, one) for name, one in samplers.items()}}
     turns, rows = {name: Turns() for name in draws}, dict.fromkeys(draws, 0)
-    rounds, order = max(AT_LEAST, bench.rounds_of(24, AT_LEAST)), list(draws)
+    rounds, order = bench.rounds_of(24, 15), list(draws)
     every = bench.model.prompts("ordinary", BATCH * (rounds + 1))
     for number in range(rounds + 1):
         prompts, seeds = (part[BATCH * number : BATCH * (number + 1)] for part in every)

@@ -217,34 +217,45 @@ def test_schedulers_that_refuse_say_why(bench, tiny):
 def test_the_tables_say_what_the_csv_holds(bench, tmp_path):
     from engine.report import COLUMNS, Figure, lines_of
 
-    figures = [
-        Figure("loop", "batch 1", "main", "µs a step", (1.0, 2.0, 3.0)),
-        Figure("ordinary", "batches of 16", "main", "whole time over plain", (1.25, 1.5, 1.75), (1.3, 1.7)),
-        Figure("reads", "ordinary", "main", "reads", (17,), note="tolist 17"),
-        Figure("schedulers", "edm", "off", "most grey levels", note="the Sampler refuses: a | b"),
-    ]
     path = tmp_path / "engine.csv"
-    for loop, scale in (("before the engine", 2), ("engine", 9), ("engine", 1)):
-        scaled = [
-            Figure(one.row, one.case, one.contestant, one.metric, tuple(scale * v for v in one.values),
-                   one.interval, one.note)
-            for one in figures
-        ]  # fmt: skip
-        bench.append(path, lines_of(scaled, loop, ""), COLUMNS)
+    for loop, scale in (("before the engine", 2.0), ("engine", 9.0), ("engine", 1.0)):
+        spread, ratios = (
+            tuple(scale * value for value in values) for values in ((1, 2, 3), (1.25, 1.5, 1.75))
+        )
+        figures = [
+            Figure("loop", "batch 1", "main", "µs a step", spread),
+            Figure("ordinary", "batches of 16", "main", "over plain", ratios, (1.3, 1.7)),
+            Figure("reads", "ordinary", "main", "reads", (scale * 17,), note="tolist 17"),
+            Figure("schedulers", "ddim", "off", "most grey levels", (0,)),
+            Figure("schedulers", "pndm", "off", "most grey levels", (0,)),
+            Figure("schedulers", "edm", "off", "most grey levels", note="the Sampler refuses: a | b"),
+            Figure("schedulers", "flow", "off", "most grey levels", note="the pipeline refuses: c"),
+        ]
+        bench.append(path, lines_of(figures, loop, "quick"), COLUMNS)
     text = bench.tables(path)
     for line in (
         "| batch 1 | main | µs a step | 4 (2.8 – 5.2) | 2 (1.4 – 2.6) |",
-        "| batches of 16 | main | whole time over plain | 3 [1.3, 1.7] | 1.5 [1.3, 1.7] |",
+        "| batches of 16 | main | over plain | 3 [1.3, 1.7] | 1.5 [1.3, 1.7] |",
         "| ordinary | main | reads | 34 | 17 |",
-        "| edm | off | most grey levels | the Sampler refuses: a \\| b | the Sampler refuses: a \\| b |",
     ):
         assert text.count(line) == 1, line
+    for line in (
+        "| 0 grey levels | ddim, pndm |",
+        r"| the Sampler refuses: a \| b | edm |",
+        "| the pipeline refuses | flow |",
+    ):
+        assert text.count(line) == 2, line
     assert text.index("time a step") < text.index("Host reads") < text.index("Ordinary prompts")
     with path.open(newline="") as file:
-        last = list(csv.DictReader(file))[-4:]
-    assert [(line["rounds"], line["p50"], line["low"]) for line in last] == [
-        ("3", "2", ""), ("3", "1.5", "1.3"), ("1", "17", ""), ("0", "", "")
-    ]  # fmt: skip
+        lines = list(csv.DictReader(file))
+    assert [(line["rounds"], line["p50"], line["low"]) for line in lines[-7:-3]] == [
+        ("3", "2", ""),
+        ("3", "1.5", "1.3"),
+        ("1", "17", ""),
+        ("1", "0", ""),
+    ]
+    rows = [line.split() for line in bench.report.aligned(lines[-7:]).splitlines()]
+    assert rows[0] == ["row", "case", "who", "figure", "value"] and rows[3][-1] == "17" and len(rows) == 8
 
 
 def test_rows_are_chosen_by_name(bench):
