@@ -1,0 +1,1 @@
+"""What the engine costs beside plain diffusers, and how near its pictures are."""
