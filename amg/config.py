@@ -122,8 +122,8 @@ class AMGConfig:
     memorised one whose own caption is not duplicated (where the index has captions and the model takes
     text)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """The part of the trajectory, as two fractions, in which classifier-free guidance acts (Kynkaanniemi et al.,
-    NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a calibration's gate
+    """The part of the trajectory, as two fractions, in which classifier-free guidance acts (Kynkaanniemi
+    et al., NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a calibration's gate
     or alarm reads it, for suspected samples and for later tries. For `Sampler` alone: another's loop computes
     both halves."""
     null_class: int | None = None

@@ -94,7 +94,7 @@ class Engine:
         rows = [at for at, slot in enumerate(slots.slots) if slots.row_of(slot) == len(slot.plan.steps)]
         if rows:
             self._done += leave(slots, rows)
-        slots.event = slots.tick + slots.ahead
+        slots.event = slots.tick if slots.changed else slots.tick + slots.ahead
 
     def _part(self, slots: Slots, jobs: Sequence[Job], error: Exception) -> None:
         """A step failed: the fault is the request's that fails alone, and from now on each runs alone."""

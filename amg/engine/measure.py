@@ -23,8 +23,8 @@ from amg.guidance.ordinary import despecify
 
 
 class Found(NamedTuple):
-    """Of one step: the `terms` that act in it, a `Note` of every sample looked at, and the samples whose x0_hat
-    or similarity is not finite."""
+    """Of one step: the `terms` that act in it, a `Note` of every sample looked at, and the samples whose
+    x0_hat or similarity is not finite."""
 
     terms: Terms | None
     notes: dict[int, Note]
@@ -37,8 +37,8 @@ def looks(seat: Seat, gate: Gate | None) -> bool:
 
 
 def is_due(seat: Seat) -> bool:
-    """All samples are measured at the checks, in between those suspected: with a gate open when they were last
-    measured. Skipping only saves work: finished images are always checked."""
+    """All samples are measured at the checks, in between those suspected: with a gate open when they were
+    last measured. Skipping only saves work: finished images are always checked."""
     config, step = seat.config, seat.step
     return config.active and (seat.flight.suspected or is_check(config, step.position, step.total))
 
@@ -51,7 +51,7 @@ def measure(frame: Frame, tools: Tools) -> Found:
     if tools.gate is not None:
         due, alarmed = _heard(frame, tools.gate, predicted.signals, due)
     near, far = look_cheaply(frame, tools, predicted.x0_hat, due) if due else ([], {})
-    for row, seen in far.items():
+    for row in far:
         frame.seats[row].flight.suspected = False
     notes = {row: Note(seen.similarity, seen.row, estimated=True) for row, seen in far.items()}
     rows = sorted({*near, *alarmed})

@@ -1,4 +1,4 @@
-"""The noise of a step, from the caller's generators in the order and dtype that the pipeline would draw it in."""
+"""The noise of a step, from the caller's generators in the order and dtype that the pipeline would use."""
 
 from __future__ import annotations
 

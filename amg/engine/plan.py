@@ -24,8 +24,8 @@ class Plan:
     """The steps of one table under one config and guidance scale.
 
     coefficients float32 [N, 42] of `amg.kernels.guided_step`, all gates closed; t [N]; steps: what the host
-    knows of each; halves: whether classifier-free guidance, where there is any, acts in each; attended: whether
-    the host looks at each.
+    knows of each; halves: whether classifier-free guidance, where there is any, acts in each; attended:
+    whether the host looks at each.
     """
 
     table: StepTable
@@ -49,8 +49,8 @@ class Plan:
 
     @functools.cached_property
     def events(self) -> tuple[int, ...]:
-        """The rows where the host has something to do: it looks, the unconditional half comes or goes, and the
-        last one."""
+        """The rows where the host has something to do: it looks, the unconditional half comes or goes, and
+        the last one."""
         rows = range(len(self.steps))
         turns = [row for row in rows[1:] if self.halves[row] != self.halves[row - 1]]
         return tuple(sorted({*(row for row in rows if self.attended[row]), *turns, rows[-1]}))

@@ -72,8 +72,8 @@ class Source:
         return self._made_of
 
     def tools(self) -> Tools:
-        """What a request's samples are held to, with a cache of captions of its own, so that none outlives the
-        text encoder that encoded it."""
+        """What a request's samples are held to, with a cache of captions of its own, so that none outlives
+        the text encoder that encoded it."""
         own = replace(self.denoiser, encode_captions=self._captions())
         rest = (self.judges, self.gate, self.screen, self.ordinary)
         return Tools(self.index, self.similarity, own, *rest)
@@ -120,7 +120,7 @@ class Source:
         return generator.manual_seed(seed)
 
     def warn_without_guidance(self, job: Job) -> None:
-        """Say to the caller of the sampler which terms a guidance scale of at most 1 leaves without effect."""
+        """Say to the sampler's caller which terms a guidance scale of at most 1 leaves without effect."""
         self.config.warn_without_guidance(job.course.scale if job.conditions.cond else None)
 
 

@@ -98,7 +98,7 @@ class Queue:
             engine.turn()
 
     def _next(self, engine: Engine) -> list[Job] | None:
-        """The requests to start now, once there are any or some in flight; None where the thread is to end."""
+        """The requests to start now, once there are any or some run; None where the thread is to end."""
         with self._changed:
             while True:
                 self._let_go(engine)

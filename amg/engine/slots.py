@@ -1,4 +1,4 @@
-"""The samples in flight that share network calls: tensors on the device, one small record each on the host."""
+"""The samples in flight that share network calls: tensors on the device, a small record each on the host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BANK = 32  # plans kept in the bank although no sample follows them
 
 @dataclass(frozen=True)
 class Segment:
-    """The first `count` steps of a plan that a sample made; it started with a lower scale up to step `low`."""
+    """The first `count` steps of a plan that a sample made, with a lower scale up to step `low`."""
 
     plan: Plan
     count: int

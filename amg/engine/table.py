@@ -118,7 +118,7 @@ def tabulate(
 
 @dataclass(frozen=True)
 class Setting:
-    """A scheduler whose timesteps are set, with arguments of its `step`: equal where all it holds is equal."""
+    """A scheduler with its timesteps set and arguments of its `step`: equal where all it holds is."""
 
     digest: str
     scheduler: Any = field(compare=False)

@@ -1,5 +1,5 @@
-"""A calibration (`amg calibrate`): its rules let a check pass over samples whose free signals say ordinary, and
-send back at once those whose signals say copy."""
+"""A calibration (`amg calibrate`): its rules let a check pass over samples whose free signals say ordinary,
+and send back at once those whose signals say copy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Guidance for a loop that is not ours: one step of a batch, from the two halves to the guided output.
 
-The stages are the engine's (`amg.engine.measure`, `amg.engine.correct`); the scheduler's step stays the loop's.
+The stages are the engine's (`amg.engine.measure`, `amg.engine.correct`); the scheduler's step stays the
+loop's.
 """
 
 from __future__ import annotations
