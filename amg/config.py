@@ -123,9 +123,9 @@ class AMGConfig:
     text)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the trajectory, as two fractions, in which classifier-free guidance acts (Kynkaanniemi
-    et al., NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a calibration's gate
-    or alarm reads it, for suspected samples and for later tries. For `Sampler` alone: another's loop computes
-    both halves."""
+    et al., NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a
+    calibration's gate or alarm reads it, for suspected samples and for later tries. For `Sampler` alone:
+    another's loop computes both halves."""
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"
