@@ -15,7 +15,6 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Denoiser
-from amg.guidance.terms import require_finite
 from amg.verdict import GuardVerdict, Neighbour, Verdict
 
 RANGE_TOLERANCE = 1e-3
@@ -58,10 +57,10 @@ def check(
 
 @torch.no_grad()
 def decode(denoiser: Denoiser, sample: Tensor) -> Tensor:
-    """The finished picture, float32 [B, 3, H, W] in [0, 1], rounded to the 8 bits it will be delivered in."""
+    """The finished picture, float32 [B, 3, H, W] in [0, 1], rounded to the 8 bits it will be delivered in;
+    NaN where it is not finite, which no check lets pass."""
     images = denoiser.decode(sample).float()
-    require_finite("images", images)  # before clamping turns an infinity into white
-    return _to_8_bits(images)
+    return _to_8_bits(torch.where(images.isfinite(), images, torch.nan))  # an infinity would become white
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

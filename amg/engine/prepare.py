@@ -22,7 +22,7 @@ from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, warn_without_captions
 from amg.guidance.predict import Conditions
 from amg.pipelines.conditions import of_request, size_of
-from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent
+from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
 from amg.pipelines.supported import require_sampled
@@ -171,7 +171,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         rescale=request.guidance_rescale,
         output_type=output_type,
         safety=safety,
-        dtype=pipe.unet.dtype,
+        dtype=weights_of(pipe.unet)[0],
         key=(id(tools.index), modes, _form(sample[:1]), _form(conditions.cond), _shared(conditions)),
         owner=source.owner,
         modes=modes,
@@ -202,8 +202,9 @@ def _noise(pipe: Any, request: Request, batch: int, generator: Any, device: torc
         raise ValueError(
             f"`generator` must be one, or a list of {batch}, one per image, got {len(generator)}"
         )
+    dtype = weights_of(unet)[0]
     if request.latents is None:
-        return standard_normal(shape, generator, device, unet.dtype)
+        return standard_normal(shape, generator, device, dtype)
     if tuple(request.latents.shape) != shape:
         raise ValueError(f"`latents` must be {list(shape)}, got {list(request.latents.shape)}")
-    return request.latents.to(device, unet.dtype)
+    return request.latents.to(device, dtype)

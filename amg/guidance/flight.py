@@ -73,7 +73,7 @@ def seeded(flights: Sequence[Flight]) -> None:
     if not new:
         return
     initial = torch.stack([flight.initial.detach() for flight in new]).float().contiguous()
-    for flight, noise in zip(new, initial.cpu().numpy(), strict=True):
+    for flight, noise in zip(new, initial.numpy(force=True), strict=True):
         flight.seed = int.from_bytes(hashlib.sha256(noise.tobytes()).digest()[:7], "little")
 
 

@@ -59,6 +59,7 @@ class Ordinary:
 
     def __init__(self) -> None:
         self._near: dict[int, list[int]] = {}
+        self._often: list[int] = []  # of each row, how often its caption or its image occurs
 
     def near(self, index: Any, rows: Sequence[int]) -> list[list[int]]:
         """The nearest rows to each of `rows` whose caption and image do not occur often, itself left out; one
@@ -66,12 +67,11 @@ class Ordinary:
         if new := [row for row in dict.fromkeys(rows) if row not in self._near]:
             vectors = index.rows[torch.tensor(new, device=index.rows.device)].float()
             found = index.search(vectors, k=min(ORDINARY_SEARCHED, index.count)).row.view(len(new), -1)
-            often, counts = index.caption_counts().tolist(), index.counts.tolist()
+            if not self._often:
+                self._often = torch.maximum(index.caption_counts(), index.counts).tolist()
             for row, others in zip(new, found.tolist(), strict=True):
                 self._near[row] = [
-                    other
-                    for other in others
-                    if other != row and max(often[other], counts[other]) <= FREQUENT_CAPTION
+                    other for other in others if other != row and self._often[other] <= FREQUENT_CAPTION
                 ]
         return [self._near[row] for row in rows]
 

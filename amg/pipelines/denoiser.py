@@ -25,13 +25,19 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
 
     if not is_latent(pipe):
         return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
-    vae = pipe.vae
+    vae, scaling_factor = pipe.vae, pipe.vae.config.scaling_factor
 
     def decode(x0: Tensor) -> Tensor:
-        latents = x0.to(vae.dtype) / vae.config.scaling_factor
+        latents = x0.to(weights_of(vae)[0]) / scaling_factor
         return vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
 
     return Denoiser(run, decode, prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
+
+
+def weights_of(network: Any) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of a network, by its first weights: diffusers' own properties walk through all of it."""
+    first = next((one for one in network.parameters() if one.is_floating_point()), None)
+    return (network.dtype, network.device) if first is None else (first.dtype, first.device)
 
 
 def is_latent(pipe: Any) -> bool:

@@ -13,7 +13,7 @@ from amg.config import AMGConfig
 from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
 from amg.index.store import MANIFEST
-from amg.pipelines.denoiser import is_latent
+from amg.pipelines.denoiser import is_latent, weights_of
 from amg.similarity.student import Screen
 
 ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "guard", "seal", "captioned")
@@ -54,7 +54,14 @@ def state_of(pipe: Any) -> tuple[Any, ...]:
     names = tuple(active()) if adapters and callable(active) else ()
     kind = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
     parts = (unet, *(getattr(pipe, name, None) for name in ("vae", "text_encoder", "tokenizer")))
-    return (*map(id, parts), str(unet.dtype), str(unet.device), kind, adapters, names)
+    return (
+        *map(id, parts),
+        *weights_of(unet),
+        *weights_of(getattr(pipe, "vae", unet)),
+        kind,
+        adapters,
+        names,
+    )
 
 
 def gate_of(config: AMGConfig) -> Gate | None:
