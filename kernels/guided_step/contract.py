@@ -134,18 +134,22 @@ def check_network(t: StepTensors, shape: torch.Size, dtype: torch.dtype, device:
 
     Without rows they have the sample's shape, with them any number of rows of its shape, one at least.
     """
-    network = t.eps_cond.dtype
+    output, numbered, of_row = t.eps_cond.dtype, t.rows is not None, shape[1:]
     beside = HALF if dtype == torch.float32 else ()
-    like = (network,) if network in beside else (dtype,)
-    of_row, numbered = shape[1:], t.rows is not None
-    for name, tensor in zip(NETWORK, t[1:5], strict=True):
+    like = (output,) if output in beside else (dtype,)
+    for name, tensor, dtypes in (
+        ("eps_cond", t.eps_cond, like),
+        ("eps_uncond", None if t.eps_uncond is t.eps_cond else t.eps_uncond, like),
+        ("eps_neighbour", t.eps_neighbour, like),
+        ("similarity_grad", t.similarity_grad, (*like, torch.float32)),
+    ):
         if tensor is None:
             continue
-        found, dtypes = tensor.shape, (*like, torch.float32) if name == "similarity_grad" else like
+        found = tensor.shape
         right = found[1:] == of_row and (found[0] > 0 or not shape[0]) if numbered else found == shape
         if not right or tensor.dtype not in dtypes or tensor.device != device:
-            dtypes = (dtype, *beside) if name == "eps_cond" else dtypes
-            refuse(name, tensor, ("N >= 1", *of_row) if numbered else shape, dtypes, device)
+            wanted = (dtype, *beside) if name == "eps_cond" else dtypes
+            refuse(name, tensor, ("N >= 1", *of_row) if numbered else shape, wanted, device)
 
 
 def check_coefficients(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amg.kernels as kernels
 from amg.kernels.extension import EXTENSION
@@ -150,6 +151,22 @@ def test_fullgraph_compilation_keeps_the_op_its_numbers_and_its_mutations(impl, 
     found = torch.compile(around, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*compiled)
     for output, expected in zip((*found, *compiled), (*truth, *eager), strict=True):
         assert torch.equal(output, expected)
+
+
+def test_who_listens_to_the_dispatcher_hears_the_op():
+    """Otherwise it is passed by on CPU: see ops.nobody_listens."""
+    heard = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    step, truth = make_step(), run(make_step(), None)
+    with Listener():
+        found = run(step, None)
+    assert heard.count("amg.guided_step_into.default") == 1
+    assert_same(found, truth)
 
 
 GUARDED = """
