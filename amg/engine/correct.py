@@ -5,7 +5,6 @@ prompt's halves, neighbour's caption -> s1, s2 -> corrected x0_hat -> its simila
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,18 +74,16 @@ def _strengths(seat: Seat, tools: Tools, seen: Look, is_open: bool) -> Strengths
         return Strengths(0.0, 0.0)
     config = seat.config
     assert config.c1 is not None and config.c2 is not None and config.c3 is not None
-    similarity, t = torch.tensor([seen.similarity], dtype=torch.float32, device="cpu"), float(seat.step.t)
+    constants = (seat.scale, config.c1, config.c2, config.c3)
     if config.form == "released":
         if is_open:
             hold_deduplicated(tools.index, seat.flight, seen.row, seat.step.position)
-        s1, s2, _ = guidance.released_scales(similarity, seat.scale, config.c1, config.c2, config.c3, t)
+        s1, s2, _ = guidance.released_scales(seen.similarity, *constants, float(seat.step.t))
         held = seat.step.position < seat.flight.deduplicated_until
-        acts = seen.similarity > 0 or held
-        return Strengths(float(s1) if acts else 0.0, float(s2) if held else 0.0)
+        return Strengths(s1 if seen.similarity > 0 or held else 0.0, s2 if held else 0.0)
     if seat.low:
         return Strengths(0.0, 0.0)
-    s1, s2, _ = guidance.scales(similarity, seat.scale, config.c1, config.c2, config.c3)
-    return Strengths(float(s1), float(s2))
+    return Strengths(*guidance.scales(seen.similarity, *constants)[:2])
 
 
 def _guided_terms(
@@ -212,5 +209,5 @@ def _s3(frame: Frame, tools: Tools, pushed: Sequence[int], measured: Measured, t
         return torch.full_like(measured.similarity, config.c3)
     if tools.index.metric == "nl2":
         return config.c3 * (measured.similarity - threshold)
-    rise = [math.exp((1000 - float(frame.seats[row].step.t)) / 170) for row in pushed]
+    rise = [guidance.released_rise(float(frame.seats[row].step.t)) for row in pushed]
     return config.c3 * (measured.similarity - 0.3) * measured.similarity.new_tensor(rise)

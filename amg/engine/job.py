@@ -25,8 +25,8 @@ class Job:
     """sample [n, ...]: its images' initial noise, as the scheduler keeps it. course: how it is run.
     generator: the caller's, one or a list of n, or None. key: of the slot set it joins. owner: what it was
     prepared from; requests of different owners never run at the same time. late_at: time.monotonic() after
-    which nobody wants it. bar: shows progress, or None. dtype: of the network's input. called: by the sampler's own
-    call.
+    which nobody wants it. bar: shows progress, or None. dtype: of the network's input. called: by the
+    sampler's own call.
 
     images, samples, verdicts: of those that are finished, by their place.
     """

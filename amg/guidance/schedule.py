@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import amg.kernels as kernels
 from amg.engine.drive import Refused
 from amg.engine.level import Level, levels
 
@@ -100,60 +99,3 @@ class Prediction(NamedTuple):
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class StepCoefficients(NamedTuple):
-    """prev_sample = k_sample·sample + k_eps·eps + k_noise·noise."""
-
-    k_sample: float
-    k_eps: float
-    k_noise: float
-
-
-def step_coefficients(scheduler: Any, step: int, eta: float = 0.0) -> StepCoefficients:
-    """The closed form of one DDPM, DDIM (any eta) or Euler step without clipping; raises for other
-    schedulers.
-
-    `sample` is the scheduler's own x_t (for Euler the unscaled one). Source: Ho et al. 2020, eq. 6-7
-    (variance "fixed_small"); Song et al. 2021, eq. 12; Karras et al. 2022, algorithm 2 without churn.
-    """
-    kind = type(scheduler).__name__
-    if kind == "EulerDiscreteScheduler":
-        return StepCoefficients(1.0, float(scheduler.sigmas[step + 1] - scheduler.sigmas[step]), 0.0)
-    if kind not in ("DDIMScheduler", "DDPMScheduler"):
-        raise ValueError(
-            f"`scheduler` must be a DDPM, DDIM or Euler scheduler for a closed-form step, got {kind}"
-        )
-    variance_type = getattr(scheduler.config, "variance_type", "fixed_small")
-    if variance_type not in ("fixed_small", "fixed_small_log"):
-        raise ValueError(f'`scheduler` must have variance_type "fixed_small", got {variance_type!r}')
-    t = int(scheduler.timesteps[step])
-    previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    if kind == "DDPMScheduler":
-        previous = int(scheduler.previous_timestep(t))
-    alpha_bar = float(scheduler.alphas_cumprod[t])
-    last = 1.0 if kind == "DDPMScheduler" else float(scheduler.final_alpha_cumprod)
-    alpha_bar_previous = float(scheduler.alphas_cumprod[previous]) if previous >= 0 else last
-    variance = (1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_previous)
-    spread = math.sqrt(max(variance, 0.0)) * (1.0 if kind == "DDPMScheduler" else eta)
-    if kind == "DDPMScheduler" and t == 0:
-        spread = 0.0
-    deviation = math.sqrt(max(1 - alpha_bar_previous - spread**2, 0.0))
-    k_sample = math.sqrt(alpha_bar_previous / alpha_bar)
-    if kind == "DDPMScheduler":
-        # the posterior mean equals DDIM with eta = 1
-        deviation = math.sqrt(max(1 - alpha_bar_previous - variance, 0.0))
-    return StepCoefficients(k_sample, deviation - k_sample * math.sqrt(1 - alpha_bar), spread)
-
-
-def eps_coefficients(
-    alpha_bar: float, s0: Tensor, s1: Tensor | None = None, s2: Tensor | None = None
-) -> Tensor:
-    """Coefficients float32 [R, 10] for `amg.kernels.guided_step` whose "prev_sample" is eps_guided: k_eps = 1
-    and nothing else of x_t; every gate open, and with a similarity of 1 the scales are s1 and s2."""
-    fixed = (0.0, 1.0, 0.0, (1 - alpha_bar) ** 0.5, alpha_bar**-0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
-    table = torch.tensor(fixed, dtype=torch.float32, device=s0.device).repeat(len(s0), 1)
-    for name, scale in (("s0", s0), ("c1", s1), ("c2", s2)):
-        if scale is not None:
-            table[:, kernels.COEFFICIENTS.index(name)] = scale
-    return table

@@ -1,4 +1,4 @@
-"""The scales and the three terms of anti-memorization guidance, in plain torch: the oracle.
+"""The scales of anti-memorization guidance, and the steps that are not in its kernel.
 
 Source: Chen, Liu, Xu, "Towards Memorization-Free Diffusion Models", CVPR 2024 (arXiv 2404.00922), section 4;
 the constants of `released_*` are those of the authors' code. All tensors are [B, C, H, W], all per-sample
@@ -14,72 +14,50 @@ import torch
 from torch import Tensor
 
 
-class Scales(NamedTuple):
-    """Per-sample strengths of despecification (s1), de-duplication (s2) and dissimilarity (s3), each [B]."""
-
-    s1: Tensor
-    s2: Tensor
-    s3: Tensor
-
-
 def classifier_free(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """eps_u + s0·(eps_c - eps_u), in the very operations of diffusers' pipelines, so the result is theirs bit
     for bit."""
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
 
-def scales(similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float) -> Scales:
+class Scales(NamedTuple):
+    """Strengths of despecification (s1), de-duplication (s2) and dissimilarity (s3) of one sample."""
+
+    s1: float
+    s2: float
+    s3: float
+
+
+def scales(similarity: float, guidance_scale: float, c1: float, c2: float, c3: float) -> Scales:
     """s1 = max(min(c1·sigma, s0 - 1), 0); s2 = max(min(c2·sigma, s0 - s1 - 1), 0); s3 = c3. Raises on a NaN
     sigma."""
-    require_finite("similarity", similarity)
+    _require_number("similarity", similarity)
     room = max(guidance_scale - 1, 0.0)
-    s1 = (c1 * similarity).clamp(max=room).clamp(min=0)
-    s2 = torch.minimum(c2 * similarity, room - s1).clamp(min=0)
-    return Scales(s1, s2, torch.full_like(similarity, c3))
+    s1 = max(min(c1 * similarity, room), 0.0)
+    return Scales(s1, max(min(c2 * similarity, room - s1), 0.0), c3)
 
 
 def released_scales(
-    similarity: Tensor, guidance_scale: float, c1: float, c2: float, c3: float, t: float
+    similarity: float, guidance_scale: float, c1: float, c2: float, c3: float, t: float
 ) -> Scales:
     """The authors' code: s1 = clip(c1·sigma, 0, s0 - 1), s2 = clip((s0 - 1 - s1)·c2·sigma, 0, s0 - 1 - s1)
     and s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170), c1 = 13, c2 = 1/0.3, c3 = 100; `t` on the 0-1000
     scale."""
-    require_finite("similarity", similarity)
+    _require_number("similarity", similarity)
     room = max(guidance_scale - 1, 0.0)
-    s1 = (c1 * similarity).clamp(0, room)
-    s2 = torch.minimum(((room - s1) * c2 * similarity).clamp(min=0), room - s1)
-    return Scales(s1, s2, released_s3(similarity, c3, t))
+    s1 = max(min(c1 * similarity, room), 0.0)
+    s2 = max(min((room - s1) * c2 * similarity, room - s1), 0.0)
+    return Scales(s1, s2, c3 * (similarity - 0.3) * released_rise(t))
 
 
-def released_s3(similarity: Tensor, c3: float, t: float) -> Tensor:
-    """The authors' s3 = c3·(sigma - 0.3)·exp((1000 - t) / 170) [B]."""
-    return c3 * (similarity - 0.3) * math.exp((1000 - t) / 170)
+def released_rise(t: float) -> float:
+    """exp((1000 - t) / 170), by which the authors' s3 grows along the trajectory."""
+    return math.exp((1000 - t) / 170)
 
 
-def despecification(eps_uncond: Tensor, eps_cond: Tensor, s1: Tensor) -> Tensor:
-    """G_spe = -s1·(eps_c - eps_u)."""
-    return -per_sample(s1, eps_cond) * (eps_cond - eps_uncond)
-
-
-def deduplication(eps_uncond: Tensor, eps_neighbour: Tensor, s2: Tensor) -> Tensor:
-    """G_dup = -s2·(eps_N - eps_u), eps_N conditioned on the neighbour's caption."""
-    return -per_sample(s2, eps_neighbour) * (eps_neighbour - eps_uncond)
-
-
-def dissimilarity(similarity_grad: Tensor, s3: Tensor, alpha_bar: float) -> Tensor:
-    """G_sim = +s3·sqrt(1 - alpha_bar)·grad_{x_t} sigma."""
-    return per_sample(s3, similarity_grad) * math.sqrt(1 - alpha_bar) * similarity_grad
-
-
-def frozen_gradient(x0_grad: Tensor, alpha_bar: float) -> Tensor:
-    """grad_{x_t} sigma with the noise prediction held constant: (1 / sqrt(alpha_bar))·d sigma / d x0_hat."""
-    return x0_grad / math.sqrt(alpha_bar)
-
-
-def exact_dissimilarity(shift: Tensor, alpha_bar: float) -> Tensor:
-    """The change of the noise prediction that moves x0_hat by `shift`: -sqrt(alpha_bar / (1 -
-    alpha_bar))·shift."""
-    return -math.sqrt(alpha_bar / (1 - alpha_bar)) * shift
+def _require_number(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"`{name}` must be finite, got {value}")
 
 
 def newton_shift(
@@ -94,12 +72,6 @@ def newton_shift(
     norm = x0_grad.flatten(1).norm(dim=1).clamp(min=1e-12)
     length = ((similarity - threshold).clamp(min=0) / norm).clamp(max=limit * scale * math.sqrt(size))
     return -per_sample(length / norm, x0_grad) * x0_grad
-
-
-def open_gates(similarity: Tensor, threshold: float) -> Tensor:
-    """[B] bool, sigma > lambda_t. A NaN neither opens nor closes a gate: it raises."""
-    require_finite("similarity", similarity)
-    return similarity > threshold
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

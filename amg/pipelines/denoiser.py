@@ -35,7 +35,7 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
 
 
 def weights_of(network: Any) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of a network, by its first weights: diffusers' own properties walk through all of it."""
+    """dtype and device of a network, by its first weights: diffusers' properties walk through them all."""
     first = next((one for one in network.parameters() if one.is_floating_point()), None)
     return (network.dtype, network.device) if first is None else (first.dtype, first.device)
 

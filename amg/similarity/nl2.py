@@ -21,19 +21,6 @@ def nl2_gradient(x0: Tensor, neighbour: Tensor, distance: Tensor, denominator: T
     return -(x0 - neighbour) / (x0.shape[1] * distance * denominator)[:, None]
 
 
-def nl2_gradient_full(x0: Tensor, nearest: Tensor, alpha: float = 0.5) -> Tensor:
-    """d sigma / d x0 that differentiates the denominator too; `nearest` [B, k, N], nearest row first.
-
-    The float64 oracle; guidance uses `nl2_gradient`, whose direction needs one row instead of k.
-    """
-    difference = x0[:, None] - nearest
-    distance = difference.square().mean(2).sqrt()
-    slopes = difference / (x0.shape[1] * distance[:, :, None])
-    denominator = alpha * distance.mean(1)
-    top, bottom = slopes[:, 0] / denominator[:, None], alpha * slopes.mean(1)
-    return -(top - (distance[:, 0] / denominator**2)[:, None] * bottom)
-
-
 class NL2Similarity:
     """nL2 over a pixel index. `pixels`: x0_hat is itself the picture in [-1, 1]; otherwise gradients pass
     `decode`."""

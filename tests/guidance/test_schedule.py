@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amg.engine.level import levels
-from amg.guidance.schedule import LEAST_ALPHA_BAR, Prediction, step_coefficients, threshold_at
+from amg.guidance.schedule import LEAST_ALPHA_BAR, Prediction, threshold_at
 
 from .. import oracle
 
@@ -90,82 +90,6 @@ def test_alpha_bar_follows_karras_sigmas(name: str) -> None:
     for step in range(10):
         sigma = float(scheduler.sigmas[step])
         assert alpha_bars(scheduler)[step] == pytest.approx(1 / (1 + sigma * sigma), rel=1e-7)
-
-
-@pytest.mark.parametrize("steps", [1, 10, 50])
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(
-    "options", [{}, {"steps_offset": 1, "set_alpha_to_one": False}, {"timestep_spacing": "trailing"}]
-)
-def test_ddim_coefficients_reproduce_its_step(eta: float, steps: int, options: dict) -> None:
-    scheduler = make("DDIMScheduler", steps, **options)
-    sample = normal(0)
-    for step, t in enumerate(scheduler.timesteps):
-        eps, noise = normal(10 + step), normal(200 + step)
-        k = step_coefficients(scheduler, step, eta)
-        expected = scheduler.step(eps, t, sample, eta=eta, variance_noise=noise if eta else None).prev_sample
-        found = k.k_sample * sample + k.k_eps * eps + k.k_noise * noise
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-        sample = expected
-
-
-@pytest.mark.parametrize("options", [{}, {"timestep_spacing": "trailing"}])
-def test_ddpm_coefficients_reproduce_its_step(options: dict) -> None:
-    scheduler = make("DDPMScheduler", **options)
-    sample = normal(0)
-    for step, t in enumerate(scheduler.timesteps):
-        eps = normal(10 + step)
-        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(step))
-        k = step_coefficients(scheduler, step)
-        expected = scheduler.step(eps, t, sample, generator=torch.Generator().manual_seed(step)).prev_sample
-        found = k.k_sample * sample + k.k_eps * eps + k.k_noise * noise
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-        sample = expected
-
-
-def test_euler_coefficients_reproduce_its_step() -> None:
-    scheduler = make("EulerDiscreteScheduler")
-    sample = normal(0) * float(scheduler.init_noise_sigma)
-    for step, t in enumerate(scheduler.timesteps):
-        scheduler.scale_model_input(sample, t)
-        eps = normal(10 + step)
-        k = step_coefficients(scheduler, step)
-        expected = scheduler.step(eps, t, sample).prev_sample
-        torch.testing.assert_close(k.k_sample * sample + k.k_eps * eps, expected, rtol=2e-5, atol=2e-5)
-        assert k.k_noise == 0
-        sample = expected
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_coefficients_equal_the_published_equation(eta: float) -> None:
-    scheduler = make("DDIMScheduler")
-    sample, eps, noise = (normal(seed, torch.float64) for seed in (1, 2, 3))
-    for step, t in enumerate(scheduler.timesteps.tolist()):
-        alpha_bar = float(scheduler.alphas_cumprod[t])
-        previous = float(scheduler.alphas_cumprod[t - 100]) if t >= 100 else 1.0
-        k = step_coefficients(scheduler, step, eta)
-        found = k.k_sample * sample + k.k_eps * eps + k.k_noise * noise
-        torch.testing.assert_close(
-            found, oracle.ddim_step(sample, eps, noise, alpha_bar, previous, eta), rtol=1e-10, atol=1e-10
-        )
-
-
-def test_no_closed_form_is_invented_for_other_schedulers() -> None:
-    for name in (
-        "EulerAncestralDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "PNDMScheduler",
-    ):
-        with pytest.raises(ValueError, match=f"got {name}"):
-            step_coefficients(make(name), 0)
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
-def test_no_closed_form_is_invented_for_other_variances(variance_type: str) -> None:
-    """The noise of these variances is not that of "fixed_small", so its coefficients must not be given."""
-    with pytest.raises(ValueError, match="variance_type"):
-        step_coefficients(make("DDPMScheduler", variance_type=variance_type), 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
