@@ -62,7 +62,7 @@ class Engine:
         stepping = [slots for slots in self._sets.values() if len(slots)]
         if stepping:
             self._step(min(stepping, key=lambda slots: min(slot.job.began for slot in slots.slots)))
-        self._finish(AT_ONCE if any(len(slots) for slots in self._sets.values()) else len(self._done))
+        self._finish(self._due())
         for job in list(dict.fromkeys(self._finished)):
             conclude(job)
         self._finished.clear()
@@ -107,9 +107,20 @@ class Engine:
             self._sets[job.key] = slots.part(job)
         slots.leave(range(len(slots)))
 
-    def _finish(self, most: int) -> None:
+    def _due(self) -> list[Done]:
+        """The finished samples to decode and check now: a bounded number, those first whose requests have
+        nothing in flight any more; others wait for company."""
+        flying = {slot.job for slots in self._sets.values() for slot in slots.slots}
+        ready = [one for one in self._done if one.slot.job not in flying]
+        if not flying or len(self._done) >= AT_ONCE:
+            ready += [one for one in self._done if one.slot.job in flying]
+        return ready[:AT_ONCE] if flying else ready
+
+    def _finish(self, now: Sequence[Done]) -> None:
         """Decode and check finished samples, those of one slot set and promise together."""
-        now, self._done = self._done[:most], self._done[most:]
+        if not now:
+            return
+        self._done = [one for one in self._done if one not in now]
         groups: dict[Hashable, list[Done]] = {}
         for one in now:
             job = one.slot.job

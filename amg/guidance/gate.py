@@ -15,14 +15,14 @@ from torch import Tensor
 from amg.guidance.combine import COMBINED, features, score
 from amg.guidance.signals import SIGNALS, free_signals
 
-FORMAT, VERSION = "amg calibration", 2
+FORMAT, VERSION = "amg calibration", 3
 
 
 @dataclass(frozen=True)
 class Key:
     """What a calibration holds for: the last part of the model's name or path, sha256 of its denoiser's
-    config, scheduler class, number of timesteps, guidance scale, sha256 of the index's manifest, and the
-    promise."""
+    config, scheduler class, number of timesteps, guidance scale and interval, sha256 of the index's manifest,
+    and the promise."""
 
     model: str
     denoiser_sha256: str
@@ -31,6 +31,7 @@ class Key:
     guidance_scale: float
     index_sha256: str
     threshold: float
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Gate:
             parts = (record["region"][name] for name in ("mean", "deviation"))
             region = [torch.tensor(part, dtype=torch.float64) for part in parts]
             alarm = [] if record["alarm"] is None else [record["alarm"]]
-            rules, key = _rules(record["gate"]), Key(**record["key"])
+            made_for = {**record["key"], "guidance_interval": tuple(record["key"]["guidance_interval"])}
+            rules, key = _rules(record["gate"]), Key(**made_for)
             return Gate(key, str(path), rules, region[0], region[1], _rules(alarm))
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(

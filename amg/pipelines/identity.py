@@ -116,4 +116,5 @@ def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config
         float(guidance_scale),
         hashlib.sha256(manifest).hexdigest(),
         float(config.threshold),
+        config.guidance_interval,
     )
