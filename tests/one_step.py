@@ -11,9 +11,9 @@ from torch import Tensor
 import amg
 from amg.config import AMGConfig
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide, Guided, Step
 from amg.guidance.predict import Conditions, predict
-from amg.guidance.schedule import Prediction
+from amg.guidance.schedule import Prediction, Step
+from amg.protection.guide import Guide, Guided
 from amg.similarity import similarity_for
 
 from . import oracle, toy

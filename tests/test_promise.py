@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import amg
-from amg import promise
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide
 from amg.index.exact import Nearest
 from amg.index.index import Closest
-from amg.promise import Delivery, check, decode, deliver, summary
-from amg.protection.loop import Run
+from amg.promise import check, decode, strong, summary
+from amg.protection.catch_up import Run
+from amg.protection.deliver import Delivery, deliver
+from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import MemorizedError, TraceStep
 
@@ -72,7 +72,9 @@ def settle(
     run, network = make_run(config, index)
     sample = finished()[list(rows)]
     conditions = toy.conditions([PICTURES[row] for row in rows], [weight] * len(rows), guided=False)
-    return deliver(decode(run, sample), sample, run, conditions, flights_of(rows), also), network
+    return deliver(
+        decode(run.guide.denoiser, sample), sample, run, conditions, flights_of(rows), also
+    ), network
 
 
 def verdict_of(image: Tensor, index: amg.Index) -> tuple[float, int]:
@@ -285,7 +287,7 @@ def test_a_sample_that_went_non_finite_is_an_error(indexes: dict, bad: float) ->
     sample[1, 0, 2, 2] = bad
     with pytest.raises(FloatingPointError, match=r"rows \[1\]"):
         deliver(
-            decode(run, sample),
+            decode(run.guide.denoiser, sample),
             sample,
             run,
             toy.conditions(PICTURES, [0.0] * 4, guided=False),
@@ -386,7 +388,8 @@ def test_the_final_check_is_exact_whatever_searched_before(indexes: dict) -> Non
 def test_images_are_judged_in_the_bits_they_are_delivered_in(indexes: dict) -> None:
     run, _ = make_run(AMGConfig.preset("main"), indexes["nl2"])
     images = decode(
-        run, torch.cat([finished(), torch.full((1, 3, 8, 8), 3.0), torch.full((1, 3, 8, 8), -3.0)])
+        run.guide.denoiser,
+        torch.cat([finished(), torch.full((1, 3, 8, 8), 3.0), torch.full((1, 3, 8, 8), -3.0)]),
     )
     assert images.dtype == torch.float32
     assert torch.equal((images * 255).round() / 255, images)
@@ -428,12 +431,12 @@ def test_a_rerun_is_never_guided_less_than_the_first_run(indexes: dict) -> None:
     """A user's own thresholds may be stricter than those of `strong`; the gradient is theirs to choose."""
     mine = {"threshold": -1.9, "lambda_min": -2.2, "lambda_max": -2.0, "rewind_threshold": -2.0}
     config = AMGConfig.preset("main", gradient="full", max_rewinds=4, **mine).for_metric("nl2")
-    strong = promise._strong(config)
-    assert (strong.preset_name, strong.metric, strong.gradient) == ("strong", "nl2", "full")
-    assert strong.max_rewinds >= 4
+    again = strong(config)
+    assert (again.preset_name, again.metric, again.gradient) == ("strong", "nl2", "full")
+    assert again.max_rewinds >= 4
     for name, value in mine.items():
-        assert getattr(strong, name) <= value, name
-    lenient = promise._strong(AMGConfig.preset("main", threshold=-1.0, lambda_max=-1.1).for_metric("nl2"))
+        assert getattr(again, name) <= value, name
+    lenient = strong(AMGConfig.preset("main", threshold=-1.0, lambda_max=-1.1).for_metric("nl2"))
     assert (lenient.threshold, lenient.lambda_max) == (-1.6, -1.65)
 
 
@@ -444,7 +447,7 @@ def test_what_was_given_up_is_marked_whatever_its_similarity(indexes: dict) -> N
     flights, conditions = flights_of([1, 3]), toy.conditions([17, 8], [0.0] * 2, guided=False)
     flights[0].exhausted, flights[0].evaluations = True, 6
     sample = finished()[[1, 3]]
-    found = deliver(decode(run, sample), sample, run, conditions, flights)
+    found = deliver(decode(run.guide.denoiser, sample), sample, run, conditions, flights)
     assert [verdict.memorized for verdict in found.verdicts] == [True, False] and network.calls == []
     assert [verdict.blocked for verdict in found.verdicts] == [True, False]
     reason = found.verdicts[0].reason

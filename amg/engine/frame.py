@@ -88,7 +88,7 @@ class Predicted(NamedTuple):
 def predict(frame: Frame, terms: Terms | None = None) -> Predicted:
     """x0_hat of classifier-free guidance, with `terms` of the corrected one, and the free signals."""
     sample = frame.sample
-    x0_hat, signals = torch.empty_like(sample), sample.new_empty(len(sample), 3, dtype=torch.float32)
+    x0_hat, signals = torch.empty_like(sample), sample.new_empty(len(sample), 3)
     apply(frame, terms, x0_hat=x0_hat, signals=signals)
     return Predicted(x0_hat, signals)
 

@@ -235,7 +235,7 @@ def eps_rows(kind: str, alpha_bar: float, scales: Sequence[float]) -> Tensor:
 def guided_output(frame: Frame, terms: Terms) -> Tensor:
     """The guided output [B, ...] in the denoiser's own parameterisation."""
     output = torch.empty_like(frame.sample)
-    signals = output.new_empty(len(output), 4, dtype=torch.float32)
+    signals = output.new_empty(len(output), 4)
     apply(frame, terms, prev_sample=output, signals=signals)
     return output
 

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from amg.config import AMGConfig
+from amg.engine.frame import Frame, Seat
+from amg.engine.measure import _heard as heard
+from amg.engine.measure import is_due, looks
 from amg.guidance.checkpoint import hears_alarms, restart
 from amg.guidance.flight import Flight
-from amg.guidance.gate import Gate, Key, Rule, rows_to_check, steps_of
+from amg.guidance.gate import Gate, Key, Rule, steps_of
+from amg.guidance.schedule import Step
 from amg.verdict import TraceStep
 
 from .. import toy
@@ -22,7 +26,46 @@ def config(**options) -> AMGConfig:
 
 
 def flights(*suspected: bool) -> list[Flight]:
-    return [Flight(torch.Generator(), suspected=one) for one in suspected]
+    return [Flight(torch.zeros(1), suspected=one) for one in suspected]
+
+
+HISTORY = (4.0, 1.0, 1.0, 1.0)  # raw signals of every step before
+
+
+def seats_at(asked: AMGConfig, position: int, total: int, batch: list[Flight]) -> list[Seat]:
+    step = Step(position, total, 0.0, 0.5, 0.0)
+    return [Seat(flight, asked, step, 7.5, False, True, 2 * total, 0) for flight in batch]
+
+
+def ask(seats: list[Seat], gate: Gate, signals: dict[int, tuple[float, ...]]) -> tuple[list[int], set[int]]:
+    """The rows that are measured, and those that the alarm names."""
+    nothing = torch.zeros(len(seats), 1)
+
+    def history(rows: list[int], count: int) -> torch.Tensor:
+        return torch.tensor(HISTORY).expand(len(rows), count, 4)
+
+    def refused(*arguments: object) -> torch.Tensor:
+        raise AssertionError("a gate asks no network")
+
+    frame = Frame(seats, nothing, nothing, nothing, nothing, None, history, refused, refused)
+    due = [row for row, seat in enumerate(seats) if is_due(seat)]
+    return heard(frame, gate, torch.tensor([signals[row] for row in range(len(seats))]), due)
+
+
+def rows_to_check(
+    asked: AMGConfig,
+    position: int,
+    total: int,
+    batch: list[Flight],
+    gate: Gate | None = None,
+    signals: dict[int, tuple[float, ...]] | None = None,
+) -> list[int]:
+    """The rows that are measured at a step."""
+    seats = seats_at(asked, position, total, batch)
+    if gate is None or signals is None:
+        assert [looks(seat, None) for seat in seats] == [is_due(seat) for seat in seats]
+        return [row for row, seat in enumerate(seats) if is_due(seat)]
+    return ask(seats, gate, signals)[0]
 
 
 def test_fractions_are_steps_of_the_trajectory() -> None:
@@ -115,9 +158,12 @@ def test_an_alarm_names_first_tries_alone_at_its_step_and_a_combination_is_weigh
     signals = {row: (gap**2, 0.0, 1.0) for row, gap in enumerate((3.0, 1.0, 3.0))}
     rule = Rule("combined", 1.0, 2.0, (1.0, 1.0, 0.0, 0.0, 0.0, 0.0))  # 1 + log gap > 2
     gate = Gate(mean=torch.zeros(10), deviation=torch.ones(10), alarm={5: rule})
-    assert gate.alarmed(5, batch, signals) == {0} and gate.alarmed(4, batch, signals) == set()
+    asked = config(check_at=(1.0,), rewind_at=(0.9,), rewind_to=0.1)
+    assert ask(seats_at(asked, 5, 11, batch), gate, signals) == ([], {0})
+    assert ask(seats_at(asked, 4, 11, batch), gate, signals) == ([], set())
     batch[0].retries = 1
-    assert gate.alarmed(5, batch, signals) == set()
+    assert ask(seats_at(asked, 5, 11, batch), gate, signals) == ([], set())
+    assert [looks(seat, gate) for seat in seats_at(asked, 5, 11, batch)] == [False, True, False]
 
 
 KEY = Key("photos", "ab", "DDIMScheduler", 30, 7.5, "cd", 0.5)

@@ -12,9 +12,9 @@ import amg
 from amg.config import AMGConfig
 from amg.engine.level import levels
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide
-from amg.guidance.ordinary import despecify
+from amg.guidance.ordinary import Ordinary, despecify
 from amg.guidance.schedule import Prediction, threshold_at
+from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 
 from .. import oracle, toy
@@ -219,8 +219,8 @@ def test_later_tries_never_take_the_memorised_caption_though_it_is_rare(tmp_path
     index = toy.build("cosine", tmp_path / "index")  # "picture i", each once
     denoiser = toy.denoiser(toy.ToyNetwork())
     for row in range(0, index.count, 7):
-        flight = Flight(torch.Generator().manual_seed(row), prompt=index.captions[row])
-        despecify(preset().for_metric("cosine"), index, denoiser, flight, row)
+        flight = Flight(torch.full((3, 8, 8), float(row)), prompt=index.captions[row])
+        despecify(index, denoiser, Ordinary(), [(flight, preset().for_metric("cosine"), row)])
         assert flight.caption is None  # no other shares a telling word
 
 
@@ -231,8 +231,9 @@ def test_an_image_seen_often_is_passed_over_whatever_its_caption(tmp_path: Path)
     captions[5], captions[others[0]], captions[others[1]] = "Rex the red dog", "a red dog", "stairs"
     counts = [100 if row in others[2:] else 1 for row in range(index.count)]
     index.__dict__["_meta"] = {**index._meta, "caption": captions, "count": counts}
-    flight = Flight(torch.Generator(), prompt="a big red dog")
-    despecify(preset().for_metric("cosine"), index, toy.denoiser(toy.ToyNetwork()), flight, 5)
+    flight = Flight(torch.zeros(3, 8, 8), prompt="a big red dog")
+    samples = [(flight, preset().for_metric("cosine"), 5)]
+    despecify(index, toy.denoiser(toy.ToyNetwork()), Ordinary(), samples)
     assert flight.caption == "a red dog"
 
 

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 import amg
 from amg.config import AMGConfig
-from amg.guidance.guide import Guide
+from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 
 from .. import toy

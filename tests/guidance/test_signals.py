@@ -5,7 +5,8 @@ from itertools import pairwise
 import torch
 
 from amg.guidance.flight import Flight
-from amg.guidance.signals import SIGNALS, free_signals, note_moves, raw_signals
+from amg.guidance.signals import SIGNALS, free_signals
+from amg.protection.guide import note_moves, traced
 from amg.verdict import TraceStep
 
 
@@ -46,7 +47,7 @@ def test_no_gap_is_a_cosine_of_zero() -> None:
 
 
 def test_moves_are_told_to_the_step_before_and_not_across_a_rewind() -> None:
-    flights = [Flight(torch.Generator()) for _ in range(2)]
+    flights = [Flight(torch.zeros(3, 4, 4)) for _ in range(2)]
     generator = torch.Generator().manual_seed(3)
     samples = [torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3)]
     for position, sample in enumerate(samples):
@@ -55,10 +56,9 @@ def test_moves_are_told_to_the_step_before_and_not_across_a_rewind() -> None:
             flight.trace.append(TraceStep(position, 0.0, None, 0.0, None, (), (1.0, 2.0, 3.0)))
     moved = [(after - before).double().flatten(1).square().sum(1) for before, after in pairwise(samples)]
     wanted = torch.stack(moved, 1)
-    raw = raw_signals([flight.trace for flight in flights])
+    raw = traced(flights, 3)
     torch.testing.assert_close(raw[:, :2, 3], wanted, rtol=1e-6, atol=0)
     assert raw[:, 2, 3].tolist() == [0, 0] and raw[:, :, :3].unique().tolist() == [1, 2, 3]
     note_moves(flights[:1], samples[0][:1], 1)  # row 0 went back to step 1
     assert len(flights[0].trace[-1].signals or ()) == 3
-    now = raw_signals([flights[1].trace], [(7.0, 8.0, 9.0)])
-    assert now.shape == (1, 4, 4) and now[0, 3].tolist() == [7, 8, 9, 0]
+    assert traced(flights, 2).shape == (2, 2, 4)
