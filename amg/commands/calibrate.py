@@ -39,6 +39,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--scheduler", help="as in `amg sample` (default: the model's own scheduler)")
     parser.add_argument("--guidance-scale", type=float, help="s0 (default: 7.5, and 2 for pixel models)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("FROM", "TO"),
+        help="part of the trajectory that is guided: `AMGConfig.guidance_interval`",
+    )
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
     parser.add_argument("--miss-rate", type=float, default=0.1, help="share of copies a check may pass over")
     parser.add_argument(
@@ -58,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrate as the command line asks; returns the exit status."""
     from amg.commands.sample import default_scale, open_index, open_model
     from amg.guidance.calibration import calibrate
+    from amg.guidance.checkpoint import guided_steps, restart
     from amg.guidance.gate import FORMAT, VERSION, steps_of
     from amg.index.store import write_atomically
 
@@ -74,7 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), key.steps)
     assert config.rewind_threshold is not None
     body = calibrate(
-        recorded, arguments.miss_rate, checks, config.rewind_threshold, arguments.false_alarm_rate
+        recorded,
+        arguments.miss_rate,
+        checks,
+        config.rewind_threshold,
+        arguments.false_alarm_rate,
+        guided_steps(config, key.steps),
+        restart(config, key.steps),
     )
     result = {"format": FORMAT, "version": VERSION, "key": asdict(key), "metric": index.metric, **body}
     write_atomically(arguments.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -123,7 +138,9 @@ def record(
     from amg.guidance.calibration import Recorded
     from amg.pipelines.identity import key_for
 
-    config = AMGConfig.preset(arguments.preset, guidance_scale=scale).for_metric(index.metric)
+    interval = tuple(arguments.guidance_interval)
+    config = AMGConfig.preset(arguments.preset, guidance_scale=scale, guidance_interval=interval)
+    config = config.for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
     verdicts: list[Any] = []
     with tqdm(total=len(jobs), desc="calibrate", unit="image") as bar:

@@ -12,7 +12,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.engine.frame import COLUMN
 from amg.engine.table import Setting, StepTable, Tables
-from amg.guidance.checkpoint import is_check, restart
+from amg.guidance.checkpoint import guided_steps, is_check, restart
 from amg.guidance.gate import Gate
 from amg.guidance.schedule import LEAST_ALPHA_BAR, Step, threshold_at
 
@@ -105,9 +105,13 @@ def planned(
     """The plan of a table under a config."""
     total = table.start + len(table)
     steps = tuple(_step(table, config, row, total) for row in range(len(table)))
-    halves = tuple(_in_interval(config, step) or _heard(gate, step) for step in steps)
-    attended = [config.active and is_check(config, step.position, total) for step in steps]
-    attended = [found or _heard(gate, step) for found, step in zip(attended, steps, strict=True)]
+    checks = [config.active and is_check(config, step.position, total) for step in steps]
+    alarms = [gate is not None and step.position in gate.alarm for step in steps]
+    heard = [
+        alarm or (gate is not None and check and step.position in gate.rules)
+        for step, check, alarm in zip(steps, checks, alarms, strict=True)
+    ]
+    halves = tuple(_in_interval(config, step) or read for step, read in zip(steps, heard, strict=True))
     coefficients = coefficient_rows(table, scale)
     return Plan(
         table=table,
@@ -116,7 +120,7 @@ def planned(
         coefficients=coefficients.to(device),
         t=table.t.to(device),
         steps=steps,
-        attended=tuple(attended),
+        attended=tuple(check or alarm for check, alarm in zip(checks, alarms, strict=True)),
         halves=halves,
     )
 
@@ -136,12 +140,7 @@ def lambda_of(config: AMGConfig, alpha_bar: float, t: float) -> float:
 
 
 def _in_interval(config: AMGConfig, step: Step) -> bool:
-    low, high = config.guidance_interval
-    return low * (step.total - 1) <= step.position <= high * (step.total - 1)
-
-
-def _heard(gate: Gate | None, step: Step) -> bool:
-    return gate is not None and (step.position in gate.rules or step.position in gate.alarm)
+    return step.position in guided_steps(config, step.total)
 
 
 def coefficient_rows(table: StepTable, scale: float) -> Tensor:

@@ -129,17 +129,19 @@ def alarm_of(
     copies: Tensor,
     false_alarm_rate: float,
     weights: Sequence[Sequence[float]] = (),
+    heard: range | None = None,
 ) -> dict[str, Any] | None:
     """The step and the free signal [N, T] that save most by sending copies back at once: the share caught at
-    that rate of false alarms, times the steps not run; chosen on one half, its threshold and shares are the
-    held-out half's. None where no signal catches `ALARM_CATCHES` of the copies, or there are too few images
+    that rate of false alarms, times the steps not run; of the steps `heard` (None: all), chosen on one half,
+    its threshold and shares are the held-out half's. None where no signal catches `ALARM_CATCHES` of the copies, or there are too few images
     that are no copies to state the rate."""
     choosing, held_out = halves(copies)
     if int((held_out & ~copies).sum()) < images_needed(false_alarm_rate):
         return None
     found = {}
     for name, columns in values.items():
-        for step, column in enumerate(columns.unbind(1)):
+        for step in range(columns.shape[1]) if heard is None else heard:
+            column = columns[:, step]
             caught = _alarm(column, copies, choosing, choosing, false_alarm_rate)["caught"]
             if caught >= ALARM_CATCHES:
                 found[step, name] = caught * (columns.shape[1] - 1 - step)
@@ -221,11 +223,14 @@ def calibrate(
     preset: set[int],
     close_at: float,
     false_alarm_rate: float = 0.01,
+    guided: range | None = None,
+    restart: int = 0,
 ) -> dict[str, Any]:
     """The body of a calibration file, as plain JSON values.
 
-    preset: the check steps of the preset. close_at: its rewind threshold. Errors: ValueError with the number
-    of images needed.
+    preset: the check steps of the preset. close_at: its rewind threshold. guided: the steps that were guided,
+    outside which no rule counts (None: all); restart: the step that samples go back to, before which no alarm
+    is heard. Errors: ValueError with the number of images needed.
     """
     check_counts(recorded, miss_rate)
     copies, (mean, deviation) = recorded.copies, region_of(recorded)
@@ -237,7 +242,8 @@ def calibrate(
     columns = recorded.similarity.double().unbind(1)
     similarity = [auc(column, copies) for column in columns]
     elbow = elbow_of(similarity, signals)
-    gate, skipped = _gate(signals, values, weights)
+    guided = range(len(columns)) if guided is None else guided
+    gate, skipped = _gate(signals, values, weights, guided)
     close, held_out = recorded.similarity > close_at, halves(copies)[1]
     parts = (close[held_out], skipped[held_out], copies[held_out])
     open_parts = (parts[0], torch.zeros_like(parts[1]), parts[2])
@@ -255,7 +261,7 @@ def calibrate(
         "similarity": {"auc": similarity, "tpr": [tpr_at_fpr(column, copies) for column in columns]},
         "signals": {name: _plain(ranking) for name, ranking in signals.items()},
         "gate": gate,
-        "alarm": alarm_of(values, copies, false_alarm_rate, weights),
+        "alarm": alarm_of(values, copies, false_alarm_rate, weights, guided[restart:]),
         "elbow": elbow,
         "choices": [
             {"name": name, "steps": at, "ungated": cost_of(at, *open_parts), "gated": cost_of(at, *parts)}
@@ -269,11 +275,18 @@ def _plain(ranking: Ranking) -> dict[str, Any]:
 
 
 def _gate(
-    signals: Mapping[str, Ranking], values: Mapping[str, Tensor], weights: Sequence[Sequence[float]]
+    signals: Mapping[str, Ranking],
+    values: Mapping[str, Tensor],
+    weights: Sequence[Sequence[float]],
+    guided: range,
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """The rule of each step, the signal with the most merit, and what the rules skip [N, T]."""
+    """The rule of each guided step, the signal with the most merit, and what the rules skip [N, T]."""
     rules, skipped = [], []
-    for step in range(next(iter(values.values())).shape[1]):
+    first = next(iter(values.values()))
+    for step in range(first.shape[1]):
+        if step not in guided:
+            skipped.append(torch.zeros(len(first), dtype=torch.bool))
+            continue
         name = max(signals, key=lambda one: signals[one].merit[step])
         rank = signals[name]
         sign, threshold = rank.sign[step], rank.threshold[step]

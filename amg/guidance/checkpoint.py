@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from amg.config import AMGConfig
 from amg.guidance.flight import Flight
 from amg.guidance.gate import steps_of
@@ -17,6 +19,12 @@ def is_check(config: AMGConfig, position: int, total: int) -> bool:
     if not config.check_at:
         return True
     return position in steps_of((*config.check_at, *(config.rewind_at or ())), total)
+
+
+def guided_steps(config: AMGConfig, total: int) -> range:
+    """The steps of `total` in which classifier-free guidance acts."""
+    low, high = config.guidance_interval
+    return range(math.ceil(low * (total - 1)), math.floor(high * (total - 1)) + 1)
 
 
 def restart(config: AMGConfig, total: int) -> int:
