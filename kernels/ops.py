@@ -126,13 +126,18 @@ def guided_step_into(
     Arithmetic is fp32. What a coefficient of 0 multiplies is not read: a closed sample's eps_neighbour and
     similarity_grad, noise, states. No value is looked at on the host: a non-finite σ, or a row number outside
     eps_cond, makes that sample's outputs NaN (elsewhere such a number counts as −1); missing noise counts
-    as 0. ValueError on a wrong shape, dtype, device or layout and on an input that requires grad.
+    as 0. ValueError on a wrong shape, dtype, device or layout and, where gradients are recorded, on a tensor
+    that requires one.
     `impl` names the implementation: "reference", "cpp" or "triton"; None takes the fastest there is.
     """
     tensors = (sample, eps_uncond, eps_cond, eps_neighbour, similarity_grad, similarity, noise, coefficients)
     buffers = (rows, state, output_scale, prev_sample, x0_hat, signals, flags)
-    refuse_grad(*tensors, *buffers)
-    torch.ops.amg.guided_step_into.default(*tensors, *buffers, impl)
+    if torch.is_grad_enabled():
+        refuse_grad(*tensors, *buffers)
+    if nobody_listens(sample):
+        guided_step_into_op(*tensors, *buffers, impl)
+    else:
+        torch.ops.amg.guided_step_into.default(*tensors, *buffers, impl)
 
 
 def encode_rows(rows: Tensor, *, impl: str | None = None) -> Codes:
@@ -182,6 +187,15 @@ def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl:
     """
     refuse_grad(queries, rows)
     return NL2(*torch.ops.amg.nl2(queries, rows, k, alpha, impl))
+
+
+def nobody_listens(tensor: Tensor) -> bool:
+    """Return whether torch's dispatcher would only pass a call on: real memory, nothing traced or compiled.
+
+    Then an op may be called directly. The dispatcher takes as long as a small step.
+    """
+    plain = type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+    return plain and not torch._C._len_torch_dispatch_stack()
 
 
 def refuse_grad(*tensors: Tensor | None) -> None:

@@ -38,6 +38,29 @@ def test_guided_step(timed, batch):
     assert timed(step).prev_sample.isfinite().all()
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_guided_step_into(timed, batch):
+    """What an engine calls at every step: two states, rows of one output, its own buffers; 4x8x8 latents."""
+    sample, noise, prev_sample = torch.randn(3, batch, 4, 8, 8).unbind()
+    output, state = torch.randn(2 * batch, 4, 8, 8), torch.randn(2, batch, 4, 8, 8)
+    row = torch.zeros(len(kernels.STEP_COEFFICIENTS))
+    row[:10] = torch.tensor(COEFFICIENTS)
+    for name, value in {
+        "e_output": 1.0,
+        "scale": 1.0,
+        "next_scale": 1.0,
+        "h0": 0.1,
+        "B0_output": 1.0,
+    }.items():
+        row[kernels.coefficient_index(name)] = value
+    rows = torch.stack([torch.arange(batch) + start for start in (0, batch, -batch, -batch)]).int()
+    signals, flags = torch.empty(batch, 4), torch.zeros(batch, dtype=torch.int32)
+    buffers = {"state": state, "prev_sample": prev_sample, "signals": signals, "flags": flags}
+    given = {"noise": noise, "coefficients": row.repeat(batch, 1), "rows": rows}
+    timed(lambda: kernels.guided_step_into(sample, output, output, **given, **buffers))
+    assert not flags.any() and prev_sample.isfinite().all()
+
+
 @pytest.mark.parametrize("batch", [1, 16])
 def test_top1_cosine(timed, batch):
     """The nearest of 100,000 unit vectors of 512 numbers, with int8 codes."""

@@ -30,7 +30,9 @@ STEP_COEFFICIENTS = (
     *(f"B{i}_{of}" for i in range(MAX_STATES) for of in ("sample", "output", "clipped", "noise")),
 )
 NARROW, WIDE = len(COEFFICIENTS), len(STEP_COEFFICIENTS)
+WIDTHS = (NARROW, WIDE)
 HALF = (torch.float16, torch.bfloat16)
+SINGLE, DOUBLE, COUNTS = (torch.float32,), (torch.float32, torch.float64), (torch.int32,)
 
 
 def coefficient_index(name: str) -> int:
@@ -83,43 +85,39 @@ def check_step(t: StepTensors) -> None:
 
     An engine calls this at every step, so the tensors are gone through in as few Python operations as can be.
     """
-    sample = t.sample
-    if sample.dim() < 2 or not sample.is_floating_point():
+    sample, coefficients, state = t.sample, t.coefficients, t.state
+    shape, dtype, device = sample.shape, sample.dtype, sample.device
+    if len(shape) < 2 or not dtype.is_floating_point:
         raise ValueError(f"`sample` must be floating [B, ...], got {describe(sample)}")
-    shape, device, like = sample.shape, sample.device, (sample.dtype,)
-    batch = shape[:1]
-    scalars = (torch.float32, torch.float64) if sample.dtype == torch.float64 else (torch.float32,)
-    check_network(t, shape)
-    check_coefficients(t.coefficients, shape[0], scalars, device)
+    batch, like = shape[:1], (dtype,)
+    scalars = DOUBLE if dtype == torch.float64 else SINGLE
+    exact = scalars[-1:]
+    check_network(t, shape, dtype, device)
+    check_coefficients(coefficients, shape[0], scalars, device)
     if t.similarity is None:
         check_gateless(t)
-    if t.state is not None:
-        check_states(t.state, shape, t.coefficients)
-    counts, exact = (torch.int32,), scalars[-1:]
-    wanted = (
-        ("similarity", t.similarity, batch, scalars),
-        ("noise", t.noise, shape, like),
-        ("rows", t.rows, (4, shape[0]), counts),
-        ("output_scale", t.output_scale, batch, scalars),
-    )
+    history = shape if state is None else states_shape(state, shape, coefficients)
     written = (
-        ("state", t.state, shape if t.state is None else (t.state.shape[0], *shape), exact),
+        ("state", state, history, exact),
         ("prev_sample", t.prev_sample, shape, like),
         ("x0_hat", t.x0_hat, shape, like),
         ("signals", t.signals, (shape[0], 3 if t.prev_sample is None else 4), exact),
-        ("flags", t.flags, batch, counts),
+        ("flags", t.flags, batch, COUNTS),
     )
-    for name, tensor, expected, dtypes in wanted + written:
-        if tensor is not None and not fits(tensor, expected, dtypes, device):
+    for name, tensor, expected, dtypes in (
+        ("similarity", t.similarity, batch, scalars),
+        ("noise", t.noise, shape, like),
+        ("rows", t.rows, (4, shape[0]), COUNTS),
+        ("output_scale", t.output_scale, batch, scalars),
+        *written,
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != expected or tensor.dtype not in dtypes or tensor.device != device:
             refuse(name, tensor, expected, dtypes, device)
     for name, tensor, _, _ in written:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"`{name}` must be contiguous (it is written), got strides {tensor.stride()}")
-
-
-def fits(tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device) -> bool:
-    """Return whether a tensor has this shape, device and one of these dtypes."""
-    return tensor.dtype in dtypes and tensor.shape == shape and tensor.device == device
 
 
 def refuse(
@@ -131,24 +129,27 @@ def refuse(
     raise ValueError(f"`{name}` must be [{dimensions}] {allowed} on {device}, got {describe(tensor)}")
 
 
-def check_network(t: StepTensors, shape: torch.Size) -> None:
+def check_network(t: StepTensors, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless the network's tensors are like `sample`, or of half precision beside fp32.
 
     Without rows they have the sample's shape, with them any number of rows of its shape, one at least.
     """
-    sample, device, dtype = t.sample, t.sample.device, t.eps_cond.dtype
-    beside = HALF if sample.dtype == torch.float32 else ()
-    like = (dtype,) if dtype in beside else (sample.dtype,)
-    of_row = shape[1:]
-    for name, tensor in zip(NETWORK, t[1:5], strict=True):
+    output, numbered, of_row = t.eps_cond.dtype, t.rows is not None, shape[1:]
+    beside = HALF if dtype == torch.float32 else ()
+    like = (output,) if output in beside else (dtype,)
+    for name, tensor, dtypes in (
+        ("eps_cond", t.eps_cond, like),
+        ("eps_uncond", None if t.eps_uncond is t.eps_cond else t.eps_uncond, like),
+        ("eps_neighbour", t.eps_neighbour, like),
+        ("similarity_grad", t.similarity_grad, (*like, torch.float32)),
+    ):
         if tensor is None:
             continue
         found = tensor.shape
-        expected = (found[0], *of_row) if t.rows is not None and (found[:1] > (0,) or not shape[0]) else shape
-        dtypes = (*like, torch.float32) if name == "similarity_grad" else like
-        if tensor.dtype not in dtypes or found != expected or tensor.device != device:
-            wanted = ("N >= 1", *of_row) if t.rows is not None else shape
-            refuse(name, tensor, wanted, (sample.dtype, *beside) if name == "eps_cond" else dtypes, device)
+        right = found[1:] == of_row and (found[0] > 0 or not shape[0]) if numbered else found == shape
+        if not right or tensor.dtype not in dtypes or tensor.device != device:
+            wanted = (dtype, *beside) if name == "eps_cond" else dtypes
+            refuse(name, tensor, ("N >= 1", *of_row) if numbered else shape, wanted, device)
 
 
 def check_coefficients(
@@ -156,7 +157,7 @@ def check_coefficients(
 ) -> None:
     """Raise ValueError unless `coefficients` is one row of 10 or 42, or one a sample."""
     shape = coefficients.shape
-    right_shape = shape[-1:] in ((NARROW,), (WIDE,)) and (len(shape) == 1 or shape[:-1] == (batch,))
+    right_shape = (len(shape) == 1 or (len(shape) == 2 and shape[0] == batch)) and shape[-1] in WIDTHS
     if right_shape and coefficients.dtype in dtypes and coefficients.device == device:
         return
     raise ValueError(
@@ -172,10 +173,12 @@ def check_gateless(t: StepTensors) -> None:
             raise ValueError(f"`{name}` needs `similarity` to open or close the gate, got None")
 
 
-def check_states(state: Tensor, shape: torch.Size, coefficients: Tensor) -> None:
-    """Raise ValueError unless there are at most three states, and coefficients for them: ten have none."""
-    if state.dim() != len(shape) + 1 or state.shape[0] > MAX_STATES:
+def states_shape(state: Tensor, shape: torch.Size, coefficients: Tensor) -> Sequence[int]:
+    """Return what the shape of `state` must be; ValueError for over three, or beside ten coefficients."""
+    found = state.shape
+    if len(found) != len(shape) + 1 or found[0] > MAX_STATES:
         expected = ", ".join(map(str, (f"S <= {MAX_STATES}", *shape)))
         raise ValueError(f"`state` must be [{expected}], got {describe(state)}")
-    if state.shape[0] > 0 and coefficients.shape[-1] == NARROW:
+    if found[0] > 0 and coefficients.shape[-1] == NARROW:
         raise ValueError(f"`state` needs `coefficients` of {WIDE} columns, got {describe(coefficients)}")
+    return (found[0], *shape)

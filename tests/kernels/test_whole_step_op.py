@@ -1,10 +1,13 @@
 """guided_step_into as a torch op: names, refusals, the meta device, opcheck and compilation."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amg.kernels as kernels
 from amg.kernels.extension import EXTENSION
@@ -148,3 +151,62 @@ def test_fullgraph_compilation_keeps_the_op_its_numbers_and_its_mutations(impl, 
     found = torch.compile(around, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*compiled)
     for output, expected in zip((*found, *compiled), (*truth, *eager), strict=True):
         assert torch.equal(output, expected)
+
+
+def test_who_listens_to_the_dispatcher_hears_the_op():
+    """Otherwise it is passed by on CPU: see ops.nobody_listens."""
+    heard = []
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    step, truth = make_step(), run(make_step(), None)
+    with Listener():
+        found = run(step, None)
+    assert heard.count("amg.guided_step_into.default") == 1
+    assert_same(found, truth)
+
+
+GUARDED = """
+import ctypes, mmap, torch, amg.kernels as kernels
+
+def at_the_end(tensor):
+    # A copy whose last byte is the last of its page; the page after it may not be touched.
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, 0) == 0
+    moved = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size)
+    return moved.view(tensor.shape).copy_(tensor)
+
+torch.manual_seed(0)
+rows = torch.tensor([[0, -1], [3, 2], [0, 1], [2, -1]], dtype=torch.int32)
+for width in (1, 3, 7, 9, 16, 17, 65, 1000):
+    for dtype, network in ((torch.float32,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)):
+        for count in (1, 2, 3):
+            output, neighbour, gradient = (torch.rand(n, width).to(network) for n in (4, 2, 3))
+            sample, noise = torch.rand(2, 2, width).to(dtype)
+            keywords = dict(similarity=torch.tensor([0.8, 0.9]), noise=noise, coefficients=torch.rand(2, 42),
+                            rows=rows, state=torch.rand(count, 2, width), output_scale=torch.rand(2),
+                            prev_sample=sample.clone(), x0_hat=sample.clone(), signals=torch.rand(2, 4),
+                            flags=torch.zeros(2, dtype=torch.int32))
+            tensors = (sample, output, output, neighbour, gradient)
+            moved = {name: at_the_end(value) for name, value in keywords.items()}
+            kernels.guided_step_into(*map(at_the_end, tensors), **moved, impl="cpp")
+            kernels.guided_step_into(*tensors, **keywords, impl="cpp")
+            assert all(torch.equal(value, keywords[name]) for name, value in moved.items())
+print("nothing beyond the end was touched")
+"""
+
+
+@needs_extension
+def test_cpp_touches_nothing_beyond_the_last_byte():
+    """In its own process, because a fault ends it."""
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", GUARDED], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout == "nothing beyond the end was touched\n"
