@@ -144,7 +144,7 @@ def encode_rows(rows: Tensor, *, impl: str | None = None) -> Codes:
     """int8 screening codes of rows [N, D] (fp32, fp16, bf16): Codes(codes [N, D], scales [N], errors [N]).
 
     ‖r − scales·codes‖₂ ≤ errors holds exactly for every row (the error is rounded up). ValueError on a
-    wrong shape or dtype and on non-finite rows.
+    wrong shape or dtype and on non-finite rows: rows are checked here, once, and in no search.
     """
     refuse_grad(rows)
     return Codes(*torch.ops.amg.encode_rows(rows, impl))
@@ -157,8 +157,10 @@ def top1_cosine(
 
     queries [B, D] floating, normalised here; rows [N, D] fp32, fp16 or bf16, unit by contract and used as
     stored. The similarity is the float64 dot product rounded to fp32; ties go to the lowest row. codes
-    (from encode_rows) only save work: they screen, the rows decide. ValueError on a wrong shape, dtype or
-    device, on a zero or non-finite query and on non-finite rows.
+    (from encode_rows) only save work: they screen, the rows decide. No value is looked at on the host: a
+    query that is zero (of norm < 1e-150) or not finite has similarity NaN and row 0, others are untouched;
+    rows must be finite (and below 1e18 in the C++), else similarity NaN and row 0 where a search meets one
+    that is not. ValueError on a wrong shape, dtype or device.
     """
     similarity, row = topk_cosine(queries, rows, 1, codes=codes, impl=impl)
     return Top1(similarity.squeeze(1), row.squeeze(1))
@@ -179,7 +181,9 @@ def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl:
     queries [B, P] floating in [0, 1]; rows [N, P] uint8 (read as fp32 r/255) or floating; k is capped at N.
     Returns NL2(value [B], row [B] int64 of the nearest n0, distance = ℓ2(q, n0), denominator = α·mean),
     fp32, from float64 direct differences; ties go to the lowest row; 0/0 (k copies) is 0. Smaller is closer:
-    σ = −value. ValueError on a wrong shape, dtype, device, k, alpha, and on non-finite queries or rows.
+    σ = −value. No value is looked at on the host: value, distance and denominator are NaN and row 0 for a
+    query that is not finite, others are untouched, and where a search meets a row that is not finite (the C++
+    takes values below 1e18). ValueError on a wrong shape, dtype, device, k, alpha.
     """
     refuse_grad(queries, rows)
     return NL2(*torch.ops.amg.nl2(queries, rows, k, alpha, impl))

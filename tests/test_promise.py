@@ -309,9 +309,9 @@ def test_the_host_reads_once_of_the_images_and_once_under_each_index(
     with monkeypatch.context() as patch:
         found = reads.watch(patch)
         check(images, index, (), config, flights)
-        assert len(found.ours) == 2
+        assert len(found) == 2
         check(images, index, [other], config, flights)
-        assert len(found.ours) == 2 + 3
+        assert len(found) == 2 + 3
 
 
 @pytest.mark.parametrize("what", ["similarity", "guard"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,21 +18,14 @@ BLOCK_VALUES = 1 << 22
 
 
 class Nearest(NamedTuple):
-    """Closest row of each query: similarity [B] fp32, row [B] int64, extras the NL2 tuple or None."""
+    """Closest row of each query: similarity [B] fp32, row [B] int64, extras the NL2 tuple or None.
+
+    NaN and row 0 for a query that is not finite, or zero under cosine.
+    """
 
     similarity: torch.Tensor
     row: torch.Tensor
     extras: NL2 | None
-
-    def where(self, usable: torch.Tensor) -> Nearest:
-        """This, but NaN and row 0 for the queries that are not `usable` [B] bool."""
-        row = where_rows(usable, self.row, 0)
-        similarity = where_rows(usable, self.similarity, math.nan)
-        if self.extras is None:
-            return Nearest(similarity, row, None)
-        value, _, *scales = self.extras
-        value, distance, denominator = (where_rows(usable, one, math.nan) for one in (value, *scales))
-        return Nearest(similarity, row, NL2(value, row, distance, denominator))
 
 
 class Searcher(Protocol):
@@ -73,7 +65,8 @@ class ExactPixels:
         denominator = amg.kernels.nl2(queries, self.rows, k=NL2_NEIGHBOURS, alpha=NL2_ALPHA).denominator
         distance, row = closest_pixels(queries.double(), self.rows, k)
         similarity = -distance / denominator[:, None]
-        return torch.where(distance == 0, 0.0, similarity), row  # 0 / 0 (k copies) is 0
+        similarity = torch.where(distance == 0, 0.0, similarity)  # 0 / 0 (k copies) is 0
+        return similarity, where_rows(~denominator.isnan(), row, 0)
 
 
 def as_pixels(rows: torch.Tensor) -> torch.Tensor:

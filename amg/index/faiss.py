@@ -13,6 +13,7 @@ import torch
 
 import amg.kernels
 from amg.index.exact import NL2_ALPHA, NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
+from amg.index.usable import finite_rows, where_rows
 from amg.kernels import NL2
 
 TRAINING_ROWS = 200_000
@@ -90,6 +91,7 @@ class FaissSearcher:
             for query, some, good in zip(queries, candidates, usable, strict=True)
         ]
         found = NL2(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        found = found._replace(row=where_rows(~found.value.isnan(), found.row, 0))
         return Nearest(-found.value, found.row, found)
 
     def top(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +104,7 @@ class FaissSearcher:
             exact = self.exact if chosen is None else _exact_over(self.rows[chosen], self.metric)
             similarity[at], found = (part[0] for part in exact.top(query, k))
             row[at] = found if chosen is None else chosen[found]
-        return similarity, row
+        return similarity, where_rows(~similarity[:, 0].isnan(), row, 0)
 
     def _nl2_exactly(self, query: torch.Tensor) -> NL2:
         found = self.exact.nearest(query[None]).extras
@@ -110,10 +112,13 @@ class FaissSearcher:
         return found
 
     def _candidates(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, list[bool]]:
-        """Candidate rows [B, m] (−1 where faiss has none) and whether each query has enough."""
+        """Candidate rows [B, m] (−1 where faiss has none) and whether each query has enough.
+
+        Zeros are what faiss gets of a query that is not finite.
+        """
         needed = min(max(k, NL2_NEIGHBOURS) if self.metric == "nl2" else k, len(self.rows))
         fetch = min(max(FEWEST_CANDIDATES, OVERFETCH * needed), len(self.rows))
-        values = queries.detach().float().cpu().contiguous().numpy()
+        values = where_rows(finite_rows(queries), queries.detach().float(), 0.0).cpu().contiguous().numpy()
         with self.lock:
             row = torch.from_numpy(self.index.search(values, fetch)[1]).to(self.rows.device)
         return row, ((row >= 0).sum(1) >= needed).tolist()

@@ -6,7 +6,6 @@ of the same pictures, which only ever looks: the cosine of their luminance gradi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch.nn.functional import interpolate, pad
 import amg.kernels
 from amg.index.errors import IndexVersionError
 from amg.index.store import GUARD, Manifest, map_file
-from amg.index.usable import finite_rows, where_rows
+from amg.index.usable import nan_unless_finite, where_rows
 
 SKETCH = "forward differences of luminance (Rec. 601) at 32x32, unit norm, version 1"
 SKETCH_SIDE = 32
@@ -50,12 +49,10 @@ class Guard:
         Exact search over all sketches; a picture without structure is like none (0). Looks at no value: of a
         picture that is not finite similarity is NaN and row 0.
         """
-        usable = finite_rows(images)
-        queries = _directions(where_rows(usable, images, 0.0)).to(self.sketches.device)
+        queries = _directions(nan_unless_finite(images)).to(self.sketches.device)
         found = amg.kernels.top1_cosine(queries, self.sketches)
-        row = self.rows[found.row.to(self.rows.device)].to(images.device)
-        similarity = found.similarity.to(images.device)
-        return Alike(where_rows(usable, similarity, math.nan), where_rows(usable, row, 0))
+        row = where_rows(~found.similarity.isnan(), self.rows[found.row], 0)
+        return Alike(found.similarity.to(images.device), row.to(images.device))
 
     def to(self, device: torch.device) -> Guard:
         """This guard with its sketches on another device."""
@@ -95,8 +92,8 @@ def _directions(images: Tensor) -> Tensor:
 def _differences(images: Tensor) -> Tensor:
     """[B, 3, H, W] -> fp32 [B, 2·32·32]: horizontal, then vertical differences, 0 where there is no next."""
     images = images.detach().float().clamp(0, 1)
-    weights = torch.tensor(LUMINANCE, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    grey = (images * weights).sum(1, keepdim=True)
+    red, green, blue = (colour * weight for colour, weight in zip(images.split(1, 1), LUMINANCE, strict=True))
+    grey = red + green + blue
     size = (SKETCH_SIDE, SKETCH_SIDE)
     if grey.shape[-2:] != size:
         grey = interpolate(grey, size=size, mode="bilinear", antialias=True, align_corners=False)

@@ -311,8 +311,7 @@ class Index:
         or zero under cosine, similarity and extras are NaN and row 0; the others are what they would be
         without it. Raises ValueError for a wrong shape, dtype or device.
         """
-        queries, usable = searchable(self._require_vectors(vectors), self.metric)
-        return self.searcher.nearest(queries).where(usable)
+        return self.searcher.nearest(searchable(self._require_vectors(vectors), self.metric))
 
     @torch.no_grad()
     @full_precision()
@@ -326,12 +325,12 @@ class Index:
         """
         self.seal.check()
         images = images.to(self.device)
-        queries, usable = searchable(self._require_vectors(self.encode(images)), self.metric)
+        queries = searchable(self._require_vectors(self.encode(images)), self.metric)
         found = self.with_searcher("exact").searcher.nearest(queries)
         if self.members is not None:
             found = self.members.nearer(queries, found)
-        similarity, row, _ = found.where(usable)
-        return Closest(similarity, row, None if self.guard is None else self.guard.nearest(images))
+        alike = None if self.guard is None else self.guard.nearest(images)
+        return Closest(found.similarity, found.row, alike)
 
     @full_precision()
     def search(self, queries: Any, k: int = 1) -> Hits:

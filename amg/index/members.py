@@ -29,12 +29,13 @@ class Members:
     def nearer(self, queries: Tensor, found: Nearest) -> Nearest:
         """What was `found` of each query [B, D] among the rows, or the row of a member that is closer.
 
-        Exact. nl2: over the rows' denominator, which duplicates among the nearest would make small.
+        Exact. nl2: over the rows' denominator, which duplicates among the nearest would make small. NaN where
+        either similarity is: what could not be measured is no evidence.
         """
         similarity, member = self._nearest(queries, found.extras)
         row, nearer = self.rows.to(member.device)[member], similarity > found.similarity
         return found._replace(
-            similarity=torch.where(nearer, similarity, found.similarity),
+            similarity=torch.maximum(similarity, found.similarity),
             row=torch.where(nearer, row, found.row),
         )
 

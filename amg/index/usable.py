@@ -1,7 +1,6 @@
 """Rows that can be measured, told from the others without reading a value on the host.
 
-One sample's NaN must fail that sample alone: its row is searched for by a stand-in, as the kernels refuse
-what is not finite, and its answer is NaN.
+One sample's NaN must fail that sample alone: the kernels answer what is not finite with NaN.
 """
 
 from __future__ import annotations
@@ -27,17 +26,9 @@ def nan_unless_finite(values: Tensor) -> Tensor:
     return where_rows(finite_rows(values), values, math.nan)
 
 
-def searchable(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Queries [B, D] that every searcher takes, and which of them are the `vectors` asked for, [B] bool.
-
-    cosine: unit fp32; a row of zeros, or not finite, is the constant one. nl2: as they are, else zeros.
-    """
-    if metric == "nl2":
-        usable = finite_rows(vectors)
-        return where_rows(usable, vectors, 0.0), usable
-    units = directions(vectors)
-    usable = ~units.isnan().any(1)
-    return where_rows(usable, units, units.shape[1] ** -0.5), usable
+def searchable(vectors: Tensor, metric: str) -> Tensor:
+    """Queries [B, D] as searchers take them. cosine: unit fp32, see `directions`; nl2: as they are."""
+    return directions(vectors) if metric == "cosine" else vectors
 
 
 def directions(vectors: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu_level.h"
@@ -29,6 +30,7 @@ struct PreparedQueries {
   std::vector<std::uint8_t> bytes;
   std::vector<std::int8_t> centred;
   std::vector<std::int64_t> squares;
+  std::vector<bool> usable;  // the others are prepared as zeros
 };
 
 // ℓ2 in single precision, not below the double one.
@@ -59,9 +61,16 @@ void prepare_floats(const double* query, std::int64_t index, std::int64_t pixels
   prepared.lost[index] = rounded_up_l2(lost, pixels);
 }
 
+bool all_finite(const double* query, std::int64_t pixels) {
+  double zero = 0;
+  for (std::int64_t i = 0; i < pixels; ++i) zero += query[i] * 0.0;
+  return zero == 0;
+}
+
 PreparedQueries prepare_queries(const Nl2Args& args, std::int64_t padded) {
   PreparedQueries prepared;
   const bool bytes = args.dtype == DType::u8;
+  prepared.usable.resize(args.batch);
   prepared.lost.assign(args.batch, 0.0f);
   prepared.squares.assign(args.batch, 0);
   prepared.pixels.assign(bytes ? 0 : args.batch * padded, 0.0f);
@@ -69,15 +78,21 @@ PreparedQueries prepare_queries(const Nl2Args& args, std::int64_t padded) {
   prepared.centred.assign(bytes ? args.batch * padded : 0, 0);
   for (std::int64_t index = 0; index < args.batch; ++index) {
     const double* query = args.queries + index * args.pixels;
-    (bytes ? prepare_bytes : prepare_floats)(query, index, args.pixels, padded, prepared);
+    prepared.usable[index] = all_finite(query, args.pixels);
+    if (prepared.usable[index]) (bytes ? prepare_bytes : prepare_floats)(query, index, args.pixels, padded, prepared);
   }
   return prepared;
 }
 
 std::int64_t element_size(DType dtype) { return dtype == DType::u8 ? 1 : dtype == DType::f32 ? 4 : 2; }
 
-// `best` holds −ℓ2 of the k nearest, nearest first.
+// `best` holds −ℓ2 of the k nearest, nearest first; nothing where there is no answer.
 void write_result(const Nl2Args& args, std::int64_t query, const std::vector<Candidate>& best) {
+  if (best.empty()) {
+    args.value[query] = args.distance[query] = args.denominator[query] = std::numeric_limits<float>::quiet_NaN();
+    args.row[query] = 0;
+    return;
+  }
   double total = 0;
   for (const Candidate& candidate : best) total -= candidate.upper;
   const double denominator = args.alpha * (total / static_cast<double>(best.size()));
@@ -103,7 +118,7 @@ void nl2(const Nl2Args& args) {
     return -static_cast<float>(kernels.distance(args.queries + query * args.pixels, address, args.dtype, args.pixels));
   };
   const DistanceScanFunction run = args.dtype == DType::u8 ? kernels.scan_bytes : kernels.scan_floats;
-  search_rows(args.batch, args.count, args.k, args.num_threads, exact,
+  search_rows(prepared.usable, args.count, args.k, args.num_threads, exact,
               [&](std::int64_t begin, std::int64_t end, const Screen& screen) { run(scan, begin, end, screen); },
               [&](std::int64_t query, const std::vector<Candidate>& best) { write_result(args, query, best); });
 }

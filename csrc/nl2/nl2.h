@@ -42,7 +42,7 @@ namespace avx512 { DistanceKernels distance_kernels(); }
 
 // All pointers are contiguous tensors.
 struct Nl2Args {
-  const double* queries;  // [batch, pixels], finite
+  const double* queries;  // [batch, pixels]
   const void* rows;       // [count, pixels]
   float* value;           // these four are [batch]
   std::int64_t* row;
@@ -54,7 +54,7 @@ struct Nl2Args {
   int num_threads;
 };
 
-// Throws std::invalid_argument where a row makes a distance NaN.
+// NaN and row 0 for a query that is not finite, or where a row makes a distance NaN.
 void nl2(const Nl2Args& args);
 
 }  // namespace amg

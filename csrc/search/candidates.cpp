@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 
 #include "search/offer.h"
 #include "search/threads.h"
@@ -21,11 +20,15 @@ Candidates::Candidates(std::int64_t k, ExactScore exact)
   best_lowers_.reserve(k);
 }
 
+void Candidates::fail() {
+  failed_ = true;
+  floor_ = std::numeric_limits<float>::infinity();
+  entries_.clear();
+}
+
 float Candidates::offer(std::int64_t row, float score, float slack) {
-  if (!(score - slack <= score + slack)) {  // NaN, or an infinity that makes one
-    saw_nan_ = true;
-    return floor_;
-  }
+  if (!(score - slack <= score + slack)) fail();  // NaN, or an infinity that makes one
+  if (failed_) return floor_;
   entries_.push_back({row, score - slack, score + slack});
   raise_floor(score - slack);
   if (entries_.size() >= capacity_) {
@@ -56,9 +59,8 @@ void Candidates::drop_below_floor() {
 void Candidates::rescore() {
   for (Candidate& entry : entries_)
     if (entry.lower != entry.upper) {
-      const float exact = exact_(entry.row);
-      if (std::isnan(exact)) saw_nan_ = true;
-      entry.lower = entry.upper = std::isnan(exact) ? -std::numeric_limits<float>::infinity() : exact;
+      entry.lower = entry.upper = exact_(entry.row);
+      if (!std::isfinite(entry.upper)) return fail();
     }
   const auto better = [](const Candidate& a, const Candidate& b) {
     return a.upper != b.upper ? a.upper > b.upper : a.row < b.row;
@@ -71,7 +73,7 @@ void Candidates::rescore() {
 }
 
 void Candidates::absorb(const Candidates& other) {
-  saw_nan_ = saw_nan_ || other.saw_nan_;
+  if (failed_ || other.failed_) return fail();
   entries_.insert(entries_.end(), other.entries_.begin(), other.entries_.end());
   for (const Candidate& entry : other.entries_) raise_floor(entry.lower);
 }
@@ -82,14 +84,19 @@ const std::vector<Candidate>& Candidates::settle() {
   return entries_;
 }
 
-static CandidateTable make_table(std::int64_t queries, std::int64_t k,
-                          const std::function<float(std::int64_t query, std::int64_t row)>& exact) {
+static CandidateTable make_table(const std::vector<bool>& usable, std::int64_t k,
+                                 const std::function<float(std::int64_t query, std::int64_t row)>& exact) {
+  const std::int64_t queries = static_cast<std::int64_t>(usable.size());
   CandidateTable table;
   table.sets.reserve(queries);
   for (std::int64_t query = 0; query < queries; ++query)
     table.sets.emplace_back(k, [&exact, query](std::int64_t row) { return exact(query, row); });
   table.floors.assign((queries + 15) / 16 * 16, std::numeric_limits<float>::infinity());
-  std::fill_n(table.floors.begin(), queries, -std::numeric_limits<float>::infinity());
+  for (std::int64_t query = 0; query < queries; ++query)
+    if (usable[query])
+      table.floors[query] = -std::numeric_limits<float>::infinity();
+    else
+      table.sets[query].fail();
   return table;
 }
 
@@ -97,36 +104,31 @@ void offer(const Screen& screen, std::int64_t query, std::int64_t row, float sco
   screen.table->floors[query] = screen.table->sets[query].offer(row, score, slack);
 }
 
-// Merges all threads' candidates and hands over each query's best; true where a score was NaN.
-static bool settle_tables(std::vector<CandidateTable>& tables, int num_threads,
+// Merges all threads' candidates and hands over each query's best.
+static void settle_tables(std::vector<CandidateTable>& tables, int num_threads,
                           const std::function<void(std::int64_t query, const std::vector<Candidate>& best)>& take) {
   std::vector<Candidates>& merged = tables.front().sets;
   const std::int64_t queries = static_cast<std::int64_t>(merged.size());
-  bool saw_nan = false;
-#pragma omp parallel for num_threads(num_threads) reduction(|| : saw_nan)
+#pragma omp parallel for num_threads(num_threads)
   for (std::int64_t query = 0; query < queries; ++query) {
     for (std::size_t thread = 1; thread < tables.size(); ++thread) merged[query].absorb(tables[thread].sets[query]);
-    const std::vector<Candidate>& best = merged[query].settle();
-    saw_nan = saw_nan || merged[query].saw_nan();
-    if (!merged[query].saw_nan()) take(query, best);
+    take(query, merged[query].settle());
   }
-  return saw_nan;
 }
 
-void search_rows(std::int64_t queries, std::int64_t count, std::int64_t k, int num_threads,
+void search_rows(const std::vector<bool>& usable, std::int64_t count, std::int64_t k, int num_threads,
                  const std::function<float(std::int64_t query, std::int64_t row)>& exact,
                  const std::function<void(std::int64_t begin, std::int64_t end, const Screen& screen)>& screen,
                  const std::function<void(std::int64_t query, const std::vector<Candidate>& best)>& take) {
   const std::int64_t shares = std::max<std::int64_t>(1, std::min<std::int64_t>(num_threads, count / kRowsPerThread));
   std::vector<CandidateTable> tables;
-  for (std::int64_t share = 0; share < shares; ++share) tables.push_back(make_table(queries, k, exact));
+  for (std::int64_t share = 0; share < shares; ++share) tables.push_back(make_table(usable, k, exact));
 #pragma omp parallel for num_threads(static_cast<int>(shares)) schedule(static, 1)
   for (std::int64_t share = 0; share < shares; ++share) {
     const Screen view{&tables[share], tables[share].floors.data()};
     screen(count * share / shares, count * (share + 1) / shares, view);
   }
-  if (settle_tables(tables, num_threads, take))
-    throw std::invalid_argument("`rows` must be finite (and, like `queries`, below 1e18 in magnitude), got a score of nan");
+  settle_tables(tables, num_threads, take);
 }
 
 }  // namespace amg

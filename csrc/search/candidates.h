@@ -20,16 +20,18 @@ class Candidates {
 
   Candidates(std::int64_t k, ExactScore exact);
 
+  // Rejects every row from now on: no answer can be given.
+  void fail();
+
   // Takes row's bounds score ± slack; returns the floor: rows whose upper bound is below it cannot be among the k best.
+  // A score that is not finite fails the query.
   float offer(std::int64_t row, float score, float slack);
 
   // Adds another thread's candidates for the same query.
   void absorb(const Candidates& other);
 
-  // The k best rows, exactly scored, best first, ties to the lowest row.
+  // The k best rows, exactly scored, best first, ties to the lowest row; none where the query failed.
   const std::vector<Candidate>& settle();
-
-  bool saw_nan() const { return saw_nan_; }
 
  private:
   void raise_floor(float lower);
@@ -42,7 +44,7 @@ class Candidates {
   std::vector<Candidate> entries_;
   std::vector<float> best_lowers_;  // heap, smallest on top, of the k largest lower bounds
   float floor_;
-  bool saw_nan_ = false;
+  bool failed_ = false;
 };
 
 // One thread's candidates for all queries. Filled by the kernels of every level through offer().

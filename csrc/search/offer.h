@@ -20,7 +20,7 @@ void offer(const Screen& screen, std::int64_t query, std::int64_t row, float sco
 
 namespace {
 
-// Offers a row unless its upper bound is below the query's floor. NaN is always offered, to be refused there.
+// Offers a row unless its upper bound is below the query's floor. NaN is always offered: it fails the query.
 inline void screen_score(const amg::Screen& screen, std::int64_t query, std::int64_t row, float score, float slack) {
   if (!(score + slack < screen.floors[query])) amg::offer(screen, query, row, score, slack);
 }

@@ -11,8 +11,9 @@
 namespace amg {
 
 // `screen` offers rows [begin, end); `exact` decides between what is left; `take` receives each query's k best rows,
-// best first. Throws std::invalid_argument where a score is NaN.
-void search_rows(std::int64_t queries, std::int64_t count, std::int64_t k, int num_threads,
+// best first, and none for a query that is not usable or that met a score which is not finite. `screen` must offer
+// finite scores of the queries that are not usable, so that they pass no gate.
+void search_rows(const std::vector<bool>& usable, std::int64_t count, std::int64_t k, int num_threads,
                  const std::function<float(std::int64_t query, std::int64_t row)>& exact,
                  const std::function<void(std::int64_t begin, std::int64_t end, const Screen& screen)>& screen,
                  const std::function<void(std::int64_t query, const std::vector<Candidate>& best)>& take);

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -30,6 +31,7 @@ CosineKernels level_kernels() {
 // Everything the kernels need of the queries, in their layouts.
 struct PreparedQueries {
   std::vector<double> norms;
+  std::vector<bool> usable;  // the others are prepared as zeros
   std::vector<float> unit, scales, errors, reach;
   std::vector<std::int8_t> codes;
   std::vector<std::uint8_t> packed;
@@ -95,6 +97,7 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   const std::int64_t lanes = (args.batch + kLanes - 1) / kLanes * kLanes;
   PreparedQueries prepared;
   prepared.norms.resize(args.batch);
+  prepared.usable.resize(args.batch);
   std::vector<double> unit(padded);
   prepared.unit.assign(args.batch * padded, 0.0f);
   prepared.codes.assign(args.batch * padded, 0);
@@ -105,6 +108,8 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   for (std::int64_t query = 0; query < args.batch; ++query) {
     const double* raw = args.queries + query * args.dimension;
     prepared.norms[query] = std::sqrt(lane_sum(args.dimension, [raw](std::int64_t i) { return raw[i] * raw[i]; }));
+    prepared.usable[query] = prepared.norms[query] >= kMinNorm && std::isfinite(prepared.norms[query]);
+    if (!prepared.usable[query]) continue;
     for (std::int64_t i = 0; i < args.dimension; ++i) {
       unit[i] = raw[i] / prepared.norms[query];
       prepared.unit[query * padded + i] = static_cast<float>(unit[i]);
@@ -116,6 +121,17 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
 }
 
 std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+void write_result(const CosineArgs& args, std::int64_t query, const std::vector<Candidate>& best) {
+  float* similarity = args.similarity + query * args.k;
+  std::int64_t* row = args.row + query * args.k;
+  std::fill_n(similarity, args.k, std::numeric_limits<float>::quiet_NaN());
+  std::fill_n(row, args.k, std::int64_t{0});
+  for (std::size_t rank = 0; rank < best.size(); ++rank) {
+    similarity[rank] = best[rank].upper;
+    row[rank] = best[rank].row;
+  }
+}
 
 }  // namespace
 
@@ -133,14 +149,9 @@ void topk_cosine(const CosineArgs& args) {
     return static_cast<float>(dot / prepared.norms[query]);
   };
   const ScanFunction run = args.codes == nullptr ? kernels.scan_rows : kernels.scan_codes;
-  search_rows(args.batch, args.count, args.k, args.num_threads, exact,
+  search_rows(prepared.usable, args.count, args.k, args.num_threads, exact,
               [&](std::int64_t begin, std::int64_t end, const Screen& screen) { run(scan, begin, end, screen); },
-              [&](std::int64_t query, const std::vector<Candidate>& best) {
-                for (std::int64_t rank = 0; rank < args.k; ++rank) {
-                  args.similarity[query * args.k + rank] = best[rank].upper;
-                  args.row[query * args.k + rank] = best[rank].row;
-                }
-              });
+              [&](std::int64_t query, const std::vector<Candidate>& best) { write_result(args, query, best); });
 }
 
 void encode_rows(const void* rows, DType dtype, std::int64_t count, std::int64_t dimension, std::int8_t* codes,

@@ -12,6 +12,7 @@ struct Screen;
 constexpr std::int64_t kLanes = 16;        // queries side by side in the packed layout
 constexpr std::int64_t kPadding = 64;      // query rows are padded with zeros to a multiple of this
 constexpr std::int64_t kPackedFrom = 9;    // queries from which lanes hold queries instead of dimensions
+constexpr double kMinNorm = 1e-150;        // the squares of a query below this lose digits, then vanish
 constexpr float kRoundingSlack = 2e-6f;    // per unit of row norm: fp32 roundings of the score, and ties in fp32
 
 // What the kernels screen: rows, or their int8 codes, against prepared queries.
@@ -53,7 +54,7 @@ namespace avx512 { CosineKernels cosine_kernels(); }
 
 // One search. All pointers are contiguous tensors; codes, scales and errors are null or given together.
 struct CosineArgs {
-  const double* queries;  // [batch, dimension], finite, not zero
+  const double* queries;  // [batch, dimension]
   const void* rows;
   const std::int8_t* codes;
   const float* scales;
@@ -65,7 +66,7 @@ struct CosineArgs {
   int num_threads;
 };
 
-// Throws std::invalid_argument where a row makes a score NaN.
+// Similarity NaN and row 0 for a query that is not finite or shorter than kMinNorm, or where a row makes a score NaN.
 void topk_cosine(const CosineArgs& args);
 
 // Encodes [count, dimension] rows; throws std::invalid_argument naming the first row that is not finite.

@@ -91,11 +91,12 @@ def nl2(queries: Tensor, rows: Tensor, k: int, alpha: float) -> tuple[Tensor, Te
     if len(queries) == 0:
         nothing = rows.new_empty(0, dtype=torch.float32)
         return nothing, nothing.long(), nothing.clone(), nothing.clone()
+    usable = pixels.isfinite().all(1, keepdim=True)
+    pixels = torch.where(usable, pixels, 0.0)
     bounds = block_bounds(pixels, rows)
+    bounds.floor.masked_fill_(~usable[:, 0], torch.inf)  # which no block reaches
     exact = search.Exact(rows, pixels, None, exact_closeness)
     closeness, row = search.best_rows(exact, bounds, k)
-    if search.any_not_finite(closeness):
-        raise ValueError("`rows` must be finite, got a distance that is not")
     distances = -closeness.double()
     distance, denominator = distances[:, 0], alpha * distances.mean(1)
     value = torch.where(distance == 0, 0.0, distance / denominator)

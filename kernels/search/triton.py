@@ -13,16 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .answer import ranked_or_nan
+
 BLOCK_ROWS = 128  # rows a screening program takes, and the unit that is dropped or kept
 EXACT_ROWS = 16  # rows scored exactly at a time by a top-k search
 EXACT_COLUMNS = 128
+KEPT = 2**16  # rows of a query that the programs of a top-k search keep together
 LIST_CHUNK = 2048  # blocks looked at together when the survivors are listed
 SCAN_CHUNK = 1024  # blocks looked at together where a top-1 search looks for survivors
 SCAN_ROWS = 8  # rows that it scores exactly at a time
 SCAN_COLUMNS = 256
 SHARES = 2048  # its programs, all queries together
 SHARE_CHUNK = 1024  # programs whose answers are compared at a time
-SCORES_AT_ONCE = 2**22  # exact scores held by a top-k search
 BYTES_A_STEP = 128  # of each row, in one step of the dot product: a cache line
 TF32_STEP = 2.0**-10  # relative error of an fp32 row read as TF32, whether rounded or cut off
 SUM_STEP = 4 * 2.0**-24  # per term of an MMA sum: the units cut off what they align before adding
@@ -161,7 +163,7 @@ def best_in_blocks(
 
 @triton.jit(do_not_specialize=["batch", "shares"])
 def best_of_shares(scores, best_rows, score, row, batch, shares, CHUNK: tl.constexpr):
-    """Program q finds the best of query q's shares; ties go to the lowest row."""
+    """Program q finds the best of query q's shares, ties to the lowest row; NaN and row 0 if not finite."""
     query = tl.program_id(0).to(tl.int64)
     best = tl.full([CHUNK], float("-inf"), tl.float32)
     best_row = tl.full([CHUNK], 2**62, tl.int64)
@@ -175,20 +177,24 @@ def best_of_shares(scores, best_rows, score, row, batch, shares, CHUNK: tl.const
         )
         best = tl.maximum(other, best)
     top = tl.max(best, axis=0)
-    tl.store(score + query, top)
-    tl.store(row + query, tl.min(tl.where(best == top, best_row, 2**62), axis=0))
+    ranked = tl.abs(top) < float("inf")
+    tl.store(score + query, tl.where(ranked, top, float("nan")))
+    best_row = tl.min(tl.where(best == top, best_row, 2**62), axis=0)
+    tl.store(row + query, tl.where(ranked, best_row, 0))
 
 
-@triton.jit(do_not_specialize=["first", "slots", "count", "blocks"])
-def scores_in_blocks(
+@triton.jit(do_not_specialize=["k", "shares", "count", "blocks"])
+def best_in_list(
     rows,
     queries,
     norms,
+    floor,
     listed,
     number,
     scores,
-    first,
-    slots,
+    best_rows,
+    k,
+    shares,
     count,
     dimension,
     blocks,
@@ -196,19 +202,36 @@ def scores_in_blocks(
     BLOCK_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Program (q, slot, part) scores a part of query q's listed block first + slot; −inf past the list."""
+    """Program (q, share) keeps the k best of its part of query q's listed blocks, in any order, else −inf.
+
+    A share is every shares-th part of the list, so that rows ascend within it and ties go to the lowest.
+    Only rows that reach the floor are looked at: k rows do.
+    """
     PARTS: tl.constexpr = BLOCK_ROWS // ROWS
-    query = (tl.program_id(0) // (slots * PARTS)).to(tl.int64)
-    item = tl.program_id(0) % (slots * PARTS)
-    slot = first + item // PARTS
-    out = scores + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if slot < tl.load(number + query):
-        block = tl.load(listed + query * blocks + slot).to(tl.int64)
+    query = (tl.program_id(0) // shares).to(tl.int64)
+    slot = tl.arange(0, KEPT)
+    best = tl.where(slot < k, float("-inf"), float("inf"))
+    best_row = tl.full([KEPT], 2**62, tl.int64)
+    lowest = tl.load(floor + query)
+    for item in range(tl.program_id(0) % shares, tl.load(number + query) * PARTS, shares):
+        block = tl.load(listed + query * blocks + item // PARTS).to(tl.int64)
         here = block * BLOCK_ROWS + (item % PARTS) * ROWS + tl.arange(0, ROWS)
-        tl.store(out, exact_scores(rows, queries, norms, here, query, count, dimension, SCORE, BLOCK_K))
-    else:
-        tl.store(out, tl.full([ROWS], float("-inf"), tl.float32))
+        score = exact_scores(rows, queries, norms, here, query, count, dimension, SCORE, BLOCK_K)
+        score = tl.where(score >= lowest, score, float("-inf"))
+        top, least = tl.max(score, axis=0), tl.min(best, axis=0)
+        while top > least:
+            top_row = tl.min(tl.where(score == top, here, 2**62), axis=0)
+            last = tl.max(tl.where(best == least, best_row, -1), axis=0)  # of equal ones the highest row goes
+            place = tl.min(tl.where((best == least) & (best_row == last), slot, KEPT), axis=0)
+            best = tl.where(slot == place, top, best)
+            best_row = tl.where(slot == place, top_row, best_row)
+            score = tl.where(here == top_row, float("-inf"), score)
+            top, least = tl.max(score, axis=0), tl.min(best, axis=0)
+    out = tl.program_id(0).to(tl.int64) * k + slot
+    tl.store(scores + out, best, slot < k)
+    tl.store(best_rows + out, best_row, slot < k)
 
 
 class Bounds(NamedTuple):
@@ -269,25 +292,21 @@ def screening_warps(block_queries: int) -> int:
 
 
 def best_rows(exact: Exact, bounds: Bounds, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best scores and rows [B, k], best first, ties to the lowest row; +inf if not finite.
+    """Return the k best scores and rows [B, k], best first, ties to the lowest row.
 
-    Only k > 1 waits for the device, to learn how many blocks are left.
+    NaN and row 0 where a floor is +inf, or a row's score is not finite. Nothing waits for the device: what is
+    launched and how much memory it takes does not depend on how many blocks are left.
     """
     floor, lower, upper = bounds
     if k == 1:
         return best_row(exact, floor, upper)
-    floor = lower.new_full(lower.shape[:1], -torch.inf)
-    if lower.shape[1] >= k:
-        floor = lower.topk(k, dim=1).values[:, -1].contiguous()
+    floor = floor[: len(lower)]
+    kth = lower.topk(k, dim=1).values[:, -1] if lower.shape[1] >= k else -torch.inf
+    floor = torch.where(floor == torch.inf, floor, kth)
     listed = torch.empty(lower.shape, dtype=torch.int32, device=lower.device)
     number = torch.empty(lower.shape[:1], dtype=torch.int32, device=lower.device)
     list_blocks[(len(lower),)](upper, floor, listed, number, lower.shape[1], LIST_CHUNK)
-    return sorted_rows(exact, listed, number, k)
-
-
-def any_not_finite(score: Tensor) -> bool:
-    """Say whether a best score [B, k] is +inf: one that is not finite. Waits for the device."""
-    return torch.inf in score[:, 0].tolist()
+    return sorted_rows(exact, floor, listed, number, k)
 
 
 def best_row(exact: Exact, floor: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,33 +340,29 @@ def best_row(exact: Exact, floor: Tensor, upper: Tensor) -> tuple[Tensor, Tensor
     return score, row
 
 
-def sorted_rows(exact: Exact, listed: Tensor, number: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return score and row [B, k] of the k best rows in the listed blocks, SCORES_AT_ONCE at a time."""
+def sorted_rows(exact: Exact, floor: Tensor, listed: Tensor, number: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return score and row [B, k] of the k best rows in the listed blocks that reach the floor [B]."""
     batch, blocks = listed.shape
-    most = int(number.max())
-    slots = max(1, min(most, SCORES_AT_ONCE // (batch * BLOCK_ROWS)))
-    within = torch.arange(BLOCK_ROWS, device=listed.device)
-    score = torch.empty((batch, 0), dtype=torch.float32, device=listed.device)
-    row = torch.empty((batch, 0), dtype=torch.int64, device=listed.device)
-    for first in range(0, most, slots):
-        slots = min(slots, most - first)
-        scores = torch.empty((batch, slots * BLOCK_ROWS), dtype=torch.float32, device=listed.device)
-        scores_in_blocks[(batch * slots * (BLOCK_ROWS // EXACT_ROWS),)](
-            *exact[:3],
-            listed,
-            number,
-            scores,
-            first,
-            slots,
-            *exact.rows.shape,
-            blocks,
-            exact.score,
-            BLOCK_ROWS,
-            EXACT_ROWS,
-            EXACT_COLUMNS,
-        )
-        numbers = listed[:, first : first + slots, None].long() * BLOCK_ROWS + within
-        score, row = torch.cat([score, scores], 1), torch.cat([row, numbers.flatten(1)], 1)
-        order = score.sort(dim=1, descending=True, stable=True).indices[:, :k]  # columns ascend by row
-        score, row = score.gather(1, order), row.gather(1, order)
-    return score, row
+    shares = min(blocks * (BLOCK_ROWS // EXACT_ROWS), pieces(SHARES, batch), pieces(KEPT, k))
+    score = torch.empty((batch, shares * k), dtype=torch.float32, device=listed.device)
+    row = torch.empty((batch, shares * k), dtype=torch.int64, device=listed.device)
+    best_in_list[(batch * shares,)](
+        *exact[:3],
+        floor,
+        listed,
+        number,
+        score,
+        row,
+        k,
+        shares,
+        *exact.rows.shape,
+        blocks,
+        exact.score,
+        BLOCK_ROWS,
+        EXACT_ROWS,
+        EXACT_COLUMNS,
+        1 << (k - 1).bit_length(),
+    )
+    row, order = row.sort(dim=1)
+    best = score.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return ranked_or_nan(best.values[:, :k], row.gather(1, best.indices[:, :k]))

@@ -1,6 +1,5 @@
 """Contract of the cosine search: result types and argument checks shared by every implementation."""
 
-from math import inf
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from ..errors import describe
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K = 1024
 MAX_DIMENSION = 65536  # int32 sums of int8 products stay exact below this
-MIN_NORM = 1e-150  # the squares of a float64 query below this lose digits, then vanish
+MIN_NORM = 1e-150  # the squares of a float64 query below this lose digits, then vanish (top1_cosine.h)
 
 
 class Top1(NamedTuple):
@@ -44,7 +43,7 @@ def check_rows(rows: Tensor) -> None:
 
 
 def check_queries(queries: Tensor, rows: Tensor) -> None:
-    """Raise ValueError unless `queries` is [B, D] floating on rows' device; values: see check_norms."""
+    """Raise ValueError unless `queries` is [B, D] floating on rows' device. No value is looked at."""
     if (
         queries.dim() != 2
         or not queries.is_floating_point()
@@ -53,16 +52,6 @@ def check_queries(queries: Tensor, rows: Tensor) -> None:
     ):
         expected = f"floating [B, {rows.shape[1]}] on {rows.device} like `rows`"
         raise ValueError(f"`queries` must be {expected}, got {describe(queries)}")
-
-
-def check_norms(norms: Tensor) -> None:
-    """Raise ValueError unless the queries with these float64 norms [B] are finite and not zero.
-
-    Looking at them waits for a GPU, so each implementation does it where that costs least.
-    """
-    for query, norm in enumerate(norms.tolist()):
-        if not MIN_NORM <= norm < inf:
-            raise ValueError(f"`queries` must be finite and not zero, got norm {norm:g} for query {query}")
 
 
 def check_codes(codes: Codes | None, rows: Tensor) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .contract import Codes, check_norms
+from ..search.answer import ranked_or_nan, surfacing
+from .contract import MIN_NORM, Codes
 
 BLOCK_BYTES = 32 * 2**20
 CODE_MAX = 127
@@ -16,23 +17,22 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
 
     The similarity is the float64 dot product with the row as stored, over the query's norm, rounded to
     fp32; rows whose rounded similarities are equal tie. Codes are not needed here.
-    At most BLOCK_BYTES of float64 are held at a time.
+    At most BLOCK_BYTES of float64 are held at a time. No value is looked at: where a query has no direction,
+    or a row is not finite, its similarities are NaN and its rows 0.
     """
     directions = queries.double()
     norms = directions.norm(dim=1, keepdim=True)
-    check_norms(norms[:, 0])
+    norms = torch.where(norms >= MIN_NORM, norms, torch.nan)
     similarity = torch.empty(len(queries), 0, dtype=torch.float32, device=rows.device)
     row = torch.empty(len(queries), 0, dtype=torch.int64, device=rows.device)
     for start, block in row_blocks(rows, len(queries)):
-        scores = (directions @ block.T / norms).float()
+        scores = surfacing((directions @ block.T / norms).float())
         numbers = torch.arange(start, start + len(block), device=rows.device).expand_as(scores)
         similarity, row = torch.cat([similarity, scores], 1), torch.cat([row, numbers], 1)
         keep = lowest_largest(similarity, k)
         similarity, row = similarity.gather(1, keep), row.gather(1, keep)
-    if bool(similarity.isnan().any()):
-        raise ValueError("`rows` must be finite, got a similarity of nan")
     order = similarity.sort(dim=1, descending=True, stable=True).indices
-    return similarity.gather(1, order), row.gather(1, order)
+    return ranked_or_nan(similarity.gather(1, order), row.gather(1, order))
 
 
 def row_blocks(
@@ -45,16 +45,19 @@ def row_blocks(
 
 
 def lowest_largest(values: Tensor, k: int) -> Tensor:
-    """Return the columns [B, min(k, N)], ascending, of each row's k largest values; ties to the lowest."""
+    """Return the columns [B, min(k, N)], ascending, of each row's k largest values; ties to the lowest.
+
+    No value may be NaN. Shapes depend on none, so that nothing is read on the host.
+    """
     k = min(k, values.shape[1])
     if k == values.shape[1]:
         return torch.arange(k, device=values.device).expand(values.shape[0], k)
-    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     kth = values.topk(k, dim=1).values[:, -1:]
     above, equal = values > kth, values == kth
     room = k - above.sum(1, keepdim=True)
     keep = above | (equal & (equal.cumsum(1) <= room))
-    return keep.nonzero()[:, 1].view(values.shape[0], k)
+    column = torch.arange(values.shape[1], 0, -1, device=values.device)  # largest first is leftmost first
+    return values.shape[1] - torch.where(keep, column, 0).topk(k, dim=1).values
 
 
 def encode_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..search import triton as search
 from . import contract
-from .contract import Codes, check_norms
+from .contract import Codes
 from .reference import CODE_MAX, round_up
 
 ROUNDING_SLACK = tl.constexpr(2e-6)  # per unit of row norm: fp32 roundings of the bounds, and ties in fp32
@@ -93,8 +93,9 @@ def encode_queries(
     BLOCK_K: tl.constexpr,
     CODE_MAX: tl.constexpr,
 ):
-    """Program q normalises query q and encodes it, with what that loses: see Prepared. Zeros from `batch` on.
+    """Program q normalises query q and encodes it, with what that loses: see Prepared.
 
+    Zeros from `batch` on, and of a query without a direction, which gets a floor that no block reaches.
     int8 gets scale·code, scale = max|q|/CODE_MAX; fp32 is rounded to TF32's 10 bits: nothing more is lost.
     """
     CODES: tl.constexpr = encoded.dtype.element_ty == tl.int8
@@ -108,10 +109,11 @@ def encode_queries(
         square += values * values
         largest = tl.maximum(largest, tl.abs(values))
     norm = tl.sqrt(tl.sum(square, axis=0))
-    norm = tl.where((norm >= MIN_NORM) & (norm < float("inf")), norm, float("nan"))
+    present &= (norm >= MIN_NORM) & (norm < float("inf"))
+    norm = tl.where(present, norm, float("nan"))
     tl.store(norms + query, norm)
-    tl.store(floor + query, float("-inf"))
-    scale = (tl.max(largest, axis=0) / norm / CODE_MAX).to(tl.float32)
+    tl.store(floor + query, tl.where(present, float("-inf"), float("inf")))
+    scale = tl.where(present, (tl.max(largest, axis=0) / norm / CODE_MAX).to(tl.float32), 0.0)
     unit = tl.where(scale > 0, scale, 1.0).to(tl.float64)
     per_norm, per_unit = 1 / norm, 1 / unit
     lost = tl.zeros([BLOCK_K], tl.float64)
@@ -205,11 +207,7 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
     prepared = prepare(queries, search.screening_dtype(rows) if codes is None else torch.int8)
     bounds = block_bounds(prepared, len(queries), rows, codes)
     exact = search.Exact(rows, queries, prepared.norms, exact_similarity)
-    similarity, row = search.best_rows(exact, bounds, k)
-    if search.any_not_finite(similarity):
-        check_norms(torch.linalg.vector_norm(queries, dim=1, dtype=torch.float64))
-        raise ValueError("`rows` must be finite, got a similarity that is not")
-    return similarity, row
+    return search.best_rows(exact, bounds, k)
 
 
 class Prepared(NamedTuple):
@@ -217,7 +215,7 @@ class Prepared(NamedTuple):
 
     encoded [·, ·], zero beyond the queries and their dimension; scales [·] of int8 codes; losses [·]: what
     ⟨q, r⟩ can lose for a row of norm 1; norms [·] float64 of the queries, NaN where they have no direction;
-    floor [·] −inf, where screening starts.
+    floor [·] −inf, where screening starts, and +inf where they have none.
     """
 
     encoded: Tensor

@@ -85,7 +85,7 @@ def test_no_value_is_read(index, pictures, monkeypatch):
     index.nearest(index.encode(images))
     index.closest(images)
     index.guard.nearest(images)
-    assert found.ours == []
+    assert found == []
 
 
 def test_an_index_on_a_device_whose_values_nobody_can_read(index, pictures):

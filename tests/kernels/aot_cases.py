@@ -208,17 +208,18 @@ def best_case(rows: str) -> Case:
     return Case("search.triton.best_in_blocks", f"cosine {rows[1:]}", arguments)
 
 
-def scores_case(variant: str, rows: str, score: object) -> Case:
+def list_case(variant: str, rows: str, score: object, kept: int) -> Case:
     own = {
+        "floor": "*fp32",
         **dict.fromkeys(("listed", "number"), "*i32"),
         "scores": "*fp32",
-        "first": "i32",
-        "slots": "i32",
-        "count": "i32",
+        "best_rows": "*i64",
+        **dict.fromkeys(("k", "shares", "count"), "i32"),
         "dimension": "i32:16",
         "blocks": "i32",
     }
-    return Case("search.triton.scores_in_blocks", variant, exact_arguments(rows, score, own))
+    arguments = {**exact_arguments(rows, score, own), "KEPT": kept}
+    return Case("search.triton.best_in_list", f"{variant}, {kept} kept", arguments)
 
 
 LIST_ARGUMENTS = {
@@ -242,13 +243,16 @@ CASES_TOP1 = [
     Case("search.triton.list_blocks", "any", LIST_ARGUMENTS, wide=False),  # rows of it start anywhere
     *(best_case(rows) for rows in ("*fp32", "*fp16")),
     Case("search.triton.best_of_shares", "any", SHARES_ARGUMENTS, wide=False),
-    scores_case("cosine fp16", "*fp16", score_function("top1_cosine.triton", "exact_similarity")),
+    *(
+        list_case("cosine fp16", "*fp16", score_function("top1_cosine.triton", "exact_similarity"), kept)
+        for kept in (16, 1024)
+    ),
     *(encode_case(rows) for rows in ("*fp32", "*fp16")),
 ]
 CASES_NL2 = [
     *(distance_case(rows, 16) for rows in ("*u8", "*fp32", "*fp16", "*bf16")),
     *(distance_case(rows, 64) for rows in ("*u8", "*fp32", "*fp16")),
-    scores_case("nl2 u8", "*u8", score_function("nl2.triton", "exact_closeness")),
+    list_case("nl2 u8", "*u8", score_function("nl2.triton", "exact_closeness"), 64),
 ]
 
 CASES = [*CASES_GUIDED_STEP, *CASES_TOP1, *CASES_NL2]

@@ -320,29 +320,29 @@ def test_cpp_one_row_of_one_element():
     assert (distance.tolist(), denominator.tolist()) == ([3.5, 1.5], [1.75, 0.75])
 
 
-def test_cpp_numbers_beyond_what_fp32_can_square_are_refused():
+def test_cpp_numbers_beyond_what_fp32_can_square_are_nan():
     rows, queries = torch.rand(300, 20), torch.rand(3, 20)
-    refused = r"`rows` must be finite \(and, like `queries`, below 1e18 in magnitude\)"
     rows[77] = 1e25
     similarity, row = brute_force_cosine(queries, rows, 3)
     result = kernels.topk_cosine(queries, rows, 3, impl="cpp")
     assert torch.equal(result.row, row) and torch.equal(result.similarity, similarity)
-    with pytest.raises(ValueError, match=refused):
-        kernels.nl2(queries, rows, impl="cpp")
+    assert_no_answer(kernels.nl2(queries, rows, impl="cpp"))
     rows[77] = 3e38
-    with pytest.raises(ValueError, match=refused):
-        kernels.top1_cosine(queries, rows, impl="cpp")
+    assert_no_answer(kernels.top1_cosine(queries, rows, impl="cpp"))
     rows[77] = 0.5
-    with pytest.raises(ValueError, match=refused):
-        kernels.nl2(queries.double() * 1e200, rows, impl="cpp")
+    assert_no_answer(kernels.nl2(queries.double() * 1e200, rows, impl="cpp"))
     for scale in (1e-200, 1e-152, 1e200):
-        with pytest.raises(ValueError, match="`queries` must be finite and not zero, got norm"):
-            kernels.top1_cosine(queries.double() * scale, rows, impl="cpp")
+        assert_no_answer(kernels.top1_cosine(queries.double() * scale, rows, impl="cpp"))
     for scale in (1e-148, 1e150):
         scaled = kernels.top1_cosine(queries.double() * scale, rows, impl="cpp")
         truth = kernels.top1_cosine(queries, rows, impl="cpp")
         assert torch.equal(scaled.row, truth.row)
         torch.testing.assert_close(scaled.similarity, truth.similarity, rtol=1.2e-7, atol=0)
+
+
+def assert_no_answer(result):
+    floating = [part for part in result if part.is_floating_point()]
+    assert all(part.isnan().all() for part in floating) and not result.row.any()
 
 
 GUARDED = """

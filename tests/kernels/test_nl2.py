@@ -152,20 +152,42 @@ def test_layouts_and_empty_batches(impl):
     assert [tensor.shape for tensor in kernels.nl2(queries[:0], rows, impl=impl)] == [(0,)] * 4
 
 
+def assert_nan(result: kernels.NL2, query: int) -> None:
+    assert all(part[query].isnan() for part in (result.value, result.distance, result.denominator))
+    assert result.row[query] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("batch", "count", "k"), [(3, 600, 50), (7, 600, 1), (3, 1, 50)])
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_non_finite_rows_raise(impl, value):
+def test_a_query_that_is_not_finite_is_nan_and_no_other_is_touched(impl, batch, count, k, value, dtype):
+    rows, queries = image_rows(count, 75, dtype), torch.rand(batch, 75)
+    truth = kernels.nl2(queries, rows, k=k, impl=impl)
+    queries[1], queries[batch - 1, 74] = value, torch.nan
+    found, others = kernels.nl2(queries, rows, k=k, impl=impl), [0, *range(2, batch - 1)]
+    for part, expected in zip(found, truth, strict=True):
+        assert torch.equal(part[others], expected[others])
+    for bad in (1, batch - 1):
+        assert_nan(found, bad)
+    assert_nan(kernels.nl2(queries[[1]], rows, k=k, impl=impl), 0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_makes_every_answer_nan(impl, value):
     rows = image_rows(600, 20, torch.float32)
     rows[417, 3] = value
-    with pytest.raises(ValueError, match="`rows` must be finite"):
-        kernels.nl2(torch.rand(3, 20), rows, impl=impl)
+    for k in (1, 50):
+        found = kernels.nl2(torch.rand(3, 20), rows, k=k, impl=impl)
+        for query in range(3):
+            assert_nan(found, query)
 
 
 def test_bad_arguments_are_named():
     rows, queries = image_rows(10, 8, torch.uint8), torch.rand(3, 8)
     cases = {
         r"`queries` must be floating \[B, 8\] on cpu .* got \[3, 7\]": (queries[:, :7], rows, {}),
-        r"`queries` must be finite, got a non-finite value in query 0": (queries / 0, rows, {}),
         r"`queries` must be floating .* got \[10, 8\] uint8": (rows, rows, {}),
         r"`rows` must be .* got \[10, 8\] int64": (queries, rows.long(), {}),
         r"`rows` must be .* got \[0, 8\]": (queries, rows[:0], {}),

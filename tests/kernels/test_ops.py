@@ -12,6 +12,7 @@ import amg.kernels as kernels
 from amg.kernels import dispatch
 from amg.kernels.extension import EXTENSION
 
+from .. import reads
 from .whole_step import make_step
 
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="amg._C is not built")
@@ -72,6 +73,28 @@ def test_what_an_implementation_makes_lies_where_its_tensors_do(op, impl):
     with torch.device("meta"):
         found = run(*arguments)
     assert all(map(torch.equal, found, truth))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", ["top1_cosine", "topk_cosine", "nl2"])
+def test_a_search_reads_no_value(op, impl, monkeypatch):
+    arguments = op_arguments()[op.replace("top1", "topk")]
+    arguments[0][1, 3] = torch.nan
+    found = reads.watch(monkeypatch)
+    call_public(op, arguments[0], arguments, impl)
+    assert found == []
+
+
+@pytest.mark.parametrize("op", ["topk_cosine", "nl2"])
+def test_the_reference_s_shapes_depend_on_no_value(op):
+    """It runs on tensors that have none, and gives the shapes that the op promises."""
+    arguments = [part.to("meta") if isinstance(part, torch.Tensor) else part for part in op_arguments()[op]]
+    promised = getattr(torch.ops.amg, op)(*arguments, None)
+    if op == "topk_cosine":
+        arguments[2:5] = [None]
+    made = dispatch.choose(op, arguments[0], "reference")(*arguments)
+    for own, other in zip(made, promised, strict=True):
+        assert own.is_meta and other.is_meta and (own.shape, own.dtype) == (other.shape, other.dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

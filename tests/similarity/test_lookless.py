@@ -127,7 +127,7 @@ def test_no_value_is_read(indexes: dict, way: str, monkeypatch: pytest.MonkeyPat
     x0_hat[BAD, 0, 0, 0] = math.nan
     found = reads.watch(monkeypatch)
     parts_of(similarity, x0_hat, torch.full((5,), 0.1))
-    assert found.ours == []
+    assert found == []
 
 
 def tiny_decoder() -> torch.nn.Module:

@@ -86,7 +86,7 @@ def test_no_value_is_read(index: amg.Index, monkeypatch: pytest.MonkeyPatch) -> 
     screen, x0_hat = screen_of(index), samples()
     found = reads.watch(monkeypatch)
     screen(x0_hat, LEVELS, LIMIT)
-    assert found.ours == []
+    assert found == []
 
 
 def test_on_a_device_whose_values_nobody_can_read(index: amg.Index) -> None:

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def listed_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the blocks that screening leaves the first query of each search, and spoil all others.
 
-    Their rows become NaN once they are screened, so that reading one would raise; floating rows only.
+    Their rows become NaN once they are screened, so that reading one would show; floating rows only.
     """
     from amg.kernels.search import triton as search
 
@@ -32,10 +32,10 @@ def listed_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def best_row(exact, floor, upper, inner=search.best_row):
         return inner(spoilt(exact, upper[0] >= floor[0]), floor, upper)
 
-    def sorted_rows(exact, listed, number, k, inner=search.sorted_rows):
+    def sorted_rows(exact, floor, listed, number, k, inner=search.sorted_rows):
         kept = torch.zeros(listed.shape[1], dtype=torch.bool)
         kept[listed[0, : number[0]].long()] = True
-        return inner(spoilt(exact, kept), listed, number, k)
+        return inner(spoilt(exact, kept), floor, listed, number, k)
 
     monkeypatch.setattr(search, "best_row", best_row)
     monkeypatch.setattr(search, "sorted_rows", sorted_rows)

@@ -80,8 +80,7 @@ def test_near_duplicates_are_told_apart(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_tie_to_the_lowest_row_and_zero_over_zero_is_zero(dtype, monkeypatch):
-    monkeypatch.setattr(search, "SCORES_AT_ONCE", 3 * 32 * 2)  # several rounds
+def test_copies_tie_to_the_lowest_row_and_zero_over_zero_is_zero(dtype):
     rows = image_rows(1, 96, dtype).repeat(300, 1)
     result = kernels.nl2(as_pixels(rows)[:1], rows, impl="triton")
     assert result.row.tolist() == [0] and result.value.tolist() == [0.0] and result.distance.tolist() == [0.0]
@@ -154,15 +153,34 @@ def test_more_pixels_than_one_integer_segment():
     torch.testing.assert_close(-upper, nearest, rtol=0, atol=1e-5)
 
 
+def assert_nan(result: kernels.NL2, query: int) -> None:
+    assert all(part[query].isnan() for part in (result.value, result.distance, result.denominator))
+    assert result.row[query] == 0
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("k", [1, 3])
-def test_non_finite_rows_raise(value, k):
+def test_a_row_that_is_not_finite_makes_every_answer_nan(value, k):
     rows = image_rows(200, 20, torch.float32)
     rows[96:128] = 5.0  # nothing else would list this block
     rows[117, 3] = value
-    with pytest.raises(ValueError, match="`rows` must be finite"):
-        kernels.nl2(torch.rand(3, 20), rows, k=k, impl="triton")
+    found = kernels.nl2(torch.rand(3, 20), rows, k=k, impl="triton")
+    for query in range(3):
+        assert_nan(found, query)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_query_that_is_not_finite_is_nan_and_no_other_is_touched(value, k, dtype):
+    rows, queries = image_rows(200, 20, dtype), torch.rand(3, 20)
+    truth = kernels.nl2(queries, rows, k=k, impl="triton")
+    queries[1, 7] = value
+    found = kernels.nl2(queries, rows, k=k, impl="triton")
+    for part, expected in zip(found, truth, strict=True):
+        assert torch.equal(part[[0, 2]], expected[[0, 2]])
+    assert_nan(found, 1)
 
 
 def test_layouts_default_device_and_empty_batches():
