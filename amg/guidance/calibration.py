@@ -131,10 +131,10 @@ def alarm_of(
     weights: Sequence[Sequence[float]] = (),
     heard: range | None = None,
 ) -> dict[str, Any] | None:
-    """The step and the free signal [N, T] that save most by sending copies back at once: the share caught at
-    that rate of false alarms, times the steps not run; of the steps `heard` (None: all), chosen on one half,
-    its threshold and shares are the held-out half's. None where no signal catches `ALARM_CATCHES` of the copies, or there are too few images
-    that are no copies to state the rate."""
+    """The step and the free signal [N, T] that save most by sending copies back at once: the share caught
+    at that rate of false alarms, times the steps not run; of the steps `heard` (None: all), chosen on one
+    half, its threshold and shares are the held-out half's. None where no signal catches `ALARM_CATCHES`
+    of the copies, or there are too few images that are no copies to state the rate."""
     choosing, held_out = halves(copies)
     if int((held_out & ~copies).sum()) < images_needed(false_alarm_rate):
         return None
