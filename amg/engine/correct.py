@@ -27,6 +27,14 @@ class Strengths(NamedTuple):
     s2: float
 
 
+class Part(NamedTuple):
+    """Rows of a frame under one config, and their x0_hat and what was measured of it."""
+
+    rows: Sequence[int]
+    x0_hat: Tensor
+    measured: Measured
+
+
 def correct(
     frame: Frame,
     tools: Tools,
@@ -54,8 +62,8 @@ def correct(
     pushed = [row for row in pushed if frame.seats[row].config.c3 and _affords_gradient(frame.seats[row])]
     if not pushed:
         return terms if moved else None
-    x0_hat, measured = _after(frame, tools, terms, x0_hat, rows, measured, pushed, again)
-    return _pushed_terms(frame, tools, terms, pushed, x0_hat, measured, notes)
+    parts = _parts(frame, tools, terms, x0_hat, rows, measured, pushed, again)
+    return _pushed_terms(frame, tools, terms, parts, notes)
 
 
 def _measures_again(seat: Seat) -> bool:
@@ -131,7 +139,7 @@ def _caption(seat: Seat, tools: Tools, seen: Look) -> str | None:
     return caption if affords(seat.config, seat.flight, seat.rest + 1, seat.plain) else None
 
 
-def _after(
+def _parts(
     frame: Frame,
     tools: Tools,
     terms: Terms,
@@ -140,42 +148,63 @@ def _after(
     measured: Measured,
     pushed: Sequence[int],
     again: Sequence[int],
-) -> tuple[Tensor, Measured]:
-    """x0_hat of the `pushed` rows with the first two terms, and what is measured of it: anew where these
-    moved one of them and its length is to be exact."""
-    if not set(again) & set(pushed):
-        places = torch.tensor([rows.index(row) for row in pushed], device=measured.similarity.device)
-        return chosen(x0_hat, pushed), measured if len(places) == len(rows) else measured.take(places)
-    corrected = chosen(predict(frame, terms).x0_hat, pushed)
-    return corrected, tools.similarity.measure_with_gradient(corrected)
+) -> list[Part]:
+    """The `pushed` rows with what is known of them once the first two terms acted: measured anew where these
+    moved one and its length is to be exact."""
+    anew, kept = [row for row in pushed if row in again], [row for row in pushed if row not in again]
+    parts = []
+    if kept:
+        places = torch.tensor([rows.index(row) for row in kept], device=measured.similarity.device)
+        own = measured if len(kept) == len(rows) else measured.take(places)
+        parts.append(Part(kept, chosen(x0_hat, kept), own))
+    if anew:
+        corrected = chosen(predict(frame, terms).x0_hat, anew)
+        parts.append(Part(anew, corrected, tools.similarity.measure_with_gradient(corrected)))
+    return [own for part in parts for own in _by_config(frame, part)]
+
+
+def _by_config(frame: Frame, part: Part) -> list[Part]:
+    """Rows of one config each: first tries may run beside others' re-runs."""
+    configs = dict.fromkeys(frame.seats[row].config for row in part.rows)
+    if len(configs) == 1:
+        return [part]
+    parts = []
+    for config in configs:
+        own = [at for at, row in enumerate(part.rows) if frame.seats[row].config == config]
+        measured = part.measured.take(torch.tensor(own, device=part.measured.similarity.device))
+        parts.append(Part([part.rows[at] for at in own], chosen(part.x0_hat, own), measured))
+    return parts
 
 
 def _pushed_terms(
-    frame: Frame,
-    tools: Tools,
-    terms: Terms,
-    pushed: Sequence[int],
-    x0_hat: Tensor,
-    measured: Measured,
-    notes: dict[int, Note],
+    frame: Frame, tools: Tools, terms: Terms, parts: Sequence[Part], notes: dict[int, Note]
 ) -> Terms:
     """The dissimilarity term on top, of the rows whose similarity is still above lambda_t."""
-    seats = [frame.seats[row] for row in pushed]
-    device = measured.similarity.device
-    threshold = torch.tensor([seat.step.threshold for seat in seats], dtype=torch.float32, device=device)
-    ungated = torch.tensor([not seat.config.gated for seat in seats], device=device)
-    begun = [seat.step.position >= (seat.config.terms_from or 0.0) * (seat.step.total - 1) for seat in seats]
-    acted = ((measured.similarity > threshold) | ungated) & torch.tensor(begun, device=device)
-    push, s3 = _push(frame, tools, pushed, x0_hat, measured, threshold)
-    mask = acted.to(push.device).view(-1, *[1] * (push.ndim - 1))
-    push = torch.where(mask, push, 0.0)
-    for at, row in enumerate(pushed):
-        notes[row].acted = acted[at]
-    here = torch.tensor(pushed, device=frame.sample.device)
+    pushes, lengths = [], []
+    for part in parts:
+        push, s3 = _pushed(frame, tools, part, notes)
+        pushes.append(push)
+        lengths.append(s3.to(terms.coefficients))
+    here = torch.tensor([row for part in parts for row in part.rows], device=frame.sample.device)
     coefficients, pointers = terms.coefficients.clone(), terms.rows.clone()
-    coefficients[here, COLUMN["c3"]] = s3.to(coefficients)
-    pointers[3, here] = torch.arange(len(pushed), dtype=torch.int32, device=here.device)
-    return terms._replace(coefficients=coefficients, rows=pointers, gradient=push.float().contiguous())
+    coefficients[here, COLUMN["c3"]] = torch.cat(lengths)
+    pointers[3, here] = torch.arange(len(here), dtype=torch.int32, device=here.device)
+    return terms._replace(coefficients=coefficients, rows=pointers, gradient=torch.cat(pushes))
+
+
+def _pushed(frame: Frame, tools: Tools, part: Part, notes: dict[int, Note]) -> tuple[Tensor, Tensor]:
+    """(G [R, ...] float32, 0 where the term does not act, s3 [R]) of rows of one config."""
+    seats, similarity = [frame.seats[row] for row in part.rows], part.measured.similarity
+    thresholds = [seat.step.threshold for seat in seats]
+    threshold = torch.tensor(thresholds, dtype=torch.float32, device=similarity.device)
+    ungated = torch.tensor([not seat.config.gated for seat in seats], device=similarity.device)
+    begun = [seat.step.position >= (seat.config.terms_from or 0.0) * (seat.step.total - 1) for seat in seats]
+    acted = ((similarity > threshold) | ungated) & torch.tensor(begun, device=similarity.device)
+    push, s3 = _push(frame, tools, part.rows, part.x0_hat, part.measured, threshold)
+    mask = acted.to(push.device).view(-1, *[1] * (push.ndim - 1))
+    for at, row in enumerate(part.rows):
+        notes[row].acted = acted[at]
+    return torch.where(mask, push, 0.0).float().contiguous(), s3
 
 
 def _push(

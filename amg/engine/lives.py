@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,10 +82,10 @@ def leave(slots: Slots, rows: Sequence[int]) -> list[Done]:
     _resolve(gone, fired)
     done = []
     for number, slot in enumerate(gone):
-        own = signals[number * length * 4 :]
-        steps = [(own[4 * k], own[4 * k + 1], own[4 * k + 2], own[4 * k + 3]) for k in range(slot.traced)]
-        slot.flight.trace += _trace_of(slot, steps)
-        done.append(Done(slot, sample[number : number + 1], _first_broken(steps) if flags[number] else None))
+        trace_of_it = _trace_of(slot, _fours(signals[number * length * 4 :], slot.traced))
+        broken = _first_broken(trace_of_it) if flags[number] else None
+        slot.flight.trace += trace_of_it
+        done.append(Done(slot, sample[number : number + 1], broken))
     slots.leave(rows)
     return done
 
@@ -114,6 +114,19 @@ def _trace_of(slot: Slot, signals: Sequence[tuple[float, ...]]) -> list[TraceSte
     return trace
 
 
-def _first_broken(signals: Sequence[tuple[float, ...]]) -> int:
-    broken = [at for at, own in enumerate(signals) if not all(math.isfinite(value) for value in own)]
-    return broken[0] if broken else len(signals) - 1
+def broken_at(slots: Slots, row: int) -> int:
+    """The first step at which a sample that has just made one was not finite; one read."""
+    slot = slots.slots[row]
+    made = [*slot.segments, Segment(slot.plan, slots.row_of(slot), slot.low)]
+    count = sum(segment.count for segment in made)
+    (signals,) = read_all(slots.trace[row, :count])
+    return _first_broken(_trace_of(replace(slot, segments=made), _fours(signals, count)))
+
+
+def _fours(values: Sequence[float], count: int) -> list[tuple[float, ...]]:
+    return [tuple(values[4 * at : 4 * at + 4]) for at in range(count)]
+
+
+def _first_broken(trace: Sequence[TraceStep]) -> int:
+    finite = [all(math.isfinite(value) for value in step.signals or ()) for step in trace]
+    return trace[finite.index(False) if False in finite else -1].step

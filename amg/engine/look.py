@@ -74,7 +74,7 @@ def look(frame: Frame, tools: Tools, x0_hat: Tensor, rows: Sequence[int]) -> tup
     columns = [measured.similarity, measured.row]
     if any(at_checkpoint(seat) for seat in seats):
         columns += [*_guard(tools.index, seats[0].config, measured)]
-        columns.append(_judged(tools.judges, seats[0].config, x0_hat, measured))
+        columns.append(_judged(tools.judges, seats, x0_hat, measured))
     return measured, {
         row: Look(values[0], int(values[1]), *_at_checkpoint(seat, values[2:]))
         for row, seat, values in zip(rows, seats, read(*columns), strict=True)
@@ -138,15 +138,23 @@ def _guard(index: Any, config: AMGConfig, measured: Measured) -> tuple[Tensor, T
     return found.similarity, found.row
 
 
-def _judged(judges: Sequence[Judge], config: AMGConfig, x0_hat: Tensor, measured: Measured) -> Tensor:
-    """[B] bool: too close under a further index or its guard."""
+def _judged(judges: Sequence[Judge], seats: Sequence[Seat], x0_hat: Tensor, measured: Measured) -> Tensor:
+    """[B] bool: too close under a further index or its guard, by each sample's own config."""
     close = torch.zeros_like(measured.similarity, dtype=torch.bool)
     for judge in judges:
-        asked = config.under(judge.metric)
-        limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
-        assert limit is not None
+        limits = [_limit_under(seat.config, judge.metric) for seat in seats]
         found = judge.similarity.measure(x0_hat)
+        limit = torch.tensor(limits, dtype=torch.float32, device=found.similarity.device)
         close = close | (found.similarity > limit).to(close.device)
+        config = seats[0].config  # a request's re-runs keep its guard
         alike, _ = _guard(judge.index, config, found)
         close = close | (alike > (config.guard_threshold or math.inf)).to(close.device)
     return close
+
+
+def _limit_under(config: AMGConfig, metric: str) -> float:
+    """The similarity above which a checkpoint sends a sample back under a further index."""
+    asked = config.under(metric)
+    limit = asked.threshold if asked.rewind_threshold is None else asked.rewind_threshold
+    assert limit is not None
+    return limit

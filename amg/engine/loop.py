@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amg.engine.finish import conclude, finish
 from amg.engine.job import Job
-from amg.engine.lives import Done, leave, send_back
+from amg.engine.lives import Done, broken_at, leave, send_back
 from amg.engine.slots import Slot, Slots
 from amg.engine.step import step
 
@@ -79,7 +79,7 @@ class Engine:
             with torch.no_grad(), jobs[0].modes():
                 broken = step(slots)
                 for row in broken:
-                    slots.slots[row].job.fail(_not_finite(slots.slots[row]))
+                    slots.slots[row].job.fail(_not_finite(slots.slots[row], broken_at(slots, row)))
                 if slots.tick > slots.event:  # that step was one with something to do
                     self._settle(slots)
         except Exception as error:
@@ -162,10 +162,9 @@ def first_slots(job: Job) -> list[Slot]:
     ]
 
 
-def _not_finite(slot: Slot, step: int | None = None) -> FloatingPointError:
-    at = len(slot.flight.trace) if step is None else step
+def _not_finite(slot: Slot, step: int) -> FloatingPointError:
     return FloatingPointError(
-        f"`output` must be finite, got NaN or infinity for image {slot.place} of the request, step {at}"
+        f"`output` must be finite, got NaN or infinity for image {slot.place} of the request, step {step}"
     )
 
 
