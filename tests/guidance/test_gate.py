@@ -193,7 +193,7 @@ def test_another_key_is_refused_by_name(name: str, value: object) -> None:
 def written(path: Path, **changes: object) -> Path:
     record = {
         "format": "amg calibration",
-        "version": 2,
+        "version": 3,
         "key": vars(KEY),
         "region": {"mean": [1.0], "deviation": [2.0]},
         "gate": [{"step": 3, "signal": "cosine", "sign": -1.0, "threshold": 0.1}],
