@@ -107,6 +107,7 @@ class Queue:
                     self._active += new
                     self._changed.notify_all()
                     return new
+                release_threads()  # of the engine's computing: others may want the cores
                 called = self._changed.wait(0 if self._closed else LINGER)
                 if not (called or self._pending) or (self._closed and not self._pending):
                     self._thread = None

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class Request:
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     clip_skip: int | None = None
+
+
+ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
 
 
 class Sampler:
@@ -129,26 +132,8 @@ class Sampler:
         them. Errors: ValueError naming the argument; `Refused`, a ValueError, for a scheduler that cannot be
         run here.
         """
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            class_labels=class_labels,
-            batch_size=batch_size,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            num_images_per_prompt=num_images_per_prompt,
-            latents=latents,
-            output_type=output_type,
-            height=height,
-            width=width,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            clip_skip=clip_skip,
-        )
+        given = {name: value for name, value in locals().items() if name in ASKED}
+        request = Request(**given)
         with self._preparing:
             job = prepare(self.source, request, generator, math.inf)
         self.source.warn_without_guidance(job)
