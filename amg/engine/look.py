@@ -84,7 +84,7 @@ def look(frame: Frame, tools: Tools, x0_hat: Tensor, rows: Sequence[int]) -> tup
 def look_cheaply(
     frame: Frame, tools: Tools, x0_hat: Tensor, rows: Sequence[int]
 ) -> tuple[list[int], dict[int, Look]]:
-    """Those of `rows` that the student cannot tell to be ordinary, and what it found of the others: one read.
+    """Those of `rows` that the student cannot tell to be ordinary, and what it found of all: one read.
 
     At a checkpoint it speaks for one index only, so that with further ones nothing is told.
     """
@@ -97,14 +97,12 @@ def look_cheaply(
     columns = [found.near, found.measured.similarity, found.measured.row]
     if any(at_checkpoint(seat) for seat in seats):
         columns += [*_guard(tools.index, seats[0].config, found.measured)]
-    near, far = [], {}
+    near, seen_by = [], {}
     for row, seat, skip, values in zip(rows, seats, beyond, read(*columns), strict=True):
-        seen = Look(values[1], int(values[2]), *_at_checkpoint(seat, values[3:]))
+        seen = seen_by[row] = Look(values[1], int(values[2]), *_at_checkpoint(seat, values[3:]))
         if values[0] or skip or not seen.finite or guarded(seat.config, seen):
             near.append(row)
-        else:
-            far[row] = seen
-    return near, far
+    return near, seen_by
 
 
 def at_checkpoint(seat: Seat) -> bool:

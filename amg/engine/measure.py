@@ -44,30 +44,35 @@ def is_due(seat: Seat) -> bool:
 
 
 def measure(frame: Frame, tools: Tools) -> Found:
-    """Look at the samples that are due, mark those that go back, and find what acts on the others."""
+    """Look at the samples that are due, mark those that go back, and find what acts on the others.
+
+    A sample that an alarm alone sends back is told its neighbour by the student, where there is one.
+    """
     predicted = predict(frame)
     due = [row for row, seat in enumerate(frame.seats) if is_due(seat)]
     alarmed: set[int] = set()
     if tools.gate is not None:
         due, alarmed = _heard(frame, tools.gate, predicted.signals, due)
-    near, far = look_cheaply(frame, tools, predicted.x0_hat, due) if due else ([], {})
-    for row in far:
+    asked = sorted({*due, *alarmed})
+    near, cheaply = look_cheaply(frame, tools, predicted.x0_hat, asked) if asked else ([], {})
+    notes = {row: Note(seen.similarity, seen.row, estimated=True) for row, seen in cheaply.items()}
+    for row in cheaply:
         frame.seats[row].flight.suspected = False
-    notes = {row: Note(seen.similarity, seen.row, estimated=True) for row, seen in far.items()}
-    rows = sorted({*near, *alarmed})
+    warned = {row: cheaply[row] for row in alarmed if row in cheaply and row not in due}
+    rows = [row for row in near if row not in warned]
     if not rows:
+        _send_back(frame, tools, warned, alarmed, notes)
         return Found(None, notes, [])
     measured, seen_by = look(frame, tools, predicted.x0_hat, rows)
     notes.update({row: Note(seen.similarity, seen.row) for row, seen in seen_by.items()})
     broken = [row for row in rows if not seen_by[row].finite]
     whole = {row: seen for row, seen in seen_by.items() if seen.finite}
-    gone = _send_back(frame, tools, whole, alarmed, notes)
+    gone = _send_back(frame, tools, {**whole, **warned}, alarmed, notes)
     opened = [row for row, seen in whole.items() if row not in gone and _opens(frame.seats[row], seen)]
     for row in whole:
         frame.seats[row].flight.suspected = row in opened
-    return Found(
-        correct(frame, tools, predicted.x0_hat, rows, measured, whole, opened, gone, notes), notes, broken
-    )
+    terms = correct(frame, tools, predicted.x0_hat, rows, measured, whole, opened, gone, notes)
+    return Found(terms, notes, broken)
 
 
 def _opens(seat: Seat, seen: Look) -> bool:
