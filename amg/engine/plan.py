@@ -60,6 +60,7 @@ class Plan:
         """Whether the network's input is another than x_t."""
         return bool((self.table.input_scale != 1).any())
 
+    @functools.cached_property
     def size(self) -> float:
         """How large x_t is where it starts."""
         return math.hypot(float(self.table.alpha[0]), float(self.table.sigma[0]))
