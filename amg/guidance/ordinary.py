@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from amg.config import AMGConfig
+from amg.engine.read import read_all
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.predict import Denoiser
 
@@ -65,9 +66,10 @@ class Ordinary:
         search, one read."""
         if new := [row for row in dict.fromkeys(rows) if row not in self._near]:
             vectors = index.rows[torch.tensor(new, device=index.rows.device)].float()
-            found = index.search(vectors, k=min(ORDINARY_SEARCHED, index.count)).row.view(len(new), -1)
+            _, found = index.searcher.top(vectors, min(ORDINARY_SEARCHED, index.count))
+            near = [[int(other) for other in others] for others in read_all(*found)]
             often, counts = index.caption_counts().tolist(), index.counts.tolist()
-            for row, others in zip(new, found.tolist(), strict=True):
+            for row, others in zip(new, near, strict=True):
                 self._near[row] = [
                     other
                     for other in others
