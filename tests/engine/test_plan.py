@@ -103,5 +103,5 @@ def test_a_later_start_is_where_the_scheduler_can_and_as_large_as_x_is_there(nam
     assert plan.start == latest(course.setting.scheduler, wanted, course.setting.step_arguments) <= wanted
     table = flying.TABLES.table(course.setting, 0)
     size = math.hypot(float(table.alpha[plan.start]), float(table.sigma[plan.start]))
-    assert plan.size() == pytest.approx(size, rel=1e-9)
+    assert plan.size == pytest.approx(size, rel=1e-9)
     assert plan.total == total and course.again(config(rewind_to=0.3), 11) is plan, "made once"
