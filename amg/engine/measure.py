@@ -14,7 +14,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.engine.correct import correct
 from amg.engine.frame import Frame, Seat, Terms, predict
-from amg.engine.look import Look, Tools, at_checkpoint, guarded, look, look_cheaply, too_close
+from amg.engine.look import Look, Tools, at_checkpoint, chosen, guarded, look, look_cheaply, too_close
 from amg.engine.read import read
 from amg.guidance.checkpoint import affords, hears_alarms, is_check
 from amg.guidance.gate import Gate
@@ -115,7 +115,7 @@ def _excess(frame: Frame, gate: Gate, signals: Tensor, asked: Sequence[int]) -> 
     columns, order = [], []
     for position in dict.fromkeys(frame.seats[row].step.position for row in asked):
         rows = [row for row in asked if frame.seats[row].step.position == position]
-        now = torch.nn.functional.pad(signals[rows], (0, 1))[:, None]
+        now = torch.nn.functional.pad(chosen(signals, rows), (0, 1))[:, None]
         raw = torch.cat([frame.history(rows, position), now], 1)
         rules = (gate.rules.get(position), gate.alarm.get(position))
         none = torch.zeros(len(rows), dtype=torch.float64, device=raw.device)

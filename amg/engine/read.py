@@ -22,5 +22,14 @@ def read_all(*tensors: Tensor) -> list[list[float]]:
     return [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
+def read_bytes(rows: Tensor) -> list[bytes]:
+    """The bytes of each row [N, ...] as float32, in one transfer."""
+    return _bytes_to_host(rows.detach().float().contiguous())
+
+
+def _bytes_to_host(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.numpy(force=True)]
+
+
 def _to_host(values: Tensor) -> list:
     return values.tolist()  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from amg.engine.read import read_bytes
 from amg.verdict import TraceStep
 
 
@@ -72,9 +73,9 @@ def seeded(flights: Sequence[Flight]) -> None:
     new = [flight for flight in flights if flight.seed is None]
     if not new:
         return
-    initial = torch.stack([flight.initial.detach() for flight in new]).float().contiguous()
-    for flight, noise in zip(new, initial.numpy(force=True), strict=True):
-        flight.seed = int.from_bytes(hashlib.sha256(noise.tobytes()).digest()[:7], "little")
+    initial = read_bytes(torch.stack([flight.initial.detach() for flight in new]))
+    for flight, noise in zip(new, initial, strict=True):
+        flight.seed = int.from_bytes(hashlib.sha256(noise).digest()[:7], "little")
 
 
 def texts_of(prompt: str | Sequence[str] | None, repeats: int, batch: int) -> list[str | None]:

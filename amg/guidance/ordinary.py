@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from amg.config import AMGConfig
+from amg.engine.read import read_all
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.predict import Denoiser
 
@@ -59,6 +60,7 @@ class Ordinary:
 
     def __init__(self) -> None:
         self._near: dict[int, list[int]] = {}
+        self._alike: dict[tuple[int, str | None], list[str]] = {}
         self._often: list[int] = []  # of each row, how often its caption or its image occurs
 
     def near(self, index: Any, rows: Sequence[int]) -> list[list[int]]:
@@ -66,14 +68,28 @@ class Ordinary:
         search, one read."""
         if new := [row for row in dict.fromkeys(rows) if row not in self._near]:
             vectors = index.rows[torch.tensor(new, device=index.rows.device)].float()
-            found = index.search(vectors, k=min(ORDINARY_SEARCHED, index.count)).row.view(len(new), -1)
+            _, found = index.searcher.top(vectors, min(ORDINARY_SEARCHED, index.count))
             if not self._often:
-                self._often = torch.maximum(index.caption_counts(), index.counts).tolist()
-            for row, others in zip(new, found.tolist(), strict=True):
+                often = torch.maximum(index.caption_counts(), index.counts)
+                self._often = [int(count) for count in read_all(often)[0]]
+            for row, numbers in zip(new, read_all(*found), strict=True):
+                others = [int(number) for number in numbers]
                 self._near[row] = [
                     other for other in others if other != row and self._often[other] <= FREQUENT_CAPTION
                 ]
         return [self._near[row] for row in rows]
+
+    def alike(self, index: Any, row: int, near: Sequence[int], prompt: str | None) -> list[str]:
+        """The captions of the rows `near` to a memorised `row` that are closest to a prompt, or to the
+        memorised caption where the prompt is not known or shares no word with them."""
+        if (row, prompt) not in self._alike:
+            own = index.captions[row]
+            refused = {own, prompt, None}  # the memorised caption need not repeat to bring the copy back
+            captions = [one for one in (index.captions[other] for other in near) if one not in refused]
+            self._alike[row, prompt] = closest_captions(prompt or "", captions) or closest_captions(
+                own, captions
+            )
+        return self._alike[row, prompt]
 
 
 def despecify(
@@ -98,15 +114,7 @@ def despecify(
     seeded([flight for flight, _, _ in samples])
     nearby = ordinary.near(index, [row for _, _, row in samples])
     for (flight, _, row), near in zip(samples, nearby, strict=True):
-        refused = {
-            index.captions[row],
-            flight.prompt,
-        }  # the memorised caption need not repeat to bring it back
-        found = [index.captions[other] for other in near]
-        captions = [caption for caption in found if caption is not None and caption not in refused]
-        alike = closest_captions(flight.prompt or "", captions) or closest_captions(
-            index.captions[row], captions
-        )
+        alike = ordinary.alike(index, row, near, flight.prompt)
         if alike:
             flight.caption = alike[flight.choose(len(alike))]
 
