@@ -70,8 +70,7 @@ class Ordinary:
             vectors = index.rows[torch.tensor(new, device=index.rows.device)].float()
             _, found = index.searcher.top(vectors, min(ORDINARY_SEARCHED, index.count))
             if not self._often:
-                often = torch.maximum(index.caption_counts(), index.counts)
-                self._often = [int(count) for count in read_all(often)[0]]
+                self._often = torch.maximum(index.caption_counts(), index.counts).tolist()
             for row, numbers in zip(new, read_all(*found), strict=True):
                 others = [int(number) for number in numbers]
                 self._near[row] = [
