@@ -64,13 +64,13 @@ class Queue:
     def close(self, cancel: bool = False) -> None:
         """Take no more submissions; return when all are done, or with `cancel` cancelled."""
         with self._changed:
-            self._closed = True
+            self._closed, thread = True, self._thread
             if cancel:
                 for job in (*self._pending, *self._active):
                     job.future.cancel()
             self._changed.notify_all()
-            if threading.current_thread() is not self._thread:
-                self._changed.wait_for(lambda: self._thread is None or not self._thread.is_alive())
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()  # not killed in the middle of something when the interpreter ends
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
