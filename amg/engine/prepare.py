@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, warn_without_captions
-from amg.guidance.predict import Conditions
+from amg.guidance.predict import Conditions, Same
 from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
@@ -172,22 +172,24 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         output_type=output_type,
         safety=safety,
         dtype=weights_of(pipe.unet)[0],
-        key=(id(tools.index), modes, _form(sample[:1]), _form(conditions.cond), _shared(conditions)),
+        key=(id(tools.index), modes, form_of(sample[:1]), form_of(conditions.cond), _shared(conditions)),
         owner=source.owner,
         modes=modes,
         late_at=late_at,
     )
 
 
-def _form(value: Any) -> Any:
-    """What conditions have in common that can be joined: names, shapes of rows, dtypes, devices."""
-    if isinstance(value, dict):
-        return tuple((name, _form(inner)) for name, inner in sorted(value.items()))
+def form_of(value: Any) -> Hashable:
+    """What conditions have in common that can be joined: names, shapes of rows, dtypes, devices, and values
+    that are the same for all rows."""
+    if isinstance(value, Mapping):
+        return tuple((name, form_of(inner)) for name, inner in sorted(value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(_form(inner) for inner in value)
+        return (type(value), tuple(form_of(inner) for inner in value))
     if isinstance(value, Tensor):
         return (value.shape[1:], value.dtype, value.device)
-    return id(value)
+    held = value.value if isinstance(value, Same) else value
+    return held if isinstance(held, Hashable) and not isinstance(held, Tensor) else id(held)
 
 
 def _shared(conditions: Conditions) -> Any:

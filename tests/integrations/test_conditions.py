@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import amg
-from amg.engine.joining import Call, together
-from amg.guidance.predict import Denoiser, predict, replace_captions
+from amg.engine.prepare import form_of
+from amg.guidance.predict import Denoiser, Same, joined, predict, replace_captions
 from amg.pipelines.denoiser import split_call
 
 diffusers = pytest.importorskip("diffusers")
@@ -101,23 +101,22 @@ def test_captions_replace_the_text_of_their_rows_alone():
     assert replaced.cond["added_cond_kwargs"] is conditions.cond["added_cond_kwargs"]
 
 
-def test_joined_calls_keep_their_own_nested_rows():
-    network = Network()
-
-    def call(rows, at):
+def test_joined_conditions_keep_their_own_nested_rows():
+    def conditions(rows, at, same=3):
         embeds = [rows_of(1, 8, rows=rows) + at, rows_of(2, 5, 8, rows=rows) + at]
-        more = {"added_cond_kwargs": {"image_embeds": embeds, "pair": (rows_of(2, rows=rows) + at, 3)}}
-        return Call(network, (torch.zeros(rows, 1, 1, 1), torch.tensor(10)), more)
+        return {
+            "added_cond_kwargs": {"image_embeds": embeds, "pair": (rows_of(2, rows=rows) + at, Same(same))}
+        }
 
-    calls = [call(1, 10), call(3, 20), call(2, 30)]
-    assert len({one.key() for one in calls}) == 1
-    outputs = together(calls)
-    assert len(network.seen) == 1
-    for one, output in zip(calls, outputs, strict=True):
-        assert torch.equal(output, one.alone())
-    other = call(1, 10)
-    other.keywords["added_cond_kwargs"]["pair"] = (rows_of(2, rows=1), 4)
-    assert other.key() != calls[0].key()
+    parts = [conditions(1, 10), conditions(3, 20), conditions(2, 30)]
+    assert len({form_of(part) for part in parts}) == 1
+    together = joined(parts)["added_cond_kwargs"]
+    for at, rows in enumerate((slice(0, 1), slice(1, 4), slice(4, 6))):
+        own = parts[at]["added_cond_kwargs"]
+        for one, all_of in zip(own["image_embeds"], together["image_embeds"], strict=True):
+            assert torch.equal(one, all_of[rows])
+        assert torch.equal(own["pair"][0], together["pair"][0][rows]) and together["pair"][1].value == 3
+    assert form_of(conditions(1, 10, same=4)) != form_of(parts[0])
 
 
 def with_ip_adapters(pipe):

@@ -16,10 +16,10 @@ import amg
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
 from amg.guidance.flight import Flight
-from amg.guidance.guide import Guide
 from amg.guidance.predict import Conditions
+from amg.protection.catch_up import Run, advance, denoise
 from amg.protection.group import Group
-from amg.protection.loop import Run, advance, denoise
+from amg.protection.guide import Guide
 from amg.protection.rewind import merge_history
 from amg.similarity import similarity_for
 
