@@ -61,6 +61,11 @@ class Job:
         """Of a whole run."""
         return self.course.plan(self.config).total
 
+    @property
+    def scale(self) -> float | None:
+        """The guidance scale, where there is something to guide by."""
+        return self.course.scale if self.conditions.cond else None
+
     def __len__(self) -> int:
         return len(self.flights)
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.embed.precision import Modes
+from amg.engine.drive import started
 from amg.engine.job import Job
 from amg.engine.look import Tools
 from amg.engine.noise import standard_normal
 from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
-from amg.guidance.ordinary import Ordinary, warn_without_captions
+from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, Same
 from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
@@ -43,8 +44,6 @@ class Source:
         require_sampled(pipe)
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
-        if is_latent(pipe) and self.config.active:
-            warn_without_captions(index)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
         self.tables, self.ordinary = Tables(), Ordinary()
         self._courses: dict[Any, Course] = {}
@@ -119,9 +118,10 @@ class Source:
             return generator
         return generator.manual_seed(seed)
 
-    def warn_without_guidance(self, job: Job) -> None:
-        """Say to the sampler's caller which terms a guidance scale of at most 1 leaves without effect."""
-        self.config.warn_without_guidance(job.course.scale if job.conditions.cond else None)
+    @property
+    def unwarned(self) -> bool:
+        """Whether a text model's later tries can only go back to the memorised prompt."""
+        return is_latent(self.pipe) and self.config.active
 
 
 def step_arguments(scheduler: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,9 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     plan = course.plan(config)
     noise = _noise(pipe, request, batch, generator, device)
     sample = noise * scheduler.init_noise_sigma
-    initial = sample * float(plan.table.input_scale[0]) if plan.scaled else sample
+    initial = sample
+    if plan.scaled:  # in the scheduler's own operations: equal noise is to have equal bits on every way
+        initial = started(scheduler, 0).scale_model_input(sample, scheduler.timesteps[0].to(device))
     texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
     modes, tools = Modes.here(), source.tools()
     safety = None

@@ -18,6 +18,7 @@ from amg.config import AMGConfig
 from amg.engine.output import SamplerOutput
 from amg.engine.prepare import Source, prepare
 from amg.engine.queue import Queue
+from amg.guidance.ordinary import warn_without_captions
 
 __all__ = ["Request", "Sampler", "SamplerOutput"]
 
@@ -79,6 +80,8 @@ class Sampler:
         self._queue = Queue(max_batch, max_pending)
         self.source = Source(pipe, index, config, also)
         self._preparing = threading.Lock()
+        if self.source.unwarned:
+            warn_without_captions(self.index)
 
     @property
     def pipe(self) -> Any:
@@ -136,7 +139,7 @@ class Sampler:
         request = Request(**given)
         with self._preparing:
             job = prepare(self.source, request, generator, math.inf)
-        self.source.warn_without_guidance(job)
+        self.config.warn_without_guidance(job.scale)
         job.called = True
         with _bar(job.steps, progress) as job.bar:
             self._queue.submit(job)
@@ -164,7 +167,7 @@ class Sampler:
         late_at = math.inf if deadline is None else start + deadline
         with self._preparing:
             job = prepare(self.source, request, self.source.generator(request.seed), late_at)
-        self.source.warn_without_guidance(job)
+        self.config.warn_without_guidance(job.scale)
         self._queue.submit(job, block, timeout)
         return job.future
 

@@ -135,7 +135,7 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
-    protection.config.warn_without_guidance(scale)
+    protection.config.warn_without_guidance(scale, stacklevel=4)
     session.prompt = bound.arguments.get("prompt")
     session.images_per_prompt = bound.arguments.get("num_images_per_prompt") or 1
     with guided_call(session), flagged_pictures_kept_right(pipe):

@@ -2,6 +2,7 @@
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def test_a_network_that_breaks_halfway(way, bad, preset, pipe_and_index):
     with pytest.raises(FloatingPointError, match="finite"):
         sample(way, pipe, index, amg.AMGConfig.preset(preset, on_memorized="flag"))
     handle.remove()
-    assert len(calls) == 3 if preset == "main" else len(calls) >= 3
+    assert (
+        len(calls) == 3 if preset == "main" and way == "protect" else len(calls) >= 3
+    )  # ours: when it looks
     assert not hasattr(pipe, "amg_verdicts")
 
 
@@ -101,7 +104,8 @@ def test_an_index_on_a_gpu_and_a_pipeline_on_the_cpu(way, pipe_and_index):
 
 
 def test_two_threads_sampling_with_one_index(ddpm, pixel_index):
-    """One pipeline's components and one index, two samplers and other seeds: what each gives alone."""
+    """One pipeline's components and one index, two samplers and other seeds: what each gives alone. The free
+    signals, sums over a sample, show the last bit of networks that share the cores."""
     samplers = [amg.Sampler(ddpm, pixel_index, amg.AMGConfig.preset("main", **OPEN)) for _ in range(2)]
 
     def draw(seed):
@@ -109,11 +113,14 @@ def test_two_threads_sampling_with_one_index(ddpm, pixel_index):
         out = samplers[seed % 2](
             generator=generator, num_inference_steps=10, output_type="pt", progress=False
         )
-        return out.images, out.amg[0].similarity, out.amg[0].neighbour.row, out.amg[0].trace
+        trace = [replace(step, signals=None) for step in out.amg[0].trace]
+        signals = [value for step in out.amg[0].trace for value in step.signals]
+        return out.images, signals, out.amg[0].similarity, out.amg[0].neighbour.row, trace
 
     alone = [draw(seed) for seed in range(8)]
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(draw, range(8)))
-    assert len({row for _, _, row, _ in alone}) > 1, "the samples have neighbours of their own"
-    for (images, *verdict), (expected, *truth) in zip(together, alone, strict=True):
+    assert len({row for *_, row, _ in alone}) > 1, "the samples have neighbours of their own"
+    for (images, signals, *verdict), (expected, known, *truth) in zip(together, alone, strict=True):
         assert torch.equal(images, expected) and verdict == truth
+        assert signals == pytest.approx(known, rel=1e-5)
