@@ -211,7 +211,7 @@ class AMGConfig:
         return guidance_scale + (self.rewind_guidance - guidance_scale) * min(share, 1.0)
 
     def warn_without_guidance(self, guidance_scale: float | None, stacklevel: int = 3) -> None:
-        """Say to the caller's caller, or further up, which terms a scale of at most 1 leaves without effect."""
+        """Say to the caller's caller, or further up, which terms a scale of at most 1 leaves idle."""
         if guidance_scale is not None and guidance_scale <= 1 and self.active and (self.c1 or self.c2):
             warnings.warn(
                 f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a "
