@@ -3,22 +3,24 @@
 #
 #   benchmarks/gpu_check.sh --pack DIR                 where there is a package index: fetch the wheels into DIR
 #   benchmarks/gpu_check.sh --wheels DIR [--out DIR]   on the GPU machine: tests, sanitizer, benchmarks, summary
+#   ... --parts "tests engine"                         only some of: tests sanitizer benchmarks engine
 #
 # The GPU machine brings Python 3.12 (PYTHON=), torch >= 2.11, triton >= 3.6, a C++ compiler and cmake. A part that
 # fails or runs out of time does not stop the others; the exit status is 0 only if every part passed. --out
-# (benchmarks/results) receives kernels-<device>.csv and a log of each part.
+# (benchmarks/results) receives kernels-<device>.csv, engine-<device>.csv and a log of each part. The parts' limits add up to more than the
+# whole's: where all are slow, run `engine` by itself. `engine` and the tests of it have not run on a GPU yet.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 LIMIT=530  # seconds in all
-WHEELS="" PACK="" OUT=$ROOT/benchmarks/results
+WHEELS="" PACK="" OUT=$ROOT/benchmarks/results PARTS="tests sanitizer benchmarks engine"
 # accelerate is left out: it would pull torch, which the GPU machine has.
 PACKAGES="diffusers>=0.36 transformers>=4.57 faiss-cpu>=1.12 pyarrow>=18 pillow>=11 tqdm numpy>=2.0 safetensors>=0.5
   pytest>=8 pytest-benchmark>=5 hypothesis>=6.100 pybind11>=3.0 scikit-build-core>=1.1 setuptools>=77 wheel ninja"
 
 usage() {
-  sed -n '4,5s/^# *//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '4,6s/^# *//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 }
 
@@ -57,6 +59,10 @@ part() {
   ((status == 0)) || tail -n 25 "$OUT/$name.log"
   record "$name" "$verdict" $((SECONDS - start)) "$(last_words "$OUT/$name.log")"
   return "$status"
+}
+
+wanted() {
+  [[ " $PARTS " == *" $1 "* ]]
 }
 
 last_words() {
@@ -107,6 +113,10 @@ run_sanitizer() {
     -k "closed_sample or ties_go_to or predict_x0 or (nl2 and 13-130) or (search_finds and 5-257)"
 }
 
+run_engine() {
+  cd "$ROOT" && "$VENV/bin/python" benchmarks/bench_engine_gpu.py --out "$OUT" --seconds 100
+}
+
 run_benchmarks() {
   cd "$ROOT" && "$VENV/bin/python" benchmarks/bench_kernels_gpu.py --out "$OUT" --seconds 150
 }
@@ -118,18 +128,19 @@ check() {
   trap 'rm -rf "$(dirname "$VENV")"' EXIT
   unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE  # they slow the rivals
   export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WHEELS VENV ROOT OUT PYTHON PACKAGES
-  export -f see_packages_of_python install_amg run_tests run_sanitizer run_benchmarks
+  export -f see_packages_of_python install_amg run_tests run_sanitizer run_benchmarks run_engine
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 
   if part install 150 install_amg; then
-    part tests 170 run_tests
-    if [[ -n $sanitizer ]]; then
+    wanted tests && part tests 170 run_tests
+    if wanted sanitizer && [[ -n $sanitizer ]]; then
       part sanitizer 70 run_sanitizer "$sanitizer"
-    else
+    elif wanted sanitizer; then
       record sanitizer skipped 0 "no compute-sanitizer on this machine"
     fi
-    part benchmarks 200 run_benchmarks
+    wanted benchmarks && part benchmarks 200 run_benchmarks
+    wanted engine && part engine 150 run_engine
   fi
   [[ -f $OUT/benchmarks.log ]] && sed -n '/^case  /,$p' "$OUT/benchmarks.log"
   echo
@@ -142,6 +153,7 @@ while (($#)); do
     --wheels) WHEELS=${2:?--wheels needs a folder} && shift 2 ;;
     --pack) PACK=${2:?--pack needs a folder} && shift 2 ;;
     --out) OUT=${2:?--out needs a folder} && shift 2 ;;
+    --parts) PARTS=${2:?--parts needs a list} && shift 2 ;;
     *) usage ;;
   esac
 done

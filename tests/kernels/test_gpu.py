@@ -307,14 +307,14 @@ def test_search_ties_go_to_the_lowest_row():
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-def test_search_refuses_queries_without_a_direction(value, k):
+def test_a_query_without_a_direction_is_nan_and_no_other_is_touched(value, k):
     rows, queries = unit_rows(600, 20, torch.float16).cuda(), torch.randn(3, 20).cuda()
+    truth = kernels.topk_cosine(queries, rows, k)
     queries[1] = value
     for codes in (None, kernels.encode_rows(rows)):
-        with pytest.raises(
-            ValueError, match=r"`queries` must be finite and not zero, got norm .* for query 1"
-        ):
-            kernels.topk_cosine(queries, rows, k, codes=codes)
+        found = kernels.topk_cosine(queries, rows, k, codes=codes)
+        assert_same_bits([part[[0, 2]] for part in found], [part[[0, 2]] for part in truth])
+        assert found.similarity[1].isnan().all() and found.row[1].tolist() == [0] * k
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -327,11 +327,12 @@ def test_search_takes_queries_of_any_floating_dtype(dtype):
     assert torch.equal(found.row.cpu(), truth.row)
 
 
-def test_search_refuses_rows_that_are_not_finite():
+def test_rows_that_are_not_finite_are_nan_and_refused_where_they_are_encoded():
     rows = unit_rows(600, 20, torch.float32)
     rows[417, 3] = torch.nan
-    with pytest.raises(ValueError, match="`rows` must be finite"):
-        kernels.top1_cosine(torch.randn(3, 20).cuda(), rows.cuda())
+    for k in (1, 5):
+        found = kernels.topk_cosine(torch.randn(3, 20).cuda(), rows.cuda(), k)
+        assert found.similarity.isnan().all() and not found.row.any()
     with pytest.raises(ValueError, match="`rows` must be finite, got a non-finite value in row 417"):
         kernels.encode_rows(rows.cuda())
 
@@ -353,3 +354,17 @@ def test_nl2_equals_the_reference(batch, count, pixels, k, dtype):
             actual, expected = getattr(result, name).cpu(), getattr(truth, name)
             torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
         assert_same_bits(result, kernels.nl2(queries.cuda(), rows.cuda(), k=k))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 50])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16])
+def test_nl2_of_a_query_that_is_not_finite_is_nan_and_no_other_is_touched(dtype, k, value):
+    rows, queries = torch.randint(0, 256, (900, 192)), torch.rand(3, 192).cuda()
+    rows = (rows.to(torch.uint8) if dtype == torch.uint8 else (rows / 255).to(dtype)).cuda()
+    truth = kernels.nl2(queries, rows, k=k)
+    queries[1, 100] = value
+    found = kernels.nl2(queries, rows, k=k)
+    assert_same_bits([part[[0, 2]] for part in found], [part[[0, 2]] for part in truth])
+    assert all(part[1].isnan() for part in (found.value, found.distance, found.denominator))
+    assert found.row[1] == 0
