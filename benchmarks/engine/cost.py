@@ -106,6 +106,7 @@ def reads(bench: Bench) -> list[Figure]:
         prompts, seeds = bench.model.prompts(kind, BATCH)
         for name, sampler in contestants.items():
             draw = bench.model.pipe if sampler is None else sampler
+            reads_of(bench, draw, prompts, seeds)  # a scheduler's tables are made once, on the host
             total, before, rows, by_name = reads_of(bench, draw, prompts, seeds)
             spelled = ", ".join(f"{read} {count}" for read, count in by_name.most_common())
             for metric, value, note in (
