@@ -44,7 +44,7 @@ class Queue:
         release_threads()  # of the caller's own computing: the engine's are to be the only ones
         with self._changed:
             room = self._changed.wait_for(
-                lambda: self._shuts_out(job) or len(self._pending) < self.max_pending, timeout if block else 0
+                lambda: self._shuts_out(job) or self._waiting < self.max_pending, timeout if block else 0
             )
             if self._shuts_out(job):
                 raise RuntimeError("no request can be submitted after `close`")
@@ -57,6 +57,11 @@ class Queue:
                 atexit.register(self.close, cancel=True)
             self._changed.notify_all()
         job.future.add_done_callback(self._wake)
+
+    @property
+    def _waiting(self) -> int:
+        """Requests that wait; one that is cancelled gives its place up at once, whatever is being computed."""
+        return sum(not job.future.done() for job in self._pending)
 
     def _shuts_out(self, job: Job) -> bool:
         return self._closed and not job.called
@@ -93,9 +98,14 @@ class Queue:
     def _serve(self) -> None:
         engine = Engine()
         while (new := self._next(engine)) is not None:
-            for job in new:
-                engine.admit(job)
-            engine.turn()
+            try:
+                for job in new:
+                    engine.admit(job)
+                engine.turn()
+            except BaseException as error:  # a fault of the engine, or a caller's callback that ends threads
+                engine = Engine()
+                for job in tuple(self._active):
+                    job.fail(RuntimeError(f"the engine stopped at a fault of its own: {error!r}"))
 
     def _next(self, engine: Engine) -> list[Job] | None:
         """The requests to start now, once there are any or some run; None where the thread is to end."""
