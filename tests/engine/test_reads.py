@@ -25,9 +25,9 @@ class Watched:
         self.reads = reads.watch(monkeypatch)
 
         def watched(slots: Slots):
-            eventful, before = slots.tick >= slots.event, len(self.reads.ours)
+            eventful, before = slots.tick >= slots.event, len(self.reads)
             broken = step(slots)
-            (self.eventful if eventful else self.quiet).append(self.reads.ours[before:])
+            (self.eventful if eventful else self.quiet).append(self.reads[before:])
             return broken
 
         monkeypatch.setattr(amg.engine.loop, "step", watched)
@@ -44,7 +44,7 @@ def call(pipe, index, monkeypatch, **more):
             job = amg.Request("abc", seed=1, **request)
             before = len(watched.reads)
             out = sampler.submit(job).result(600)
-        return out, watched, [file for file in watched.reads.ours[before:] if "/amg/" in file]
+        return out, watched, [file for file in watched.reads[before:] if "/amg/" in file]
 
 
 NEVER = {"lambda_min": 0.99, "lambda_max": 0.99, "guard_threshold": None, "on_memorized": "flag"}
