@@ -60,7 +60,7 @@ class Queue:
 
     @property
     def _waiting(self) -> int:
-        """Requests that wait; one that is cancelled gives its place up at once, whatever is being computed."""
+        """Requests that wait; a cancelled one gives its place up at once, whatever is being computed."""
         return sum(not job.future.done() for job in self._pending)
 
     def _shuts_out(self, job: Job) -> bool:

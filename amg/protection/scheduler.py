@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,15 @@ from amg.config import AMGConfig
 from amg.engine.level import Level
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions, Denoiser
-from amg.guidance.schedule import levels_of
+from amg.guidance.schedule import Step, levels_of
+from amg.guidance.terms import require_finite
 from amg.promise import check
+from amg.protection.fused import Fused, Made, output_class
 from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
+
+STEPPED = ("model_output", "timestep", "sample")
 
 
 class AMGScheduler:
@@ -49,6 +54,11 @@ class AMGScheduler:
                     f"`{name}` must be None: a scheduler does not know the model it was made for; "
                     f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
                 )
+        if config.guidance_interval != (0.0, 1.0):
+            raise ValueError(
+                "`guidance_interval` must be (0, 1): another's loop computes both halves at every step; use "
+                f"`amg.Sampler`, got {config.guidance_interval}"
+            )
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output
@@ -66,6 +76,7 @@ class AMGScheduler:
         )
         self._flights: list[Flight] = []
         self._levels: tuple[Level, ...] = ()
+        self._fused: Fused | None = None
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -79,47 +90,111 @@ class AMGScheduler:
         if steps is not None and steps < 1:
             raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
         self.scheduler.set_timesteps(*args, **kwargs)
-        self._flights, self._step = [], 0
+        self._flights, self._fused, self._step = [], None, 0
 
-    def step(
-        self, model_output: Tensor | tuple[Tensor, Tensor], timestep: Any, sample: Tensor, **kwargs: Any
-    ) -> Any:
-        """Guide, then make the wrapped scheduler's step.
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input, as the wrapped scheduler makes it."""
+        if self._fused is not None:
+            return self._fused.scaled(sample)
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return sample
+        scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
+        return scaled
 
-        model_output: (eps_uncond, eps_cond), or one unconditional output; [B, C, H, W] in the scheduler's
-        prediction type. sample: x_t [B, C, H, W]. Call it once per timestep, in order. Returns the
-        scheduler's own output.
+    @property
+    def step(self) -> Callable[..., Any]:
+        """step((output_uncond, output_cond), timestep, sample, ...): guide, and make the scheduler's step.
+
+        The first argument may also be one unconditional output; outputs are [B, C, H, W] in the scheduler's
+        prediction type, `sample` is x_t [B, C, H, W], and further arguments are those of the wrapped
+        scheduler's `step`. Where its steps are linear (`amg.engine.table`), guidance and step are one call of
+        `amg.kernels.guided_step_into`, within 1e-5 of its own; elsewhere its own step follows. Call it once a
+        timestep, in order, from any timestep of the schedule on. Returns the scheduler's own output. Errors:
+        ValueError naming the argument.
         """
-        output_uncond, output_cond = model_output if isinstance(model_output, tuple) else (None, model_output)
-        if output_cond.shape != sample.shape:
+        own = inspect.signature(self.scheduler.step)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bound = own.bind(*args, **kwargs).arguments
+            given = {name: value for name, value in bound.items() if name not in STEPPED}
+            return self._make(bound["model_output"], bound["timestep"], bound["sample"], given)
+
+        run.__signature__ = own  # type: ignore[attr-defined]  # pipelines look for `generator`, `eta`
+        return run
+
+    def _make(self, model_output: Any, timestep: Any, sample: Tensor, given: dict[str, Any]) -> Any:
+        outputs = model_output if isinstance(model_output, tuple) else (model_output,)
+        if any(output.shape != sample.shape for output in outputs):
             raise ValueError(
                 f"`model_output` must be shaped like `sample` {list(sample.shape)}, "
-                f"got {list(output_cond.shape)}"
+                f"got {[list(output.shape) for output in outputs]}"
             )
         if not self._flights:
-            self.index.seal.check()
-            self.amg_config.warn_without_guidance(
-                None if output_uncond is None else self.amg_config.guidance_scale
-            )
-            self._levels = levels_of(self.scheduler)
-            self._flights = [Flight.from_noise(row) for row in sample]
-        where = self._guide.at(self.scheduler, self._levels, self._step)
-        if float(where.t) != float(timestep):
-            raise ValueError(
-                f"`timestep` must be {float(where.t)}, the next of the schedule, got {float(timestep)}"
-            )
+            self._begin(outputs, timestep, sample, given)
+        where = self._guide.at(self.scheduler, self._levels, min(self._step, len(self._levels) - 1))
+        if self._step == len(self._levels) or float(where.t) != float(timestep):
+            awaited = "none: all are made" if self._step == len(self._levels) else float(where.t)
+            raise ValueError(f"`timestep` must be the next of the schedule, {awaited}, got {float(timestep)}")
+        if self._fused is None:
+            return self._guided_then_stepped(where, outputs, timestep, sample, given)
+        require_finite("model_output", outputs[-1])
         rows = torch.arange(len(sample), device=sample.device)
-        model_input = self.scheduler.scale_model_input(sample, timestep)
-        guided = self._guide(
-            where,
-            model_input,
-            output_uncond,
-            output_cond,
-            Conditions({"rows": rows}, None, {}),
-            self._flights,
-        )
+        model_input = self._fused.scaled(sample)
+
+        def ask_neighbours(chosen: Sequence[int], captions: Sequence[str]) -> Tensor:
+            assert self._neighbour_output is not None
+            at = [int(row) for row in chosen]
+            return self._neighbour_output(model_input[rows[at]], timestep, at, captions)
+
+        tools = self._guide.tools
+        made = self._fused.step(outputs, sample, given, self._flights, tools, ask_neighbours)
         self._step += 1
-        return self.scheduler.step(guided.output, timestep, sample, **kwargs)
+        return self._as_its_own(made, sample, given)
+
+    def _begin(self, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]) -> None:
+        """A batch at its first step, which may be a later one of the schedule (image-to-image)."""
+        self.index.seal.check()
+        scale = None if len(outputs) == 1 else self.amg_config.guidance_scale
+        self.amg_config.warn_without_guidance(scale, stacklevel=5)
+        self._levels = levels_of(self.scheduler)
+        self._step = self._first(timestep)
+        self._fused = Fused.begun(self.scheduler, self._step, given, self.amg_config, sample)
+        model_input = sample if self._fused is None else self._fused.scaled(sample)
+        if self._fused is None and hasattr(self.scheduler, "scale_model_input"):
+            model_input = self.scheduler.scale_model_input(sample, timestep)
+        self._flights = [Flight.from_noise(row) for row in model_input]
+
+    def _first(self, timestep: Any) -> int:
+        """The step that a loop starts at."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        found = [at for at, t in enumerate(self.scheduler.timesteps.tolist()) if t == float(timestep)]
+        if not found:
+            raise ValueError(
+                f"`timestep` must be one of the schedule's {len(self._levels)}, got {float(timestep)}"
+            )
+        return found[0]
+
+    def _guided_then_stepped(
+        self, where: Step, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]
+    ) -> Any:
+        """Where the scheduler has no table: its own step, of the guided output."""
+        rows = torch.arange(len(sample), device=sample.device)
+        model_input = self.scale_model_input(sample, timestep)
+        uncond, cond = (None, outputs[0]) if len(outputs) == 1 else outputs
+        conditions = Conditions({"rows": rows}, None, {})
+        guided = self._guide(where, model_input, uncond, cond, conditions, self._flights)
+        self._step += 1
+        return self.scheduler.step(guided.output, timestep, sample, **given)
+
+    def _as_its_own(self, made: Made, sample: Tensor, given: dict[str, Any]) -> Any:
+        prev_sample, x0_hat = made.prev_sample.to(sample.dtype), made.x0_hat.to(sample.dtype)
+        kind = output_class(self.scheduler)
+        has = "pred_original_sample" in getattr(kind, "__annotations__", {})
+        if not given.get("return_dict", True):
+            return (prev_sample, x0_hat) if has else (prev_sample,)
+        return kind(prev_sample, x0_hat) if has else kind(prev_sample)
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
