@@ -35,7 +35,6 @@ class Flight:
     suspected: bool = False  # its gate was open when it was last measured
     exhausted: bool = False  # a checkpoint wanted it back, and `max_evaluations` did not allow it
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
-    previous: Tensor | None = None  # the network's input at its last step, in another's loop
     prompt: str | None = None  # what was asked for, where it is text and known
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
     trace: list[TraceStep] = field(default_factory=list)

@@ -88,9 +88,7 @@ class Guide:
         low = torch.tensor([seat.low for seat in seats], device=output.device)
         if not self.config.active:
             return Guided(output, low)
-        if self.gate is not None:
-            note_moves(flights, sample, step.position)
-        frame = self._frame(step, sample, output_uncond, output_cond, conditions, seats)
+        frame = frame_of(self, step, sample, output_uncond, output_cond, conditions, seats)
         found, terms = dict[int, Note](), None
         if any(looks(seat, self.gate) for seat in seats):
             terms, found, broken = measure(frame, self.tools)
@@ -111,7 +109,7 @@ class Guide:
         rest = (step.total - step.position - 1) * each
         return Seat(flight, self.config, step, self.guidance_scale, low, guided, step.total * each, rest)
 
-    def _scale_of(self, seat: Seat) -> float:
+    def scale_of(self, seat: Seat) -> float:
         """The classifier-free guidance scale of a sample at this step."""
         flight, scale = seat.flight, self.guidance_scale
         return self.config.scale_of_try(flight.rewinds, flight.retries, scale) if seat.low else scale
@@ -129,47 +127,13 @@ class Guide:
         for row, seat in enumerate(seats):
             if seat.low:
                 halves = (output_uncond[row], output_cond[row])
-                output[row] = guidance.classifier_free(*halves, self._scale_of(seat))
+                output[row] = guidance.classifier_free(*halves, self.scale_of(seat))
         return output
 
-    def _frame(
-        self,
-        step: Step,
-        sample: Tensor,
-        output_uncond: Tensor | None,
-        output_cond: Tensor,
-        conditions: Conditions,
-        seats: Sequence[Seat],
-    ) -> Frame:
-        batch, device = len(sample), sample.device
-        halves = output_cond if output_uncond is None else torch.cat([output_uncond, output_cond])
-        rows = torch.full((4, batch), -1, dtype=torch.int32, device="cpu")
-        rows[1] = torch.arange(len(halves) - batch, len(halves), dtype=torch.int32, device="cpu")
-        if output_uncond is not None:
-            rows[0] = torch.arange(batch, dtype=torch.int32, device="cpu")
-        wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        scales = [self._scale_of(seat) for seat in seats]
-        coefficients = eps_rows(self.denoiser.prediction_type, step.alpha_bar, scales).to(device, wide.dtype)
-
-        def history(chosen: Sequence[int], count: int) -> Tensor:
-            return traced([seats[row].flight for row in chosen], count).to(device)
-
-        def ask_neighbours(chosen: Sequence[int], captions: Sequence[str]) -> Tensor:
-            at = torch.tensor(chosen, device=device)
-            found = predict_neighbours(self.denoiser, sample[at], step.t, conditions.take(at), captions)
-            return found.to(halves.dtype)
-
-        def ask_gradient(chosen: Sequence[int], x0_grad: Tensor) -> Tensor:
-            at = torch.tensor(chosen, device=device)
-            return self._slope(step, sample[at], coefficients[at], conditions.take(at), x0_grad)
-
-        scale = self._output_scale(output_uncond, output_cond, seats)
-        asks = (history, ask_neighbours, ask_gradient)
-        return Frame(seats, wide.contiguous(), halves, rows.to(device), coefficients, scale, *asks)
-
-    def _output_scale(
+    def output_scale(
         self, output_uncond: Tensor | None, output_cond: Tensor, seats: Sequence[Seat]
     ) -> Tensor | None:
+        """What `guidance_rescale` multiplies each sample's guided output with, [B]; None: nothing."""
         if output_uncond is None or self.guidance_rescale == 0:
             return None
         plain = guidance.classifier_free(output_uncond.float(), output_cond.float(), self.guidance_scale)
@@ -178,7 +142,7 @@ class Guide:
         scale = self.guidance_rescale * ratio + (1 - self.guidance_rescale)
         return torch.where(low, 1.0, scale)
 
-    def _slope(
+    def slope(
         self, step: Step, sample: Tensor, coefficients: Tensor, conditions: Conditions, x0_grad: Tensor
     ) -> Tensor:
         """grad_{x_t} sigma through the denoiser."""
@@ -206,6 +170,43 @@ class Guide:
             place = (step.position, float(step.t), note.similarity, step.threshold, note.row)
             kept = tuple(signals[row]) if signals and (self.gate is not None or row in found) else None
             seat.flight.trace.append(TraceStep(*place, tuple(terms), kept, note.estimated))
+
+
+def frame_of(
+    guide: Guide,
+    step: Step,
+    sample: Tensor,
+    output_uncond: Tensor | None,
+    output_cond: Tensor,
+    conditions: Conditions,
+    seats: Sequence[Seat],
+) -> Frame:
+    """The frame of one step of another's loop, out of what `Guide` is called with."""
+    batch, device, denoiser = len(sample), sample.device, guide.denoiser
+    halves = output_cond if output_uncond is None else torch.cat([output_uncond, output_cond])
+    rows = torch.full((4, batch), -1, dtype=torch.int32, device="cpu")
+    rows[1] = torch.arange(len(halves) - batch, len(halves), dtype=torch.int32, device="cpu")
+    if output_uncond is not None:
+        rows[0] = torch.arange(batch, dtype=torch.int32, device="cpu")
+    wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    scales = [guide.scale_of(seat) for seat in seats]
+    coefficients = eps_rows(denoiser.prediction_type, step.alpha_bar, scales).to(device, wide.dtype)
+
+    def history(chosen: Sequence[int], count: int) -> Tensor:
+        return traced([seats[row].flight for row in chosen], count).to(device)
+
+    def ask_neighbours(chosen: Sequence[int], captions: Sequence[str]) -> Tensor:
+        at = torch.tensor(chosen, device=device)
+        found = predict_neighbours(denoiser, sample[at], step.t, conditions.take(at), captions)
+        return found.to(halves.dtype)
+
+    def ask_gradient(chosen: Sequence[int], x0_grad: Tensor) -> Tensor:
+        at = torch.tensor(chosen, device=device)
+        return guide.slope(step, sample[at], coefficients[at], conditions.take(at), x0_grad)
+
+    scale = guide.output_scale(output_uncond, output_cond, seats)
+    asks = (history, ask_neighbours, ask_gradient)
+    return Frame(seats, wide.contiguous(), halves, rows.to(device), coefficients, scale, *asks)
 
 
 def eps_rows(kind: str, alpha_bar: float, scales: Sequence[float]) -> Tensor:
@@ -248,23 +249,22 @@ def traced(flights: Sequence[Flight], count: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(flights), count, 4)
 
 
-def note_moves(flights: Sequence[Flight], sample: Tensor, position: int) -> None:
-    """At step `position`, before the denoiser's output is guided: tell the step before how far it moved.
+def note_moves(flights: Sequence[Flight], before: Tensor, sample: Tensor, position: int) -> None:
+    """At step `position`, before it is guided: tell the step before how far each first try moved.
 
-    sample: the denoiser's (variance preserving) input [B, C, H, W]. The trace's last step gains its fourth
-    signal, ‖x_{t−1} − x_t‖²; a sample that has just gone back keeps three there.
+    before, sample: the denoiser's (variance preserving) inputs at the two steps, [B, C, H, W]. The trace's
+    last step gains its fourth signal, ‖x_{t−1} − x_t‖²; later tries, which no calibration is asked about,
+    keep three.
     """
-    rows = [row for row, flight in enumerate(flights) if flight.trace and flight.previous is not None]
-    rows = [row for row in rows if flights[row].trace[-1].step == position - 1]
-    if rows:
-        before = torch.stack([flights[row].previous for row in rows])  # type: ignore[misc]
-        moved = (sample[rows].float() - before.float()).flatten(1).square().sum(1).tolist()
-        for row, distance in zip(rows, moved, strict=True):
-            last = flights[row].trace[-1]
-            assert last.signals is not None
-            flights[row].trace[-1] = replace(last, signals=(*last.signals[:3], distance))
-    for flight, row in zip(flights, sample, strict=True):
-        flight.previous = row
+    rows = [row for row, flight in enumerate(flights) if not (flight.rewinds or flight.retries)]
+    rows = [row for row in rows if flights[row].trace and flights[row].trace[-1].step == position - 1]
+    if not rows:
+        return
+    moved = (sample.float() - before.float()).flatten(1).square().sum(1).tolist()
+    for row in rows:
+        last = flights[row].trace[-1]
+        assert last.signals is not None
+        flights[row].trace[-1] = replace(last, signals=(*last.signals[:3], moved[row]))
 
 
 def _spread(truths: Tensor, like: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """How guidance reaches into a pipeline's own loop: a hook on its U-Net and a wrapper around its scheduler's
 step.
 
-The hook turns the two halves of the noise prediction of every open row into the guided one, so the pipeline's
-own classifier-free guidance is an identity there; closed rows pass through untouched, bit for bit. The
-wrapped step is where rewound rows are replaced. Both exist only during one call of the pipeline.
+The hook only records what the U-Net was given and gave. The wrapped step guides it and puts the guided output
+in place of the pipeline's own in the rows that it changes; all others, the update and the noise are the
+pipeline's, bit for bit. There rewound rows are replaced, too. Both exist only during one call of the
+pipeline.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -23,16 +24,27 @@ from amg.engine.drive import pristine
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
 from amg.guidance.predict import Conditions, predict, replace_captions
+from amg.guidance.terms import classifier_free
 from amg.pipelines.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.pipelines.identity import key_for
 from amg.protection.catch_up import Run, advance
 from amg.protection.group import Group
-from amg.protection.guide import Guide
+from amg.protection.guide import Guide, note_moves
 from amg.protection.rewind import merge_history, rewound
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
 
 NAME = "anti-memorization guidance"
+
+
+class Call(NamedTuple):
+    """One call of the U-Net: its input and its raw output's halves of each of B samples, [B, C, H, W],
+    `uncond` None without classifier-free guidance, and what they were conditioned on."""
+
+    model_input: Tensor
+    uncond: Tensor | None
+    cond: Tensor
+    conditions: Conditions
 
 
 class Session:
@@ -54,6 +66,8 @@ class Session:
         self.conditions: Conditions | None = None
         self.step_arguments: dict[str, Any] = {}
         self.index_of_step = 0
+        self.call: Call | None = None  # of the U-Net, whose step is still to come
+        self.before: Tensor | None = None  # the U-Net's input at the step before
         self.forward: Any = None
         self.class_labels: Tensor | None = None
         self.class_scale: float | None = None
@@ -86,20 +100,54 @@ class Session:
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 
-    def with_captions(self, arguments: dict[str, Any], guided: bool) -> dict[str, Any]:
-        """The U-Net's arguments with the captions that later tries were given in place of their prompts."""
-        assert self.run is not None and self.conditions is not None
+    def require_turn(self, rows: int, guided: bool) -> None:
+        """RuntimeError for a call of the U-Net that is not the one, of all rows, before the next step."""
+        if self.call is not None:
+            raise _unpaired(f"a second call before step {self.index_of_step}")
+        each = 2 if guided else 1
+        if rows % each or (self.flights and rows != each * len(self.flights)):
+            wanted = each * len(self.flights) or "an even number of"
+            raise _unpaired(f"one of {rows} rows where {wanted} were due, at step {self.index_of_step}")
+
+    def told(self, arguments: dict[str, Any], guided: bool) -> tuple[dict[str, Any], Conditions]:
+        """The U-Net's arguments with the captions that later tries were given in place of their prompts, and
+        the conditions in them."""
+        assert self.run is not None
+        conditions = split_call(arguments, len(self.flights), guided)
         captions = [flight.caption for flight in self.flights]
-        if all(caption is None for caption in captions):
-            return arguments
-        self.conditions = replace_captions(self.run.guide.denoiser, self.conditions, captions)
-        cond, uncond = self.conditions.cond, self.conditions.uncond
-        own = {
-            name: torch.cat([uncond[name], value]) if guided and uncond else value
-            for name, value in cond.items()
-            if isinstance(value, Tensor)
-        }
-        return {**arguments, **own}
+        told = replace_captions(self.run.guide.denoiser, conditions, captions)
+        own = {name: value for name, value in told.cond.items() if value is not conditions.cond[name]}
+        if told.uncond is not None:
+            own = {name: torch.cat([told.uncond[name], value]) for name, value in own.items()}
+        return {**arguments, **own}, told
+
+    def predict_classes(self, sample: Tensor, t: Any) -> Tensor:
+        """Record both halves of a class-conditional U-Net, which a pixel pipeline does not ask for: plain
+        classifier-free guidance of them."""
+        assert self.run is not None and self.conditions is not None
+        uncond, cond = predict(self.run.guide.denoiser, sample, t, self.conditions)
+        self.call = Call(sample, uncond, cond, self.conditions)
+        return cond if uncond is None else classifier_free(uncond, cond, self.run.guide.guidance_scale)
+
+    def guided(self, model_output: Tensor, timestep: Any) -> Tensor:
+        """What the scheduler is to step with: the loop's own `model_output`, [B, C, H, W], but in the rows
+        that guidance changes. RuntimeError where the last call of the U-Net does not belong to this step."""
+        call, run, index = self.call, self.run, self.index_of_step
+        if call is None or run is None:
+            raise _unpaired(f"none before step {index}")
+        if model_output.shape != call.cond.shape:
+            shapes = f"{list(call.cond.shape)} where the scheduler is given {list(model_output.shape)}"
+            raise _unpaired(f"one of {shapes}, at step {index}")
+        if index >= run.count or float(timestep) != float(run.scheduler.timesteps[index]):
+            raise _unpaired(f"timestep {float(timestep):g} for step {index} of {run.count}")
+        step = run.guide.at(run.scheduler, run.levels, index)
+        if run.guide.gate is not None and self.before is not None:
+            note_moves(self.flights, self.before, call.model_input, index)
+        found = run.guide(step, *call, self.flights)
+        self.call, self.before = None, call.model_input
+        changed = found.changed.view(-1, *[1] * (model_output.ndim - 1)).to(model_output.device)
+        chosen = torch.where(changed, found.output.to(model_output), model_output)
+        return torch.empty_like(model_output).copy_(chosen)  # strides choose kernels: they stay, too
 
     @property
     def class_conditional(self) -> bool:
@@ -116,8 +164,8 @@ class Session:
         return self.config.guidance_scale if self.class_scale is None else float(self.class_scale)
 
 
-class GuidanceHook(ModelHook):  # type: ignore[misc]
-    """Guides the output of each U-Net call of a pipeline's loop."""
+class RecordingHook(ModelHook):  # type: ignore[misc]
+    """Records each U-Net call of a pipeline's loop, and gives later tries their captions."""
 
     def __init__(self, session: Session):
         super().__init__()
@@ -127,32 +175,18 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         session, original = self.session, cast(Any, self.fn_ref).original_forward
         sample, t, kwargs = _arguments(args, kwargs)
         guided = bool(getattr(session.pipe, "do_classifier_free_guidance", False))
+        session.require_turn(len(sample), guided)
         if session.run is None:
             session.forward = original
             session.begin(sample, guided, kwargs)
-        run = session.run
-        assert run is not None and session.conditions is not None
-        step = run.guide.at(run.scheduler, run.levels, session.index_of_step)
         if session.class_conditional:
-            uncond, cond = predict(run.guide.denoiser, sample, t, session.conditions)
-            found = run.guide(step, sample, uncond, cond, session.conditions, session.flights)
-            return UNet2DOutput(found.output)
-        kwargs = session.with_captions(kwargs, guided)
+            return UNet2DOutput(session.predict_classes(sample, t))
+        kwargs, conditions = session.told(kwargs, guided)
         result = original(sample, t, **kwargs)
-        output = result[0] if isinstance(result, tuple) else result.sample
+        # a copy: a loop may combine the halves in place, a compiled U-Net write its next output there
+        output = (result[0] if isinstance(result, tuple) else result.sample).clone()
         uncond, cond = output.chunk(2) if guided else (None, output)
-        model_input = sample.chunk(2)[0] if guided else sample
-        found = run.guide(step, model_input, uncond, cond, session.conditions, session.flights)
-        if not bool(found.changed.any()):
-            return result
-        replaced = torch.where(found.changed.view(-1, 1, 1, 1), found.output, cond)
-        if uncond is not None:
-            replaced = torch.cat(
-                [torch.where(found.changed.view(-1, 1, 1, 1), found.output, uncond), replaced]
-            )
-        if isinstance(result, tuple):
-            return (replaced, *result[1:])
-        result.sample = replaced
+        session.call = Call(sample[: len(cond)], uncond, cond, conditions)
         return result
 
 
@@ -180,11 +214,13 @@ def send_back(
 def guided_call(session: Session) -> Iterator[Session]:
     """Install hook and wrapper for one call of the pipeline, and take both away again whatever happens."""
     pipe, registry = session.pipe, HookRegistry.check_if_exists_or_initialize(session.pipe.unet)
-    registry.register_hook(GuidanceHook(session), NAME)
+    registry.register_hook(RecordingHook(session), NAME)
     scheduler, original = pipe.scheduler, pipe.scheduler.step
     scheduler.step = _wrapped_step(session, scheduler, original)
     try:
         yield session
+        if session.call is not None:
+            raise _unpaired(f"one after step {session.index_of_step - 1} that no step follows")
     finally:
         del scheduler.step
         registry.remove_hook(NAME, recurse=False)
@@ -195,10 +231,9 @@ def _wrapped_step(session: Session, scheduler: Any, original: Any) -> Any:
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         known = {name: value for name, value in kwargs.items() if name not in ("generator", "return_dict")}
         session.step_arguments.update(known)
-        result = original(model_output, timestep, sample, *args, **kwargs)
+        result = original(session.guided(model_output, timestep), timestep, sample, *args, **kwargs)
+        assert session.run is not None and session.conditions is not None
         index, session.index_of_step = session.index_of_step, session.index_of_step + 1
-        if session.run is None or session.conditions is None:
-            return result
         previous = result[0] if isinstance(result, tuple) else result.prev_sample
         replaced = send_back(session.run, scheduler, index, previous, session.conditions, session.flights)
         if isinstance(result, tuple):
@@ -207,6 +242,13 @@ def _wrapped_step(session: Session, scheduler: Any, original: Any) -> Any:
         return result
 
     return step
+
+
+def _unpaired(got: str) -> RuntimeError:
+    return RuntimeError(
+        "`pipe` must call its U-Net once, with all rows, before each step of its scheduler and make the "
+        f"steps of its timesteps in order, got {got}: what a step belongs to is not known"
+    )
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:

@@ -48,12 +48,18 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose
     U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null class) and
     `guidance_scale`. A pipeline protected already is protected anew. Errors: TypeError for another pipeline;
-    whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
-    was, protected by what protected it before.
+    ValueError for a `guidance_interval`; RuntimeError, from a call, for a loop that does not call its U-Net
+    once before each step of its scheduler; whatever prevents a check is raised, never an unchecked image; an
+    error here leaves the pipeline as it was, protected by what protected it before.
     """
     require_supported(pipe)
     also = require_indexes(index, also)
     config = asked(config).for_metric(index.metric)
+    if config.guidance_interval != (0.0, 1.0):
+        raise ValueError(
+            "`guidance_interval` must be (0, 1) for `protect`, whose pipeline's own loop guides every step, "
+            f"got {config.guidance_interval}: use `amg.Sampler`"
+        )
     protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
     if is_latent(pipe) and config.active:
         warn_without_captions(index)

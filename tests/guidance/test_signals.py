@@ -51,7 +51,8 @@ def test_moves_are_told_to_the_step_before_and_not_across_a_rewind() -> None:
     generator = torch.Generator().manual_seed(3)
     samples = [torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3)]
     for position, sample in enumerate(samples):
-        note_moves(flights, sample, position)
+        if position:
+            note_moves(flights, samples[position - 1], sample, position)
         for flight in flights:
             flight.trace.append(TraceStep(position, 0.0, None, 0.0, None, (), (1.0, 2.0, 3.0)))
     moved = [(after - before).double().flatten(1).square().sum(1) for before, after in pairwise(samples)]
@@ -59,6 +60,7 @@ def test_moves_are_told_to_the_step_before_and_not_across_a_rewind() -> None:
     raw = traced(flights, 3)
     torch.testing.assert_close(raw[:, :2, 3], wanted, rtol=1e-6, atol=0)
     assert raw[:, 2, 3].tolist() == [0, 0] and raw[:, :, :3].unique().tolist() == [1, 2, 3]
-    note_moves(flights[:1], samples[0][:1], 1)  # row 0 went back to step 1
-    assert len(flights[0].trace[-1].signals or ()) == 3
+    flights[0].rewinds = 1
+    note_moves(flights, samples[2], samples[1], 3)  # row 0 went back, and row 1 did not
+    assert [len(flight.trace[-1].signals or ()) for flight in flights] == [3, 4]
     assert traced(flights, 2).shape == (2, 2, 4)
