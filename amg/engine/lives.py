@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from amg.engine.read import read_all
 from amg.engine.slots import Segment, Slot, Slots
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.note import Note
 from amg.guidance.predict import Denoiser, captioned
+from amg.guidance.read import read_all
 from amg.verdict import TraceStep
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.engine.frame import Frame, Seat
-from amg.engine.read import read
 from amg.guidance.checkpoint import is_checkpoint, screens
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Denoiser
+from amg.guidance.read import read
 from amg.similarity import Judge, Measured, Similarity
 from amg.similarity.student import Screen
 

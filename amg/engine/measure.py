@@ -15,11 +15,11 @@ from amg.config import AMGConfig
 from amg.engine.correct import correct
 from amg.engine.frame import Frame, Seat, Terms, predict
 from amg.engine.look import Look, Tools, at_checkpoint, chosen, guarded, look, look_cheaply, too_close
-from amg.engine.read import read
 from amg.guidance.checkpoint import affords, hears_alarms, is_check
 from amg.guidance.gate import Gate
 from amg.guidance.note import Note
 from amg.guidance.ordinary import despecify
+from amg.guidance.read import read
 
 
 class Found(NamedTuple):

@@ -78,14 +78,14 @@ class Slot:
         flight = self.flight
         return self.plan.halves[row] or flight.suspected or bool(flight.rewinds or flight.retries)
 
-    def next_event(self, row: int) -> int:
-        """The first row from `row` on where the host has something to do."""
+    def steps_ahead(self, row: int) -> int:
+        """Steps from `row` until the host has something to do."""
         if self.flight.suspected:
-            return row
+            return 0
         events = self.plan.events
         found = events[bisect.bisect_left(events, row)]
         low = self.low - self.plan.start
-        return low if row <= low < found else found
+        return (low if row <= low < found else found) - row
 
     def scale_at(self, row: int) -> float:
         """The guidance scale of a step: s0, or that of a later try's start."""
@@ -153,8 +153,7 @@ class Slots:
     @property
     def ahead(self) -> int:
         """Steps until the host has something to do."""
-        rows = ((slot, self.row_of(slot)) for slot in self.slots)
-        return min((slot.next_event(row) - row for slot, row in rows), default=0)
+        return min((slot.steps_ahead(self.row_of(slot)) for slot in self.slots), default=0)
 
     def part(self, job: Job) -> Slots:
         """A set of one request's samples alone, as they are in this one."""
@@ -188,14 +187,13 @@ class Slots:
     def _set_scales(self) -> None:
         scales = [slot.scale_at(self.row_of(slot)) for slot in self.slots]
         usual = [slot.plan.scale for slot in self.slots]
-        self.lowered = scales != usual
+        self.lowered, self.rescale = scales != usual, None
         if self.lowered:
             self.s0 = torch.tensor(scales, dtype=torch.float32, device="cpu").to(self.device)
         rescale = [
             slot.job.rescale if slot.guided and scale == own else 0.0
             for slot, scale, own in zip(self.slots, scales, usual, strict=True)
         ]
-        self.rescale = None
         if any(rescale):
             self.rescale = torch.tensor(rescale, dtype=torch.float32, device="cpu").to(self.device)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from amg.engine.read import read_bytes
+from amg.guidance.read import read_bytes
 from amg.verdict import TraceStep
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from amg.config import AMGConfig
-from amg.engine.read import read_all
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.predict import Denoiser
+from amg.guidance.read import read_all
 
 FREQUENT_CAPTION = 20  # the released code calls a caption that occurs more often than this duplicated
 HELD_STEPS = 10  # and goes on de-duplicating one for this many steps

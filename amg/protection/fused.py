@@ -18,10 +18,10 @@ from amg.engine.look import Tools
 from amg.engine.measure import looks, measure
 from amg.engine.noise import standard_normal
 from amg.engine.plan import Plan, planned
-from amg.engine.read import read
 from amg.engine.table import Refused, Tables, setting
 from amg.guidance.flight import Flight
 from amg.guidance.note import Note
+from amg.guidance.read import read
 from amg.verdict import TraceStep
 
 NOT_OF_THE_TABLE = ("generator", "return_dict", "variance_noise")
@@ -175,3 +175,25 @@ def output_class(scheduler: Any) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     return SchedulerOutput
+
+
+def as_its_own(scheduler: Any, made: Made, dtype: torch.dtype, return_dict: bool) -> Any:
+    """What a step made in the form of the scheduler's own output."""
+    prev_sample, x0_hat = made.prev_sample.to(dtype), made.x0_hat.to(dtype)
+    kind = output_class(scheduler)
+    has = "pred_original_sample" in getattr(kind, "__annotations__", {})
+    if not return_dict:
+        return (prev_sample, x0_hat) if has else (prev_sample,)
+    return kind(prev_sample, x0_hat) if has else kind(prev_sample)
+
+
+def first_step(scheduler: Any, timestep: Any) -> int:
+    """The step of the schedule that a loop starts at: `begin_index`, or the first at `timestep`. ValueError
+    naming it where there is none."""
+    begin = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return int(begin)
+    timesteps = torch.as_tensor(scheduler.timesteps).tolist()
+    if float(timestep) not in timesteps:
+        raise ValueError(f"`timestep` must be one of the schedule's {len(timesteps)}, got {float(timestep)}")
+    return int(timesteps.index(float(timestep)))

@@ -20,13 +20,13 @@ from amg.engine.level import Level
 from amg.engine.look import Tools
 from amg.engine.measure import looks, measure
 from amg.engine.plan import lambda_of
-from amg.engine.read import read
 from amg.guidance import terms as guidance
 from amg.guidance.flight import Flight
 from amg.guidance.gate import Gate
 from amg.guidance.note import Note
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, Denoiser, predict_guided, predict_neighbours
+from amg.guidance.read import read
 from amg.guidance.schedule import LEAST_ALPHA_BAR, Step
 from amg.similarity import Judge, Similarity
 from amg.similarity.student import Screen

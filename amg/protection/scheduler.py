@@ -17,7 +17,7 @@ from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
 from amg.guidance.terms import require_finite
 from amg.promise import check
-from amg.protection.fused import Fused, Made, output_class
+from amg.protection.fused import Fused, as_its_own, first_step
 from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
@@ -149,7 +149,7 @@ class AMGScheduler:
         tools = self._guide.tools
         made = self._fused.step(outputs, sample, given, self._flights, tools, ask_neighbours)
         self._step += 1
-        return self._as_its_own(made, sample, given)
+        return as_its_own(self.scheduler, made, sample.dtype, given.get("return_dict", True))
 
     def _begin(self, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]) -> None:
         """A batch at its first step, which may be a later one of the schedule (image-to-image)."""
@@ -157,24 +157,12 @@ class AMGScheduler:
         scale = None if len(outputs) == 1 else self.amg_config.guidance_scale
         self.amg_config.warn_without_guidance(scale, stacklevel=5)
         self._levels = levels_of(self.scheduler)
-        self._step = self._first(timestep)
+        self._step = first_step(self.scheduler, timestep)
         self._fused = Fused.begun(self.scheduler, self._step, given, self.amg_config, sample)
         model_input = sample if self._fused is None else self._fused.scaled(sample)
         if self._fused is None and hasattr(self.scheduler, "scale_model_input"):
             model_input = self.scheduler.scale_model_input(sample, timestep)
         self._flights = [Flight.from_noise(row) for row in model_input]
-
-    def _first(self, timestep: Any) -> int:
-        """The step that a loop starts at."""
-        begin = getattr(self.scheduler, "begin_index", None)
-        if begin is not None:
-            return int(begin)
-        found = [at for at, t in enumerate(self.scheduler.timesteps.tolist()) if t == float(timestep)]
-        if not found:
-            raise ValueError(
-                f"`timestep` must be one of the schedule's {len(self._levels)}, got {float(timestep)}"
-            )
-        return found[0]
 
     def _guided_then_stepped(
         self, where: Step, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]
@@ -187,14 +175,6 @@ class AMGScheduler:
         guided = self._guide(where, model_input, uncond, cond, conditions, self._flights)
         self._step += 1
         return self.scheduler.step(guided.output, timestep, sample, **given)
-
-    def _as_its_own(self, made: Made, sample: Tensor, given: dict[str, Any]) -> Any:
-        prev_sample, x0_hat = made.prev_sample.to(sample.dtype), made.x0_hat.to(sample.dtype)
-        kind = output_class(self.scheduler)
-        has = "pred_original_sample" in getattr(kind, "__annotations__", {})
-        if not given.get("return_dict", True):
-            return (prev_sample, x0_hat) if has else (prev_sample,)
-        return kind(prev_sample, x0_hat) if has else kind(prev_sample)
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""

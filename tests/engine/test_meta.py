@@ -1,7 +1,7 @@
 """The proof without a GPU: whole runs of a tiny Stable Diffusion on torch's meta device.
 
 There no value can be read: `tolist`, `item`, `bool`, `nonzero`, masks and mixing with other devices all
-raise, so a run that ends has read values only through `amg.engine.read`, whose answers are injected here. An
+raise, so a run that ends has read values only through `amg.guidance.read`, whose answers are injected here. An
 index by a tensor of the CPU is the one mixing that torch lets pass: looked for by a mode.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import amg
-import amg.engine.read
+import amg.guidance.read
 from amg.config import AMGConfig
 from amg.embed.precision import Modes
 from amg.engine.job import Job
@@ -75,8 +75,8 @@ class Answers:
 
     def __init__(self, monkeypatch):
         self.shapes, self.says = [], {}
-        monkeypatch.setattr(amg.engine.read, "_to_host", self)
-        monkeypatch.setattr(amg.engine.read, "_bytes_to_host", self.first_noises)
+        monkeypatch.setattr(amg.guidance.read, "_to_host", self)
+        monkeypatch.setattr(amg.guidance.read, "_bytes_to_host", self.first_noises)
 
     def first_noises(self, rows):
         assert rows.device == META

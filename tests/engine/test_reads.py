@@ -7,7 +7,7 @@ import torch
 
 import amg
 import amg.engine.loop
-import amg.engine.read
+import amg.guidance.read
 from amg.engine.slots import Slots
 from amg.engine.step import step
 
@@ -90,7 +90,7 @@ def test_the_reads_of_a_call_do_not_grow_with_its_batch(sd, embedding_index, mon
         sampler("abc", **request, progress=False, generator=torch.Generator().manual_seed(1))
         with monkeypatch.context() as patch:
             found = []
-            original = amg.engine.read._to_host
-            patch.setattr(amg.engine.read, "_to_host", lambda values: found.append(1) or original(values))
+            original = amg.guidance.read._to_host
+            patch.setattr(amg.guidance.read, "_to_host", lambda values: found.append(1) or original(values))
             sampler("abc", **request, progress=False, generator=torch.Generator().manual_seed(1))
     assert len(found) == 5, "four checks, and the traces of all at once"
