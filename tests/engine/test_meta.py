@@ -1,8 +1,8 @@
 """The proof without a GPU: whole runs of a tiny Stable Diffusion on torch's meta device.
 
 There no value can be read: `tolist`, `item`, `bool`, `nonzero`, masks and mixing with other devices all
-raise, so a run that ends has read values only through `amg.guidance.read`, whose answers are injected here. An
-index by a tensor of the CPU is the one mixing that torch lets pass: looked for by a mode.
+raise, so a run that ends has read values only through `amg.guidance.read`, whose answers are injected
+here. An index by a tensor of the CPU is the one mixing that torch lets pass: looked for by a mode.
 """
 
 import itertools

@@ -79,7 +79,7 @@ def test_open_gates_read_once_a_step_of_all_samples(sd, embedding_index, monkeyp
     out, watched, _ = call(sd, embedding_index, monkeypatch, **options)
     assert all(any("dissimilarity" in at.terms for at in verdict.trace) for verdict in out.amg)
     assert watched.quiet == [[]] * len(watched.quiet)
-    of_device = [[file for file in made if file.endswith("engine/read.py")] for made in watched.eventful]
+    of_device = [[file for file in made if file.endswith("guidance/read.py")] for made in watched.eventful]
     assert max(map(len, of_device)) == 1
 
 
