@@ -85,6 +85,8 @@ class Session:
             )
         self.blank = torch.zeros_like(model_input[:batch])
         texts = texts_of(self.prompt, self.images_per_prompt, batch)
+        if len(texts) != batch:
+            raise _unpaired(f"one for {batch} samples where {len(texts)} were asked for, at step 0")
         self.flights = [
             Flight.from_noise(row, text) for row, text in zip(model_input[:batch], texts, strict=True)
         ]
