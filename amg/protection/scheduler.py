@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +12,19 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.drive import Refused, name_of
 from amg.engine.level import Level
+from amg.engine.table import Tables
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions, Denoiser
-from amg.guidance.schedule import levels_of
+from amg.guidance.schedule import Step, levels_of
 from amg.promise import check
+from amg.protection.fused import Call, Run, advance, way_of
 from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
+
+NOT_COEFFICIENTS = ("generator", "variance_noise", "return_dict")
 
 
 class AMGScheduler:
@@ -42,6 +49,11 @@ class AMGScheduler:
         if not hasattr(index, "closest"):
             raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
         index.seal.check()
+        if config is not None and tuple(config.guidance_interval) != (0.0, 1.0):
+            raise ValueError(
+                "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when "
+                f"it calls `step`, got {config.guidance_interval}"
+            )
         config = (config or AMGConfig.preset("main")).for_metric(index.metric)
         for name in ("calibration", "student"):
             if getattr(config, name) is not None:
@@ -64,72 +76,208 @@ class AMGScheduler:
             denoiser,
             self.amg_config.guidance_scale,
         )
-        self._flights: list[Flight] = []
-        self._levels: tuple[Level, ...] = ()
-        self._step = 0
+        self._tables = Tables()
+        self._restart()
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # a copy in the making has none yet
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AMGScheduler:
+        """A copy that goes its own way from here; it shares the index and the functions it was given."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.scheduler = copy.deepcopy(self.scheduler, memo)
+        twin._flights = [replace(flight, trace=list(flight.trace)) for flight in self._flights]
+        twin._run = None if self._run is None else self._run.copied()
+        return twin
+
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
         """The wrapped scheduler's `set_timesteps`; starts a new batch."""
-        steps = args[0] if args else kwargs.get("num_inference_steps")
-        if steps is not None and steps < 1:
-            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
-        self.scheduler.set_timesteps(*args, **kwargs)
-        self._flights, self._step = [], 0
+        return signed(self._set_timesteps, self.scheduler.set_timesteps)
 
-    def step(
-        self, model_output: Tensor | tuple[Tensor, Tensor], timestep: Any, sample: Tensor, **kwargs: Any
-    ) -> Any:
-        """Guide, then make the wrapped scheduler's step.
+    @property
+    def step(self) -> Callable[..., Any]:
+        """Guide and make the wrapped scheduler's step: `step(model_output, timestep, sample, ...)`, with its
+        own signature.
 
-        model_output: (eps_uncond, eps_cond), or one unconditional output; [B, C, H, W] in the scheduler's
-        prediction type. sample: x_t [B, C, H, W]. Call it once per timestep, in order. Returns the
-        scheduler's own output.
+        model_output: (output_uncond, output_cond), or one unconditional output; [B, C, H, W] in the
+        scheduler's prediction type. sample: x_t [B, C, H, W]. Call it once per timestep, in order, from any
+        of them on. One kernel call where the scheduler's steps are linear, otherwise its own step on the
+        guided output. Returns the scheduler's own output. Errors: ValueError naming the argument,
+        FloatingPointError naming the rows that are not finite.
         """
-        output_uncond, output_cond = model_output if isinstance(model_output, tuple) else (None, model_output)
-        if output_cond.shape != sample.shape:
-            raise ValueError(
-                f"`model_output` must be shaped like `sample` {list(sample.shape)}, "
-                f"got {list(output_cond.shape)}"
-            )
-        if not self._flights:
-            self.index.seal.check()
-            self.amg_config.warn_without_guidance(
-                None if output_uncond is None else self.amg_config.guidance_scale
-            )
-            self._levels = levels_of(self.scheduler)
-            self._flights = [Flight.from_noise(row) for row in sample]
-        where = self._guide.at(self.scheduler, self._levels, self._step)
-        if float(where.t) != float(timestep):
-            raise ValueError(
-                f"`timestep` must be {float(where.t)}, the next of the schedule, got {float(timestep)}"
-            )
-        rows = torch.arange(len(sample), device=sample.device)
-        model_input = self.scheduler.scale_model_input(sample, timestep)
-        guided = self._guide(
-            where,
-            model_input,
-            output_uncond,
-            output_cond,
-            Conditions({"rows": rows}, None, {}),
-            self._flights,
-        )
-        self._step += 1
-        return self.scheduler.step(guided.output, timestep, sample, **kwargs)
+        return signed(self._make_step, self.scheduler.step)
+
+    @property
+    def step_index(self) -> int | None:
+        """The wrapped scheduler's `step_index`: the step that is made next."""
+        own: int | None = self.scheduler.step_index
+        return own if self._run is None else self._position
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input, as the wrapped scheduler makes it of x_t before each step."""
+        if self._run is not None:
+            return sample * self._run.scale
+        own: Tensor = self.scheduler.scale_model_input(sample, timestep)
+        return own
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
         return check(images, self.index, (), self.amg_config, self._flights)
 
+    def _restart(self) -> None:
+        self._flights: list[Flight] = []
+        self._levels: tuple[Level, ...] = ()
+        self._run: Run | None = None
+        self._arguments: dict[str, Any] = {}
+        self._position = self._start = 0
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        steps = args[0] if args else kwargs.get("num_inference_steps")
+        if steps is not None and steps < 1:
+            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
+        self.scheduler.set_timesteps(*args, **kwargs)
+        self._restart()
+
+    def _make_step(self, *args: Any, **kwargs: Any) -> Any:
+        output, timestep, sample, options = asked(self.scheduler, args, kwargs)
+        call, arguments = call_of(output, sample, options)
+        if not self._flights:
+            self._begin(call, timestep, arguments)
+        require_next(self.scheduler.timesteps, self._position, timestep)
+        if len(sample) != len(self._flights):
+            raise ValueError(
+                f"`sample` must have {len(self._flights)} rows as in the steps before, got {len(sample)}"
+            )
+        if self._run is None:
+            result = self._own_step(call, timestep, options)
+        else:
+            self._follow(self._run, arguments, sample)
+            tools, whole = self._guide.tools, options.get("return_dict", True)
+            result = advance(self._run, call, self._flights, tools, self._ask_neighbours, bool(whole))
+        self._position += 1
+        return result
+
+    def _begin(self, call: Call, timestep: Any, arguments: dict[str, Any]) -> None:
+        """Find where the loop starts, and how its steps are made."""
+        self.index.seal.check()
+        scale = None if call.output_uncond is None else self.amg_config.guidance_scale
+        self.amg_config.warn_without_guidance(scale)
+        self._position = self._start = start_of(self.scheduler, timestep)
+        self._arguments = arguments
+        try:
+            self._run = None if call.double else self._fresh_run(arguments, call.sample)
+        except Refused:  # no table, or an output that a kernel does not know: its own step makes both
+            self._run = None
+        self._levels = () if self._run else levels_of(self.scheduler)
+        self._flights = [Flight.from_noise(row) for row in call.sample]
+
+    def _fresh_run(self, arguments: dict[str, Any], sample: Tensor) -> Run:
+        way = way_of(self._tables, self.scheduler, self._start, arguments, self.amg_config, sample.device)
+        for return_dict in (True, False):
+            way.form(return_dict)
+        return Run(way, way.plan.table.blank(sample.float()))
+
+    def _follow(self, run: Run, arguments: dict[str, Any], sample: Tensor) -> None:
+        """Arguments of `step` may change in the middle where no history was made under the former ones."""
+        if arguments == self._arguments:
+            return
+        way = self._fresh_run(arguments, sample).way
+        if way.plan.table.states or run.way.plan.table.states:
+            before = self._arguments
+            names = [name for name in {**before, **arguments} if before.get(name) != arguments.get(name)]
+            raise ValueError(
+                f"`{names[0]}` must be {before.get(names[0])}, as in the steps before, since the scheduler "
+                f"has a history, got {arguments.get(names[0])}"
+            )
+        run.way, self._arguments = way, arguments
+
+    def _own_step(self, call: Call, timestep: Any, options: dict[str, Any]) -> Any:
+        where = self._guide.at(self.scheduler, self._levels, self._position)
+        rows = Conditions({"rows": torch.arange(len(call.sample), device=call.sample.device)}, None, {})
+        model_input = self.scheduler.scale_model_input(call.sample, timestep)
+        halves = (call.output_uncond, call.output_cond)
+        guided = self._guide(where, model_input, *halves, rows, self._flights)
+        return self.scheduler.step(guided.output, timestep, call.sample, **options)
+
+    def _ask_neighbours(
+        self, step: Step, sample: Tensor, rows: Sequence[int], captions: Sequence[str]
+    ) -> Tensor:
+        t = self.scheduler.timesteps[step.position]
+        return self._network(sample, t, rows=torch.tensor(rows), captions=captions)
+
     def _network(self, sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        if self._neighbour_output is None:
+        if self._neighbour_output is None or "captions" not in conditions:
             raise ValueError('`gradient="full"` needs the network: use `amg.Sampler` or `amg.protect`')
         known: Mapping[str, Any] = conditions
         return self._neighbour_output(sample, t, known["rows"].tolist(), known["captions"])
+
+
+def signed(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the signature of another: pipelines look for `generator`, `eta`, `timesteps` in it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return call
+
+
+def asked(
+    scheduler: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    """Output, timestep, sample and the other arguments of a scheduler's `step`, by name. Errors: its
+    TypeError."""
+    try:
+        bound = inspect.signature(scheduler.step).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name_of(scheduler)}.step() {error}") from None
+    output, timestep, sample, *_ = bound.arguments.values()
+    return output, timestep, sample, dict([*bound.arguments.items()][3:])
+
+
+def call_of(output: Any, sample: Tensor, options: Mapping[str, Any]) -> tuple[Call, dict[str, Any]]:
+    """What the loop gave, and those of the arguments that a scheduler's coefficients depend on."""
+    output_uncond, output_cond = output if isinstance(output, tuple) else (None, output)
+    for half in (output_cond, output_uncond):
+        if half is not None and half.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must be shaped like `sample` {list(sample.shape)}, got {list(half.shape)}"
+            )
+    drawn = (options.get("generator"), options.get("variance_noise"))
+    others = {name: value for name, value in options.items() if name not in NOT_COEFFICIENTS}
+    return Call(output_uncond, output_cond, sample, *drawn), others
+
+
+def start_of(scheduler: Any, timestep: Any) -> int:
+    """The step that a loop starts with: where it was told to, or the one of its first timestep, as the
+    scheduler would find it."""
+    begin: int | None = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return begin
+    places = [place for place, t in enumerate(scheduler.timesteps.tolist()) if t == float(timestep)]
+    if not places:
+        raise ValueError(f"`timestep` must be one of the schedule's, got {float(timestep)}")
+    if places[0] == 0 or not hasattr(scheduler, "index_for_timestep"):
+        return places[0]
+    return int(scheduler.index_for_timestep(timestep))
+
+
+def require_next(timesteps: Tensor, position: int, timestep: Any) -> None:
+    """Refuse a timestep that is not the one at `position`."""
+    if position >= len(timesteps):
+        raise ValueError(
+            f"`timestep` must be of a new run (call `set_timesteps`): all {len(timesteps)} steps were made, "
+            f"got {float(timestep)}"
+        )
+    if float(timesteps[position]) != float(timestep):
+        raise ValueError(
+            f"`timestep` must be {float(timesteps[position])}, the next of the schedule, "
+            f"got {float(timestep)}"
+        )
 
 
 def _pixels(x0: Tensor) -> Tensor:
