@@ -117,12 +117,10 @@ class AMGScheduler:
         own: int | None = self.scheduler.step_index
         return own if self._run is None else self._position
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input, as the wrapped scheduler makes it of x_t before each step."""
-        if self._run is not None:
-            return sample * self._run.scale
-        own: Tensor = self.scheduler.scale_model_input(sample, timestep)
-        return own
+    @property
+    def scale_model_input(self) -> Callable[..., Tensor]:
+        """The network's input of x_t, as the wrapped scheduler makes it before each step."""
+        return signed(self._scale, self.scheduler.scale_model_input)
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
@@ -141,6 +139,13 @@ class AMGScheduler:
             raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
         self.scheduler.set_timesteps(*args, **kwargs)
         self._restart()
+
+    def _scale(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The wrapped scheduler, which makes no steps of a run, would not know its place."""
+        if self._run is not None:
+            return sample * self._run.scale
+        own: Tensor = self.scheduler.scale_model_input(sample, *args, **kwargs)
+        return own
 
     def _make_step(self, *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample, options = asked(self.scheduler, args, kwargs)
