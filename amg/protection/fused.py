@@ -106,7 +106,39 @@ def way_of(
         if isinstance(value, Tensor):
             raise Refused(scheduler, f"its `{name}` is a tensor")
     ready = setting(scheduler, {}, arguments)
-    return Way(ready, planned(tables.table(ready, start), config, config.guidance_scale, None, device))
+    way = Way(ready, planned(tables.table(ready, start), config, config.guidance_scale, None, device))
+    for return_dict in (True, False):
+        way.form(return_dict)
+    return way
+
+
+def begun(
+    tables: Tables,
+    scheduler: Any,
+    start: int,
+    arguments: Mapping[str, Any],
+    config: AMGConfig,
+    sample: Tensor,
+) -> Run:
+    """A batch before its first step. Errors: `Refused`."""
+    way = way_of(tables, scheduler, start, arguments, config, sample.device)
+    return Run(way, way.plan.table.blank(sample.float()))
+
+
+def follow(run: Run, tables: Tables, arguments: Mapping[str, Any]) -> None:
+    """Arguments of `step` may change in the middle where no history was made under the former ones."""
+    ready, plan = run.way.setting, run.way.plan
+    before = ready.step_arguments
+    names = [name for name in {**before, **arguments} if before.get(name) != arguments.get(name)]
+    if not names:
+        return
+    way = way_of(tables, ready.scheduler, plan.start, arguments, plan.config, plan.coefficients.device)
+    if plan.table.states or way.plan.table.states:
+        raise ValueError(
+            f"`{names[0]}` must be {before.get(names[0])}, as in the steps before, since the scheduler has a "
+            f"history, got {arguments.get(names[0])}"
+        )
+    run.way = way
 
 
 @quietly

@@ -19,7 +19,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
 from amg.promise import check
-from amg.protection.fused import Call, Run, advance, way_of
+from amg.protection.fused import Call, Run, advance, begun, follow
 from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
@@ -46,21 +46,7 @@ class AMGScheduler:
         decode: Callable[[Tensor], Tensor] | None = None,
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
-        if not hasattr(index, "closest"):
-            raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
-        index.seal.check()
-        if config is not None and tuple(config.guidance_interval) != (0.0, 1.0):
-            raise ValueError(
-                "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when "
-                f"it calls `step`, got {config.guidance_interval}"
-            )
-        config = (config or AMGConfig.preset("main")).for_metric(index.metric)
-        for name in ("calibration", "student"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"`{name}` must be None: a scheduler does not know the model it was made for; "
-                    f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
-                )
+        config = usable(index, config)
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output
@@ -112,9 +98,9 @@ class AMGScheduler:
         return signed(self._make_step, self.scheduler.step)
 
     @property
-    def step_index(self) -> int | None:
+    def step_index(self) -> Any:
         """The wrapped scheduler's `step_index`: the step that is made next."""
-        own: int | None = self.scheduler.step_index
+        own = self.scheduler.step_index
         return own if self._run is None else self._position
 
     @property
@@ -130,8 +116,7 @@ class AMGScheduler:
         self._flights: list[Flight] = []
         self._levels: tuple[Level, ...] = ()
         self._run: Run | None = None
-        self._arguments: dict[str, Any] = {}
-        self._position = self._start = 0
+        self._position = 0
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         steps = args[0] if args else kwargs.get("num_inference_steps")
@@ -140,12 +125,11 @@ class AMGScheduler:
         self.scheduler.set_timesteps(*args, **kwargs)
         self._restart()
 
-    def _scale(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _scale(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The wrapped scheduler, which makes no steps of a run, would not know its place."""
         if self._run is not None:
             return sample * self._run.scale
-        own: Tensor = self.scheduler.scale_model_input(sample, *args, **kwargs)
-        return own
+        return self.scheduler.scale_model_input(sample, *args, **kwargs)
 
     def _make_step(self, *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample, options = asked(self.scheduler, args, kwargs)
@@ -153,14 +137,11 @@ class AMGScheduler:
         if not self._flights:
             self._begin(call, timestep, arguments)
         require_next(self.scheduler.timesteps, self._position, timestep)
-        if len(sample) != len(self._flights):
-            raise ValueError(
-                f"`sample` must have {len(self._flights)} rows as in the steps before, got {len(sample)}"
-            )
+        require_rows(sample, len(self._flights))
         if self._run is None:
             result = self._own_step(call, timestep, options)
         else:
-            self._follow(self._run, arguments, sample)
+            follow(self._run, self._tables, arguments)
             tools, whole = self._guide.tools, options.get("return_dict", True)
             result = advance(self._run, call, self._flights, tools, self._ask_neighbours, bool(whole))
         self._position += 1
@@ -170,35 +151,15 @@ class AMGScheduler:
         """Find where the loop starts, and how its steps are made."""
         self.index.seal.check()
         scale = None if call.output_uncond is None else self.amg_config.guidance_scale
-        self.amg_config.warn_without_guidance(scale)
-        self._position = self._start = start_of(self.scheduler, timestep)
-        self._arguments = arguments
+        self.amg_config.warn_without_guidance(scale, stacklevel=5)  # whoever called `step`
+        self._position = start_of(self.scheduler, timestep)
+        parts = (self._tables, self.scheduler, self._position, arguments, self.amg_config)
         try:
-            self._run = None if call.double else self._fresh_run(arguments, call.sample)
+            self._run = None if call.double else begun(*parts, call.sample)
         except Refused:  # no table, or an output that a kernel does not know: its own step makes both
             self._run = None
         self._levels = () if self._run else levels_of(self.scheduler)
         self._flights = [Flight.from_noise(row) for row in call.sample]
-
-    def _fresh_run(self, arguments: dict[str, Any], sample: Tensor) -> Run:
-        way = way_of(self._tables, self.scheduler, self._start, arguments, self.amg_config, sample.device)
-        for return_dict in (True, False):
-            way.form(return_dict)
-        return Run(way, way.plan.table.blank(sample.float()))
-
-    def _follow(self, run: Run, arguments: dict[str, Any], sample: Tensor) -> None:
-        """Arguments of `step` may change in the middle where no history was made under the former ones."""
-        if arguments == self._arguments:
-            return
-        way = self._fresh_run(arguments, sample).way
-        if way.plan.table.states or run.way.plan.table.states:
-            before = self._arguments
-            names = [name for name in {**before, **arguments} if before.get(name) != arguments.get(name)]
-            raise ValueError(
-                f"`{names[0]}` must be {before.get(names[0])}, as in the steps before, since the scheduler "
-                f"has a history, got {arguments.get(names[0])}"
-            )
-        run.way, self._arguments = way, arguments
 
     def _own_step(self, call: Call, timestep: Any, options: dict[str, Any]) -> Any:
         where = self._guide.at(self.scheduler, self._levels, self._position)
@@ -219,6 +180,26 @@ class AMGScheduler:
             raise ValueError('`gradient="full"` needs the network: use `amg.Sampler` or `amg.protect`')
         known: Mapping[str, Any] = conditions
         return self._neighbour_output(sample, t, known["rows"].tolist(), known["captions"])
+
+
+def usable(index: Any, config: AMGConfig | None) -> AMGConfig:
+    """The config, for the index's metric. Errors: TypeError and ValueError, naming what cannot be."""
+    if not hasattr(index, "closest"):
+        raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
+    index.seal.check()
+    config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+    if tuple(config.guidance_interval) != (0.0, 1.0):
+        raise ValueError(
+            "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when it "
+            f"calls `step`, got {config.guidance_interval}"
+        )
+    for name in ("calibration", "student"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` must be None: a scheduler does not know the model it was made for; "
+                f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
+            )
+    return config
 
 
 def signed(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,6 +264,12 @@ def require_next(timesteps: Tensor, position: int, timestep: Any) -> None:
             f"`timestep` must be {float(timesteps[position])}, the next of the schedule, "
             f"got {float(timestep)}"
         )
+
+
+def require_rows(sample: Tensor, batch: int) -> None:
+    """Refuse another batch than the one that was begun."""
+    if len(sample) != batch:
+        raise ValueError(f"`sample` must have {batch} rows as in the steps before, got {len(sample)}")
 
 
 def _pixels(x0: Tensor) -> Tensor:

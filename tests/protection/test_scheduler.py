@@ -36,7 +36,6 @@ NAMES = [
 NAMES += ["lms", "pndm", "kdpm2", "flow"]
 OPEN = {"lambda_min": -1.0, "lambda_max": -1.0, "c1": 1.5, "c2": 2.0}
 CLOSED = {"lambda_min": 1.0, "lambda_max": 1.0}
-Loop = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def guide_then_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], A
             raise Refused(scheduler, "the test says so")
 
         with monkeypatch.context() as patched:
-            patched.setattr(module, "way_of", refuse)
+            patched.setattr(module, "begun", refuse)
             return function()
 
     return run
@@ -319,6 +318,22 @@ def test_arguments_of_step_may_change_where_there_is_no_history(index: amg.Index
         assert torch.allclose(found.prev_sample, sample, rtol=0, atol=1e-5)
 
 
+def test_arguments_of_step_may_not_change_under_a_history(index: amg.Index) -> None:
+    scheduler = wrapped("lms", index)
+    sample, times = noise(scheduler), scheduler.timesteps
+    scheduler.step(sample, times[0], sample)
+    with pytest.raises(ValueError, match="`order` must be None, as in the steps before, .*, got 2"):
+        scheduler.step(sample, times[1], sample, order=2)
+    scheduler.step(sample, times[1], sample)
+
+
+def test_the_place_is_told_while_the_wrapped_scheduler_stands_still(index: amg.Index) -> None:
+    scheduler = wrapped("euler", index)
+    assert scheduler.step_index is None and not hasattr(wrapped("ddim", index), "step_index")
+    walk(scheduler, noise(scheduler), scheduler.timesteps[:3])
+    assert scheduler.step_index == 3
+
+
 @pytest.mark.parametrize("name", ["ddim", "euler"])
 def test_a_timestep_is_made_once_and_in_order(name: str, index: amg.Index) -> None:
     scheduler = wrapped(name, index, steps=3)
@@ -355,6 +370,17 @@ def test_what_is_refused(index: amg.Index) -> None:
     scheduler.step(sample, times[0], sample)
     with pytest.raises(ValueError, match="`sample` must have 2 rows as in the steps before, got 1"):
         scheduler.step(sample[:1], times[1], sample[:1])
+
+
+def test_a_scale_of_one_is_said_to_the_loop(index: amg.Index) -> None:
+    scheduler = amg.AMGScheduler(
+        CASES["ddim"].make(), index, amg.AMGConfig.preset("main", guidance_scale=1.0)
+    )
+    scheduler.set_timesteps(STEPS)
+    sample = noise(scheduler)
+    with pytest.warns(UserWarning, match=r"`guidance_scale` is 1\.0") as said:
+        scheduler.step((sample, sample), scheduler.timesteps[0], sample)
+    assert [one.filename for one in said] == [__file__]
 
 
 def test_the_networks_gradient_is_refused(index: amg.Index) -> None:
