@@ -55,13 +55,8 @@ class AMGScheduler:
         denoiser = Denoiser(
             self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode
         )
-        self._guide = Guide(
-            self.amg_config,
-            index,
-            similarity_for(index, denoiser),
-            denoiser,
-            self.amg_config.guidance_scale,
-        )
+        similarity, scale = similarity_for(index, denoiser), self.amg_config.guidance_scale
+        self._guide = Guide(self.amg_config, index, similarity, denoiser, scale)
         self._tables = Tables()
         self._restart()
 

@@ -322,7 +322,7 @@ def test_arguments_of_step_may_not_change_under_a_history(index: amg.Index) -> N
     scheduler = wrapped("lms", index)
     sample, times = noise(scheduler), scheduler.timesteps
     scheduler.step(sample, times[0], sample)
-    with pytest.raises(ValueError, match="`order` must be None, as in the steps before, .*, got 2"):
+    with pytest.raises(ValueError, match=r"`order` must be None, as in the steps before, .*, got 2"):
         scheduler.step(sample, times[1], sample, order=2)
     scheduler.step(sample, times[1], sample)
 
