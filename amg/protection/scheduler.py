@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.drive import Refused, name_of
 from amg.engine.level import Level
+from amg.engine.table import Tables
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
-from amg.guidance.terms import require_finite
 from amg.promise import check
-from amg.protection.fused import Fused, as_its_own, first_step
+from amg.protection.fused import Call, Run, advance, begun, follow
 from amg.protection.guide import Guide
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
 
-STEPPED = ("model_output", "timestep", "sample")
+NOT_COEFFICIENTS = ("generator", "variance_noise", "return_dict")
 
 
 class AMGScheduler:
@@ -44,21 +46,7 @@ class AMGScheduler:
         decode: Callable[[Tensor], Tensor] | None = None,
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
-        if not hasattr(index, "closest"):
-            raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
-        index.seal.check()
-        config = (config or AMGConfig.preset("main")).for_metric(index.metric)
-        for name in ("calibration", "student"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"`{name}` must be None: a scheduler does not know the model it was made for; "
-                    f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
-                )
-        if config.guidance_interval != (0.0, 1.0):
-            raise ValueError(
-                "`guidance_interval` must be (0, 1): another's loop computes both halves at every step; use "
-                f"`amg.Sampler`, got {config.guidance_interval}"
-            )
+        config = usable(index, config)
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output
@@ -67,124 +55,216 @@ class AMGScheduler:
         denoiser = Denoiser(
             self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode
         )
-        self._guide = Guide(
-            self.amg_config,
-            index,
-            similarity_for(index, denoiser),
-            denoiser,
-            self.amg_config.guidance_scale,
-        )
-        self._flights: list[Flight] = []
-        self._levels: tuple[Level, ...] = ()
-        self._fused: Fused | None = None
-        self._step = 0
+        similarity, scale = similarity_for(index, denoiser), self.amg_config.guidance_scale
+        self._guide = Guide(self.amg_config, index, similarity, denoiser, scale)
+        self._tables = Tables()
+        self._restart()
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # a copy in the making has none yet
             raise AttributeError(name)
         return getattr(self.scheduler, name)
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """The wrapped scheduler's `set_timesteps`; starts a new batch."""
-        steps = args[0] if args else kwargs.get("num_inference_steps")
-        if steps is not None and steps < 1:
-            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
-        self.scheduler.set_timesteps(*args, **kwargs)
-        self._flights, self._fused, self._step = [], None, 0
+    def __deepcopy__(self, memo: dict[int, Any]) -> AMGScheduler:
+        """A copy that goes its own way from here; it shares the index and the functions it was given."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.scheduler = copy.deepcopy(self.scheduler, memo)
+        twin._flights = [replace(flight, trace=list(flight.trace)) for flight in self._flights]
+        twin._run = None if self._run is None else self._run.copied()
+        return twin
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input, as the wrapped scheduler makes it."""
-        if self._fused is not None:
-            return self._fused.scaled(sample)
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return sample
-        scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
-        return scaled
+    @property
+    def set_timesteps(self) -> Callable[..., None]:
+        """The wrapped scheduler's `set_timesteps`; starts a new batch."""
+        return signed(self._set_timesteps, self.scheduler.set_timesteps)
 
     @property
     def step(self) -> Callable[..., Any]:
-        """step((output_uncond, output_cond), timestep, sample, ...): guide, and make the scheduler's step.
+        """Guide and make the wrapped scheduler's step: `step(model_output, timestep, sample, ...)`, with its
+        own signature.
 
-        The first argument may also be one unconditional output; outputs are [B, C, H, W] in the scheduler's
-        prediction type, `sample` is x_t [B, C, H, W], and further arguments are those of the wrapped
-        scheduler's `step`. Where its steps are linear (`amg.engine.table`), guidance and step are one call of
-        `amg.kernels.guided_step_into`, within 1e-5 of its own; elsewhere its own step follows. Call it once a
-        timestep, in order, from any timestep of the schedule on. Returns the scheduler's own output. Errors:
-        ValueError naming the argument.
+        model_output: (output_uncond, output_cond), or one unconditional output; [B, C, H, W] in the
+        scheduler's prediction type. sample: x_t [B, C, H, W]. Call it once per timestep, in order, from any
+        of them on. One kernel call where the scheduler's steps are linear, otherwise its own step on the
+        guided output. Returns the scheduler's own output. Errors: ValueError naming the argument,
+        FloatingPointError naming the rows that are not finite.
         """
-        own = inspect.signature(self.scheduler.step)
+        return signed(self._make_step, self.scheduler.step)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            bound = own.bind(*args, **kwargs).arguments
-            given = {name: value for name, value in bound.items() if name not in STEPPED}
-            return self._make(bound["model_output"], bound["timestep"], bound["sample"], given)
+    @property
+    def step_index(self) -> Any:
+        """The wrapped scheduler's `step_index`: the step that is made next."""
+        own = self.scheduler.step_index
+        return own if self._run is None else self._position
 
-        run.__signature__ = own  # type: ignore[attr-defined]  # pipelines look for `generator`, `eta`
-        return run
-
-    def _make(self, model_output: Any, timestep: Any, sample: Tensor, given: dict[str, Any]) -> Any:
-        outputs = model_output if isinstance(model_output, tuple) else (model_output,)
-        if any(output.shape != sample.shape for output in outputs):
-            raise ValueError(
-                f"`model_output` must be shaped like `sample` {list(sample.shape)}, "
-                f"got {[list(output.shape) for output in outputs]}"
-            )
-        if not self._flights:
-            self._begin(outputs, timestep, sample, given)
-        where = self._guide.at(self.scheduler, self._levels, min(self._step, len(self._levels) - 1))
-        if self._step == len(self._levels) or float(where.t) != float(timestep):
-            awaited = "none: all are made" if self._step == len(self._levels) else float(where.t)
-            raise ValueError(f"`timestep` must be the next of the schedule, {awaited}, got {float(timestep)}")
-        if self._fused is None:
-            return self._guided_then_stepped(where, outputs, timestep, sample, given)
-        require_finite("model_output", outputs[-1])
-        rows = torch.arange(len(sample), device=sample.device)
-        model_input = self._fused.scaled(sample)
-
-        def ask_neighbours(chosen: Sequence[int], captions: Sequence[str]) -> Tensor:
-            assert self._neighbour_output is not None
-            at = [int(row) for row in chosen]
-            return self._neighbour_output(model_input[rows[at]], timestep, at, captions)
-
-        tools = self._guide.tools
-        made = self._fused.step(outputs, sample, given, self._flights, tools, ask_neighbours)
-        self._step += 1
-        return as_its_own(self.scheduler, made, sample.dtype, given.get("return_dict", True))
-
-    def _begin(self, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]) -> None:
-        """A batch at its first step, which may be a later one of the schedule (image-to-image)."""
-        self.index.seal.check()
-        scale = None if len(outputs) == 1 else self.amg_config.guidance_scale
-        self.amg_config.warn_without_guidance(scale, stacklevel=5)
-        self._levels = levels_of(self.scheduler)
-        self._step = first_step(self.scheduler, timestep)
-        self._fused = Fused.begun(self.scheduler, self._step, given, self.amg_config, sample)
-        model_input = sample if self._fused is None else self._fused.scaled(sample)
-        if self._fused is None and hasattr(self.scheduler, "scale_model_input"):
-            model_input = self.scheduler.scale_model_input(sample, timestep)
-        self._flights = [Flight.from_noise(row) for row in model_input]
-
-    def _guided_then_stepped(
-        self, where: Step, outputs: Sequence[Tensor], timestep: Any, sample: Tensor, given: dict[str, Any]
-    ) -> Any:
-        """Where the scheduler has no table: its own step, of the guided output."""
-        rows = torch.arange(len(sample), device=sample.device)
-        model_input = self.scale_model_input(sample, timestep)
-        uncond, cond = (None, outputs[0]) if len(outputs) == 1 else outputs
-        conditions = Conditions({"rows": rows}, None, {})
-        guided = self._guide(where, model_input, uncond, cond, conditions, self._flights)
-        self._step += 1
-        return self.scheduler.step(guided.output, timestep, sample, **given)
+    @property
+    def scale_model_input(self) -> Callable[..., Tensor]:
+        """The network's input of x_t, as the wrapped scheduler makes it before each step."""
+        return signed(self._scale, self.scheduler.scale_model_input)
 
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
         return check(images, self.index, (), self.amg_config, self._flights)
 
+    def _restart(self) -> None:
+        self._flights: list[Flight] = []
+        self._levels: tuple[Level, ...] = ()
+        self._run: Run | None = None
+        self._position = 0
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        steps = args[0] if args else kwargs.get("num_inference_steps")
+        if steps is not None and steps < 1:
+            raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
+        self.scheduler.set_timesteps(*args, **kwargs)
+        self._restart()
+
+    def _scale(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped scheduler, which makes no steps of a run, would not know its place."""
+        if self._run is not None:
+            return sample * self._run.scale
+        return self.scheduler.scale_model_input(sample, *args, **kwargs)
+
+    def _make_step(self, *args: Any, **kwargs: Any) -> Any:
+        output, timestep, sample, options = asked(self.scheduler, args, kwargs)
+        call, arguments = call_of(output, sample, options)
+        if not self._flights:
+            self._begin(call, timestep, arguments)
+        require_next(self.scheduler.timesteps, self._position, timestep)
+        require_rows(sample, len(self._flights))
+        if self._run is None:
+            result = self._own_step(call, timestep, options)
+        else:
+            follow(self._run, self._tables, arguments)
+            tools, whole = self._guide.tools, options.get("return_dict", True)
+            result = advance(self._run, call, self._flights, tools, self._ask_neighbours, bool(whole))
+        self._position += 1
+        return result
+
+    def _begin(self, call: Call, timestep: Any, arguments: dict[str, Any]) -> None:
+        """Find where the loop starts, and how its steps are made."""
+        self.index.seal.check()
+        scale = None if call.output_uncond is None else self.amg_config.guidance_scale
+        self.amg_config.warn_without_guidance(scale, stacklevel=5)  # whoever called `step`
+        self._position = start_of(self.scheduler, timestep)
+        parts = (self._tables, self.scheduler, self._position, arguments, self.amg_config)
+        try:
+            self._run = None if call.double else begun(*parts, call.sample)
+        except Refused:  # no table, or an output that a kernel does not know: its own step makes both
+            self._run = None
+        self._levels = () if self._run else levels_of(self.scheduler)
+        self._flights = [Flight.from_noise(row) for row in call.sample]
+
+    def _own_step(self, call: Call, timestep: Any, options: dict[str, Any]) -> Any:
+        where = self._guide.at(self.scheduler, self._levels, self._position)
+        rows = Conditions({"rows": torch.arange(len(call.sample), device=call.sample.device)}, None, {})
+        model_input = self.scheduler.scale_model_input(call.sample, timestep)
+        halves = (call.output_uncond, call.output_cond)
+        guided = self._guide(where, model_input, *halves, rows, self._flights)
+        return self.scheduler.step(guided.output, timestep, call.sample, **options)
+
+    def _ask_neighbours(
+        self, step: Step, sample: Tensor, rows: Sequence[int], captions: Sequence[str]
+    ) -> Tensor:
+        t = self.scheduler.timesteps[step.position]
+        return self._network(sample, t, rows=torch.tensor(rows), captions=captions)
+
     def _network(self, sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        if self._neighbour_output is None:
+        if self._neighbour_output is None or "captions" not in conditions:
             raise ValueError('`gradient="full"` needs the network: use `amg.Sampler` or `amg.protect`')
         known: Mapping[str, Any] = conditions
         return self._neighbour_output(sample, t, known["rows"].tolist(), known["captions"])
+
+
+def usable(index: Any, config: AMGConfig | None) -> AMGConfig:
+    """The config, for the index's metric. Errors: TypeError and ValueError, naming what cannot be."""
+    if not hasattr(index, "closest"):
+        raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
+    index.seal.check()
+    config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+    if tuple(config.guidance_interval) != (0.0, 1.0):
+        raise ValueError(
+            "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when it "
+            f"calls `step`, got {config.guidance_interval}"
+        )
+    for name in ("calibration", "student"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` must be None: a scheduler does not know the model it was made for; "
+                f"use `amg.Sampler` or `amg.protect`, got {getattr(config, name)}"
+            )
+    return config
+
+
+def signed(function: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the signature of another: pipelines look for `generator`, `eta`, `timesteps` in it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return call
+
+
+def asked(
+    scheduler: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    """Output, timestep, sample and the other arguments of a scheduler's `step`, by name. Errors: its
+    TypeError."""
+    try:
+        bound = inspect.signature(scheduler.step).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name_of(scheduler)}.step() {error}") from None
+    output, timestep, sample, *_ = bound.arguments.values()
+    return output, timestep, sample, dict([*bound.arguments.items()][3:])
+
+
+def call_of(output: Any, sample: Tensor, options: Mapping[str, Any]) -> tuple[Call, dict[str, Any]]:
+    """What the loop gave, and those of the arguments that a scheduler's coefficients depend on."""
+    output_uncond, output_cond = output if isinstance(output, tuple) else (None, output)
+    for half in (output_cond, output_uncond):
+        if half is not None and half.shape != sample.shape:
+            raise ValueError(
+                f"`model_output` must be shaped like `sample` {list(sample.shape)}, got {list(half.shape)}"
+            )
+    drawn = (options.get("generator"), options.get("variance_noise"))
+    others = {name: value for name, value in options.items() if name not in NOT_COEFFICIENTS}
+    return Call(output_uncond, output_cond, sample, *drawn), others
+
+
+def start_of(scheduler: Any, timestep: Any) -> int:
+    """The step that a loop starts with: where it was told to, or the one of its first timestep, as the
+    scheduler would find it."""
+    begin: int | None = getattr(scheduler, "begin_index", None)
+    if begin is not None:
+        return begin
+    places = [place for place, t in enumerate(scheduler.timesteps.tolist()) if t == float(timestep)]
+    if not places:
+        raise ValueError(f"`timestep` must be one of the schedule's, got {float(timestep)}")
+    if places[0] == 0 or not hasattr(scheduler, "index_for_timestep"):
+        return places[0]
+    return int(scheduler.index_for_timestep(timestep))
+
+
+def require_next(timesteps: Tensor, position: int, timestep: Any) -> None:
+    """Refuse a timestep that is not the one at `position`."""
+    if position >= len(timesteps):
+        raise ValueError(
+            f"`timestep` must be of a new run (call `set_timesteps`): all {len(timesteps)} steps were made, "
+            f"got {float(timestep)}"
+        )
+    if float(timesteps[position]) != float(timestep):
+        raise ValueError(
+            f"`timestep` must be {float(timesteps[position])}, the next of the schedule, "
+            f"got {float(timestep)}"
+        )
+
+
+def require_rows(sample: Tensor, batch: int) -> None:
+    """Refuse another batch than the one that was begun."""
+    if len(sample) != batch:
+        raise ValueError(f"`sample` must have {batch} rows as in the steps before, got {len(sample)}")
 
 
 def _pixels(x0: Tensor) -> Tensor:
