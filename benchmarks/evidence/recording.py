@@ -147,7 +147,8 @@ def draw(pipe: Any, index: Any, batch: Sequence[Job], steps: int) -> Generations
     config = AMGConfig.preset("main", guidance_scale=scale).for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    sampler.denoiser = replace(sampler.denoiser, network=watched(sampler.denoiser.network, seen))
+    source = sampler.source
+    source.denoiser = replace(source.denoiser, network=watched(source.denoiser.network, seen))
     out = sampler(
         [job.prompt for job in batch],
         generator=[torch.Generator().manual_seed(job.seed) for job in batch],

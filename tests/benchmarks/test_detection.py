@@ -66,19 +66,17 @@ def test_measured_signals_are_their_definitions(recording):
 
 
 def test_recorded_signals_agree_with_the_packages_own(recording, tmp_path):
-    """The watched network gives what `raw_signals` finds in the traces."""
-    import amg.guidance.signals
-    from amg.guidance.gate import Gate
-
+    """The watched network gives what the traces hold."""
     sampler = tiny(tmp_path / "index.amg")
-    sampler.gate = Gate()
+    source = sampler.source
     seen: list = []
-    sampler.denoiser = recording.replace(
-        sampler.denoiser, network=recording.watched(sampler.denoiser.network, seen)
+    source.denoiser = recording.replace(
+        source.denoiser, network=recording.watched(source.denoiser.network, seen)
     )
     out = sampler(["a cat", "a hat"], num_inference_steps=3, output_type="latent", progress=False)
     raw, _ = recording.measured(seen, out.images)
-    traced = amg.guidance.signals.raw_signals([verdict.trace for verdict in out.amg])
+    signals = [[step.signals for step in verdict.trace] for verdict in out.amg]
+    traced = torch.tensor(signals, dtype=torch.float64)
     torch.testing.assert_close(raw[..., :3], traced[..., :3], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(raw[:, :-1, 3], traced[:, :-1, 3], rtol=1e-4, atol=1e-6)
 

@@ -117,7 +117,7 @@ def test_recording_samples_what_plain_diffusers_would(sd, ddpm, embedding_index,
     import argparse
 
     jobs = [{"seed": 100 + i, "prompt": "abc", "ordinary": True} for i in range(3)]
-    arguments = argparse.Namespace(preset="main", batch_size=2, steps=STEPS)
+    arguments = argparse.Namespace(preset="main", batch_size=2, steps=STEPS, guidance_interval=(0.0, 1.0))
     for pipe, index in ((sd, embedding_index), (ddpm, pixel_index)):
         recorded, _, _ = calibrate.record(pipe, index, jobs, 7.5, arguments)
         condition = {"prompt": ["abc"] * 3} if pipe is sd else {"batch_size": 3}
