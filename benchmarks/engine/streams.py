@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -168,13 +168,11 @@ def over_threshold(bench: Bench, pictures: Tensor, like: Any) -> int:
 
 def ordinary(bench: Bench) -> list[Figure]:
     """Ordinary prompts in batches of 16, every saving on: paired rounds, each of the next 16 prompts."""
-    samplers = {EVERYTHING: bench.sampler(MAIN, **bench.options())}
-    if "guidance_interval" in {one.name for one in fields(amg.AMGConfig)}:
-        samplers[f"{EVERYTHING}, interval {INTERVAL}"] = bench.sampler(
-            MAIN, **bench.options(), guidance_interval=INTERVAL
-        )
-    else:
-        print("ordinary: AMGConfig has no `guidance_interval`, that contestant is left out", flush=True)
+    student = {"student": bench.options()["student"]}  # a calibration holds for its own interval
+    samplers = {
+        EVERYTHING: bench.sampler(MAIN, **bench.options()),
+        f"main, student, interval {INTERVAL}": bench.sampler(MAIN, **student, guidance_interval=INTERVAL),
+    }
     draws = {PLAIN: in_batches(bench), **{name: in_batches(bench, one) for name, one in samplers.items()}}
     turns, rows = {name: Turns() for name in draws}, dict.fromkeys(draws, 0)
     rounds, order = bench.rounds_of(24, 15), list(draws)
