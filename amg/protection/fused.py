@@ -23,9 +23,8 @@ from amg.engine.table import Setting, Tables, setting
 from amg.guidance import terms as guidance
 from amg.guidance.flight import Flight
 from amg.guidance.note import Note
-from amg.guidance.read import read
 from amg.guidance.schedule import Step
-from amg.protection.guide import traced
+from amg.protection.guide import read_signals, traced
 from amg.verdict import TraceStep
 
 TOLD = {"prev_sample", "pred_original_sample"}
@@ -272,15 +271,14 @@ def noise_of(run: Run, call: Call) -> Tensor | None:
 
 def record(seats: Sequence[Seat], notes: Mapping[int, Note], signals: Tensor) -> None:
     """Append this step to every sample's trace, with the free signals of those that were looked at."""
-    values = read(*signals[:, :3].unbind(1)) if notes else []
+    values = read_signals(signals[:, :3], notes) if notes else []
     for row, seat in enumerate(seats):
         if not seat.config.active:
             continue
         note, step = notes.get(row, Note()), seat.step
-        acted = ["dissimilarity"] if note.acted is not None and bool(note.acted) else []
         place = (step.position, float(step.t), note.similarity, step.threshold, note.row)
-        kept = tuple(values[row]) if row in notes else None
-        seat.flight.trace.append(TraceStep(*place, (*note.terms, *acted), kept, note.estimated))
+        kept = values[row] if row in notes else None
+        seat.flight.trace.append(TraceStep(*place, tuple(note.terms), kept, note.estimated))
 
 
 def told(form: Form, clip: float | None, after: Tensor, x0_hat: Tensor | None) -> Any:

@@ -6,7 +6,7 @@ loop's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from amg.guidance.gate import Gate
 from amg.guidance.note import Note
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, Denoiser, predict_guided, predict_neighbours
-from amg.guidance.read import read
+from amg.guidance.read import read_all
 from amg.guidance.schedule import LEAST_ALPHA_BAR, Step
 from amg.similarity import Judge, Similarity
 from amg.similarity.student import Screen
@@ -159,16 +159,15 @@ class Guide:
     def _record(self, frame: Frame, found: dict[int, Note]) -> None:
         """Append this step to every sample's trace, with its free signals where a gate keeps them or it was
         looked at."""
-        signals: list[list[float]] = []
+        signals: list[tuple[float, ...]] = []
         if self.gate is not None or found:
-            signals = read(*predict(frame).signals.unbind(1))
+            signals = read_signals(predict(frame).signals, found)
+        t = float(frame.seats[0].step.t)  # once: on a GPU it is read from there
         for row, seat in enumerate(frame.seats):
             note, step = found.get(row, Note()), seat.step
             terms = [*(["despecification"] if seat.low else []), *note.terms]
-            if note.acted is not None and bool(note.acted):
-                terms.append("dissimilarity")
-            place = (step.position, float(step.t), note.similarity, step.threshold, note.row)
-            kept = tuple(signals[row]) if signals and (self.gate is not None or row in found) else None
+            place = (step.position, t, note.similarity, step.threshold, note.row)
+            kept = signals[row] if signals and (self.gate is not None or row in found) else None
             seat.flight.trace.append(TraceStep(*place, tuple(terms), kept, note.estimated))
 
 
@@ -239,6 +238,18 @@ def guided_output(frame: Frame, terms: Terms) -> Tensor:
     signals = output.new_empty(len(output), 4)
     apply(frame, terms, prev_sample=output, signals=signals)
     return output
+
+
+def read_signals(signals: Tensor, notes: Mapping[int, Note]) -> list[tuple[float, ...]]:
+    """The free signals [B, 3] on the host; in the same read it is written into the notes which dissimilarity
+    terms acted."""
+    waiting = [note for note in notes.values() if note.acted is not None]
+    flat, *acted = read_all(signals, *(note.acted for note in waiting if note.acted is not None))
+    for note, (value,) in zip(waiting, acted, strict=True):
+        if value:
+            note.terms.append("dissimilarity")
+    width = signals.shape[1]
+    return [tuple(flat[width * row : width * (row + 1)]) for row in range(len(signals))]
 
 
 def traced(flights: Sequence[Flight], count: int) -> Tensor:
