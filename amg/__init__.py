@@ -14,6 +14,7 @@ from amg.verdict import MemorizedError, Neighbour, TraceStep, Verdict
 if TYPE_CHECKING:
     from amg.engine.sampler import Request, Sampler, SamplerOutput
     from amg.index import Hits, Index
+    from amg.pipelines.check import check as check
     from amg.protection.protect import protect as protect
     from amg.protection.protect import unprotect as unprotect
     from amg.protection.scheduler import AMGScheduler
@@ -31,6 +32,7 @@ __all__ = [
     "SamplerOutput",
     "TraceStep",
     "Verdict",
+    "check",
     "protect",
     "unprotect",
 ]
@@ -41,6 +43,7 @@ _LAZY = {
     "Request": "amg.engine.sampler",
     "Sampler": "amg.engine.sampler",
     "SamplerOutput": "amg.engine.sampler",
+    "check": "amg.pipelines.check",
     "protect": "amg.protection.protect",
     "unprotect": "amg.protection.protect",
 }
@@ -55,3 +58,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'amg' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

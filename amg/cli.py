@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from amg.commands.audit.cli import add_parser as add_audit
     from amg.commands.bench import add_parser as add_bench
     from amg.commands.calibrate import add_parser as add_calibrate
+    from amg.commands.check import add_parser as add_check
     from amg.commands.distill import add_parser as add_distill
     from amg.commands.embed import add_parser as add_embedder
     from amg.commands.index import add_parser as add_index
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"amg {amg.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
+    add_check(commands)
     add_calibrate(commands)
     add_distill(commands)
     add_audit(commands)

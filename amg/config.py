@@ -27,7 +27,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.fraction: ("terms_from", "rewind_to"),
     ranges.fractions: ("check_at", "rewind_at"),
     ranges.interval: ("guidance_interval",),
-    ranges.switch: ("early_rewind", "gated"),
+    ranges.switch: ("early_rewind", "gated", "block_input_copies"),
     ranges.file: ("calibration", "student"),
     ranges.guard: ("guard_threshold",),
     ranges.ceiling: ("max_evaluations",),
@@ -131,6 +131,9 @@ class AMGConfig:
     on_memorized: str = "resample"
     """"resample" (run that sample again with the `strong` preset, then block), "block" (a blank image),
     "flag", "raise"."""
+    block_input_copies: bool = False
+    """Where a pipeline takes a picture (image to image): whether a training image that the caller put in is
+    withheld, too, when it comes out. False: it is delivered, marked `from_input`. Level `final` only."""
     max_retries: int = 3
     """Whole re-runs of one sample before it is blocked."""
     max_evaluations: float | None = 3.0

@@ -64,7 +64,9 @@ class Verdict:
     similarity was only pushed down.
     `rewinds` counts returns to an early step, `retries` whole re-runs, `evaluations` denoiser evaluations of
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
-    `similarity` is that of the image withheld).
+    `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
+    the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
+    is one that the caller put in.
     """
 
     metric: str
@@ -80,6 +82,8 @@ class Verdict:
     also: tuple[Verdict, ...] = ()
     guard: GuardVerdict | None = None
     exhausted: bool = False
+    level: str = "full"
+    from_input: bool = False
 
     @property
     def reason(self) -> str | None:

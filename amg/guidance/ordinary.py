@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,18 @@ def despecify(
         alike = ordinary.alike(index, row, near, flight.prompt)
         if alike:
             flight.caption = alike[flight.choose(len(alike))]
+
+
+def ordinary_caption(
+    index: Any, ordinary: Ordinary, row: int, prompt: str, choose: Callable[[int], int]
+) -> str | None:
+    """The caption of an ordinary training image near a memorised `row`, for a sample outside any loop; None
+    where the index knows none."""
+    if index.metric != "cosine" or index.captions[row] is None:
+        return None
+    (near,) = ordinary.near(index, [row])
+    alike = ordinary.alike(index, row, near, prompt)
+    return alike[choose(len(alike))] if alike else None
 
 
 def warn_without_captions(index: Any) -> None:

@@ -47,3 +47,18 @@ def to_pil(images: Tensor) -> list[Any]:
 
     array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]
+
+
+def put(images: Any, place: int, others: Any, at: int) -> Any:
+    """Pipeline output with picture `at` of `others`, output of any type, in one place; itself unchanged."""
+    if isinstance(images, Tensor):
+        images = images.clone()
+        images[place] = to_tensor(others)[at].to(images.device, images.dtype)
+    elif isinstance(images, np.ndarray):
+        images = images.copy()
+        images[place] = to_tensor(others)[at].permute(1, 2, 0).cpu().numpy()
+    else:
+        images = list(images)
+        pictures = others if isinstance(others, list) else to_pil(to_tensor(others))
+        images[place] = pictures[at]
+    return images

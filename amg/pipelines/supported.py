@@ -37,6 +37,17 @@ def require_class(names: Iterable[str], argument: str = "pipe") -> str:
     raise TypeError(f"`{argument}` must be one of {SUPPORTED}, got {names[0]}")
 
 
+def level_of(pipe: Any) -> str:
+    """What of a pipeline can be protected: "full", its sampling, or "final", the pictures that any other
+    diffusers pipeline gives. TypeError for what is none."""
+    names = [base.__name__ for base in type(pipe).__mro__]
+    if any(name in SUPPORTED for name in names):
+        return "full"
+    if "DiffusionPipeline" in names:
+        return "final"
+    raise TypeError(f"`pipe` must be a diffusers pipeline, got {names[0]}")
+
+
 def require_folder(folder: Path) -> None:
     """TypeError, before any weights are read, for a folder that holds a pipeline of another class."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

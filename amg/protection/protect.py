@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,45 +17,61 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.guidance.gate import Gate
-from amg.guidance.ordinary import warn_without_captions
+from amg.guidance.ordinary import Ordinary, warn_without_captions
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, flagged_pictures_kept_right, safety_of
-from amg.pipelines.supported import require_supported
+from amg.pipelines.supported import level_of, require_supported
 from amg.promise import decode
 from amg.protection.deliver import deliver
+from amg.protection.final import Held, checked_call
 from amg.protection.hook import Session, guided_call
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
 
+# one call of a pipeline at a time: its scheduler and its hook are of one call
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
 
 @dataclass(frozen=True)
 class Protection:
-    """What a protected pipeline carries: the index, the config for its metric, and further judges of the
-    final check."""
+    """What a protected pipeline carries: the index, the config for its metric, further judges of the final
+    check, and at which level it is protected."""
 
     index: Any
     config: AMGConfig
     also: tuple[Any, ...]
     gate: Gate | None
     screen: Screen | None
+    level: str = "full"
+
+    @functools.cached_property
+    def held(self) -> Held:
+        """What pictures are held to at level `final`."""
+        return Held(self.index, self.config, self.also, Ordinary())
 
 
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
     """Make every call of `pipe` guided away from `index` and checked against it; returns the same object.
 
-    pipe: a DDPMPipeline, DDIMPipeline or StableDiffusionPipeline (a subclass too), with any scheduler.
-    index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more indexes the
-    finished images are held to. The pipeline's call keeps its arguments and its result, which gains `.amg`, a
-    list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose
-    U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null class) and
-    `guidance_scale`. A pipeline protected already is protected anew. Errors: TypeError for another pipeline;
-    ValueError for a `guidance_interval`; RuntimeError, from a call, for a loop that does not call its U-Net
-    once before each step of its scheduler; whatever prevents a check is raised, never an unchecked image; an
-    error here leaves the pipeline as it was, protected by what protected it before.
+    pipe: a diffusers pipeline that gives `.images`. Those of DDPMPipeline, DDIMPipeline and
+    StableDiffusionPipeline (a subclass too), with any scheduler, are guided: level `full`. Any other's
+    finished pictures are checked, drawn again by its own call, and blocked: level `final`, which is said once
+    (`pipe.amg_level`). index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more
+    indexes the finished images are held to. The pipeline's call keeps its arguments and its result, which
+    gains `.amg`, a list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel
+    pipelines whose U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null
+    class) and `guidance_scale`. A pipeline protected already is protected anew; calls of one pipeline from
+    several threads are served one after the other. Errors: TypeError for what is no pipeline; ValueError for
+    a `guidance_interval`, and at level `final` for a calibration, a student and `output_type="latent"`;
+    RuntimeError, from a call, for a loop that does not call its U-Net once before each step of its scheduler;
+    whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
+    was, protected by what protected it before.
     """
-    require_supported(pipe)
+    level = level_of(pipe)
+    if level == "full":
+        require_supported(pipe)
     also = require_indexes(index, also)
     config = asked(config).for_metric(index.metric)
     if config.guidance_interval != (0.0, 1.0):
@@ -60,14 +79,33 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
             "`guidance_interval` must be (0, 1) for `protect`, whose pipeline's own loop guides every step, "
             f"got {config.guidance_interval}: use `amg.Sampler`"
         )
-    protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
-    if is_latent(pipe) and config.active:
-        warn_without_captions(index)
+    if level == "final":
+        _require_unguided(config, type(pipe).__name__)
+        protection = Protection(index, config, also, None, None, level)
+    else:
+        protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
+        if is_latent(pipe) and config.active:
+            warn_without_captions(index)
     guarded: Any = _protected(_plain(type(pipe)))
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
     pipe.__dict__.pop("amg_verdicts", None)
     return pipe
+
+
+def _require_unguided(config: AMGConfig, name: str) -> None:
+    """Refuse what only acts inside a loop, and say what is left for a pipeline whose loop is not known."""
+    for option in ("calibration", "student"):
+        if getattr(config, option) is not None:
+            raise ValueError(
+                f"`{option}` must be None for {name}, whose sampling is not guided, "
+                f"got {getattr(config, option)}"
+            )
+    warnings.warn(
+        f'{name} is protected at level "final": its finished pictures are checked, drawn again by its own '
+        "call where they are copies, and blocked where that does not help; its sampling is not guided",
+        stacklevel=3,
+    )
 
 
 def unprotect(pipe: Any) -> Any:
@@ -93,9 +131,15 @@ def _protected(kind: type) -> type:
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call(self, call, args, kwargs)
+        protection: Protection = self._amg_protection
+        with _LOCKS.setdefault(self, threading.RLock()):
+            for index in (protection.index, *protection.also):
+                index.seal.check()  # before any work, and before a truncated map is touched
+            if protection.level == "final":
+                return checked_call(self, call, args, kwargs, protection.held)
+            return _call(self, call, args, kwargs)
 
-    if not issubclass_by_name(kind, "StableDiffusionPipeline"):
+    if issubclass_by_name(kind, "DDPMPipeline") or issubclass_by_name(kind, "DDIMPipeline"):
         __call__.__signature__ = _with_classes(call)  # type: ignore[attr-defined]
     return type(
         kind.__name__,
@@ -105,6 +149,7 @@ def _protected(kind: type) -> type:
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
             "_amg_plain": kind,
+            "amg_level": property(lambda self: self._amg_protection.level),
         },
     )
 
@@ -125,11 +170,10 @@ def issubclass_by_name(kind: type, name: str) -> bool:
 
 def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     protection: Protection = pipe._amg_protection
-    for index in (protection.index, *protection.also):
-        index.seal.check()  # before any work, and before a truncated map is touched
     require_supported(pipe)
     refit(protection.screen, pipe)
-    session = Session(pipe, *vars(protection).values())
+    parts = (protection.index, protection.config, protection.also, protection.gate, protection.screen)
+    session = Session(pipe, *parts)
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
             kwargs.pop("class_labels", None),
