@@ -22,35 +22,6 @@ def _embeds(*shape, seed=7):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sdxl(batch):
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
-    parts = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=_vae(4), unet=unet, scheduler=diffusers.EulerDiscreteScheduler(), add_watermarker=False, **parts
-    )
-    call = {
-        "prompt_embeds": _embeds(batch, 4, 16),
-        "negative_prompt_embeds": _embeds(batch, 4, 16, seed=8),
-        "pooled_prompt_embeds": _embeds(batch, 8),
-        "negative_pooled_prompt_embeds": _embeds(batch, 8, seed=8),
-        "original_size": (16, 16),
-        "target_size": (16, 16),
-    }
-    return pipe, call
-
-
 def sd3(batch):
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
@@ -124,7 +95,7 @@ def dit(batch):
     return pipe, {"class_labels": [*range(batch)]}
 
 
-FAMILIES = {"sdxl": sdxl, "sd3": sd3, "flux": flux, "dit": dit}
+FAMILIES = {"sd3": sd3, "flux": flux, "dit": dit}
 
 
 def build(name, batch=2):

@@ -16,7 +16,7 @@ from amg.engine.look import Tools
 from amg.engine.plan import Course
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions
-from amg.pipelines.safety import SafetyCheck
+from amg.pipelines.safety import SafetyCheck, Watermark
 from amg.verdict import Verdict
 
 
@@ -41,7 +41,7 @@ class Job:
     generator: Any
     rescale: float
     output_type: str
-    safety: SafetyCheck | None
+    safety: SafetyCheck | Watermark | None
     dtype: torch.dtype
     key: Hashable
     owner: Hashable

@@ -59,8 +59,8 @@ ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM or Stable Diffusion pipeline (unprotected; it is not changed), or a subclass that does
-    not change the loop, with any scheduler whose steps are linear. index, config, also: as in `amg.protect`.
+    pipe: a DDPM, DDIM, Stable Diffusion or SDXL text-to-image pipeline (unprotected; it is not changed), or a
+    subclass that does not change the loop, with any scheduler whose steps are linear. index, config, also: as in `amg.protect`.
     Calling it never touches the pipeline's scheduler, so one pipeline may serve many samplers. What is
     replaced, loaded or moved on the pipeline is used from the next request on, once those that run are done;
     `with sampler.paused():` changes what they share. max_batch, max_pending: how many images run at the same

@@ -73,19 +73,13 @@ def replace_captions(
     rows = [row for row, caption in enumerate(captions) if caption is not None]
     if not rows or denoiser.encode_captions is None:
         return conditions
-    cond = dict(conditions.cond)
     said = denoiser.encode_captions([caption for caption in captions if caption is not None])
-    for name, value in _like(cond, said).items():
-        cond[name] = cond[name].clone()
-        cond[name][rows] = value
-    return Conditions(cond, conditions.uncond, conditions.shared)
+    return Conditions(_told(conditions.cond, said, rows), conditions.uncond, conditions.shared)
 
 
 def captioned(conditions: Conditions, said: Mapping[str, Any]) -> Conditions:
     """Conditions with what other captions were encoded to instead of the prompts, all rows."""
-    return Conditions(
-        {**conditions.cond, **_like(conditions.cond, said)}, conditions.uncond, conditions.shared
-    )
+    return Conditions(_told(conditions.cond, said), conditions.uncond, conditions.shared)
 
 
 def predict(
@@ -137,12 +131,17 @@ def joined(values: Sequence[Any]) -> Any:
     return _map(lambda *tensors: torch.cat(tensors), *values)
 
 
-def _like(cond: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """What captions were encoded to, in the dtypes and on the devices of the conditions they replace."""
-    return {
-        name: value.to(cond[name]) if isinstance(cond.get(name), Tensor) else value
-        for name, value in said.items()
-    }
+def _told(own: Any, said: Any, rows: Sequence[int] | None = None) -> Any:
+    """Conditions, nested or not, with what captions were encoded to in place of `rows`, None: of all; in the
+    dtypes and on the devices of what is replaced. What captions do not say stays."""
+    if isinstance(said, Mapping):
+        return {**own, **{name: _told(own.get(name), value, rows) for name, value in said.items()}}
+    said = said.to(own) if isinstance(own, Tensor) else said
+    if rows is None:
+        return said
+    changed = own.clone()
+    changed[rows] = said
+    return changed
 
 
 def plain(mapping: Mapping[str, Any]) -> dict[str, Any]:

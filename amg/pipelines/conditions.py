@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from amg.guidance.predict import Conditions
 from amg.pipelines.denoiser import class_conditions, is_latent
+from amg.pipelines.supported import is_xl
 
 if TYPE_CHECKING:
     from amg.engine.sampler import Request
@@ -45,22 +48,40 @@ def _of_text(pipe: Any, request: Request, scale: float, device: Any) -> tuple[Co
             "`prompt` must be a text or a list of texts for a text-to-image pipeline, or `prompt_embeds` be "
             f"given instead, got {got}"
         )
+    if is_xl(pipe) and embeds is not None:
+        raise ValueError(
+            "`prompt_embeds` must be None for SDXL, which needs pooled ones too: give the `prompt`"
+        )
     prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
     count = len(embeds) if embeds is not None else (1 if isinstance(prompt, str) else len(prompt or ()))
     if isinstance(negative, str):
         negative = [negative] * count
-    cond, uncond = pipe.encode_prompt(
+    cond, uncond, *pooled = pipe.encode_prompt(
         [prompt] if isinstance(prompt, str) else prompt,
-        device,
-        request.num_images_per_prompt,
-        guided,
-        negative,
+        device=device,
+        num_images_per_prompt=request.num_images_per_prompt,
+        do_classifier_free_guidance=guided,
+        negative_prompt=negative,
         prompt_embeds=embeds,
         negative_prompt_embeds=request.negative_prompt_embeds,
         clip_skip=request.clip_skip,
     )
-    own = {"encoder_hidden_states": cond}
-    return Conditions(own, {"encoder_hidden_states": uncond} if guided else None, {}), len(cond)
+    own, other = {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
+    if pooled:
+        sizes = _sizes(pipe, request, cond)
+        for half, text in zip((own, other), pooled, strict=True):
+            half["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
+    return Conditions(own, other if guided else None, {}), len(cond)
+
+
+def _sizes(pipe: Any, request: Request, cond: Tensor) -> Tensor:
+    """What SDXL is told of sizes [B, 6]: a picture as large as asked for, not cut."""
+    own = pipe.default_sample_size * pipe.vae_scale_factor
+    size = (request.height or own, request.width or own)
+    width = pipe.text_encoder_2.config.projection_dim
+    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=cond.dtype, text_encoder_projection_dim=width)
+    sizes: Tensor = ids.to(cond.device).repeat(len(cond), 1)
+    return sizes
 
 
 def size_of(pipe: Any, height: int | None, width: int | None) -> Sequence[int]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from amg.guidance.predict import Conditions, Denoiser, Same, like_sequence
+from amg.pipelines.supported import is_xl
 
 CAPTIONS_KEPT = 4096
 
 
 def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denoiser:
-    """The `Denoiser` of a DDPM, DDIM or Stable Diffusion pipeline; `network` replaces its U-Net's forward."""
+    """The `Denoiser` of a supported pipeline; `network` replaces its U-Net's forward."""
     forward = network if network is not None else pipe.unet
     prediction_type = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
 
@@ -25,13 +26,47 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
 
     if not is_latent(pipe):
         return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
-    vae, scaling_factor = pipe.vae, pipe.vae.config.scaling_factor
+    return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
+
+
+def decoder_of(pipe: Any) -> Callable[[Tensor], Tensor]:
+    """x0 -> picture [B, 3, H, W], float32, mostly in [0, 1], as the pipeline itself decodes its latents."""
+    vae, config, xl = pipe.vae, pipe.vae.config, is_xl(pipe)
+    mean, std = (getattr(config, name, None) if xl else None for name in ("latents_mean", "latents_std"))
+    upcast = xl and getattr(config, "force_upcast", False)
 
     def decode(x0: Tensor) -> Tensor:
-        latents = x0.to(weights_of(vae)[0]) / scaling_factor
-        return vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+        dtype = weights_of(vae)[0]
+        latents = x0.to(torch.float32 if upcast else dtype)
+        if mean is not None and std is not None:
+            centre, spread = (latents.new_tensor(one).view(1, -1, 1, 1) for one in (mean, std))
+            latents = latents * spread / config.scaling_factor + centre
+        else:
+            latents = latents / config.scaling_factor
+        if upcast and dtype == torch.float16:  # in which it overflows
+            return in_float32(vae, latents).float() / 2 + 0.5
+        return vae.decode(latents.to(dtype), return_dict=False)[0].float() / 2 + 0.5
 
-    return Denoiser(run, decode, prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
+    return decode
+
+
+class _Decoding(torch.nn.Module):
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        picture: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return picture
+
+
+def in_float32(vae: Any, latents: Tensor) -> Tensor:
+    """What a decoder makes of latents with its weights in float32; itself, as the pipeline holds it, is not
+    touched."""
+    decoding = _Decoding(vae)
+    weights = {name: weight.float() for name, weight in decoding.named_parameters()}
+    picture: Tensor = torch.func.functional_call(decoding, weights, (latents,))
+    return picture
 
 
 def weights_of(network: Any) -> tuple[torch.dtype, torch.device]:
@@ -46,24 +81,34 @@ def is_latent(pipe: Any) -> bool:
 
 
 class CaptionCache:
-    """Captions -> {"encoder_hidden_states": [B, L, D]}; each caption is encoded once and kept (bounded, least
-    recent dropped)."""
+    """Captions -> the network's arguments for them, a row each; each caption is encoded once and kept
+    (bounded, least recent dropped)."""
 
     def __init__(self, pipe: Any):
-        self.pipe, self.kept = pipe, OrderedDict[str, Tensor]()
+        self.pipe, self.kept = pipe, OrderedDict[str, tuple[Tensor, ...]]()
 
-    def __call__(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+    def __call__(self, captions: Sequence[str]) -> Mapping[str, Any]:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.kept]
         if new:
             with torch.no_grad():
-                states = self.pipe.encode_prompt(new, self.pipe._execution_device, 1, False)[0]
-            self.kept.update(zip(new, states, strict=True))
+                self.kept.update(zip(new, zip(*self._encode(new), strict=True), strict=True))
         for caption in captions:
             self.kept.move_to_end(caption)
-        states = torch.stack([self.kept[caption] for caption in captions])
+        states, *pooled = (torch.stack(rows) for rows in zip(*map(self.kept.get, captions), strict=True))
         while len(self.kept) > CAPTIONS_KEPT:
             self.kept.popitem(last=False)
-        return {"encoder_hidden_states": states}
+        said: dict[str, Any] = {"encoder_hidden_states": states}
+        return {**said, "added_cond_kwargs": {"text_embeds": pooled[0]}} if pooled else said
+
+    def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """The encoded captions; SDXL's second encoder pools them, too."""
+        device = self.pipe._execution_device
+        if is_xl(self.pipe):
+            states, _, pooled, _ = self.pipe.encode_prompt(
+                captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            return states, pooled
+        return (self.pipe.encode_prompt(captions, device, 1, False)[0],)
 
 
 def split_call(arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:

@@ -53,7 +53,8 @@ def state_of(pipe: Any) -> tuple[Any, ...]:
     active = getattr(unet, "active_adapters", None)
     names = tuple(active()) if adapters and callable(active) else ()
     kind = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
-    parts = (unet, *(getattr(pipe, name, None) for name in ("vae", "text_encoder", "tokenizer")))
+    names_of = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = (unet, *(getattr(pipe, name, None) for name in names_of))
     return (
         *map(id, parts),
         *weights_of(unet),

@@ -32,8 +32,26 @@ class SafetyCheck:
         return torch.where(replaced, (seen * 255).round() / 255, images)
 
 
-def safety_of(pipe: Any, flags: Sequence[Any], dtype: torch.dtype) -> SafetyCheck | None:
-    """The pipeline's checker, where it has one; `flags`: what it said of the images so far."""
+class Watermark:
+    """SDXL's watermark, which its own pipeline puts into every picture."""
+
+    flags = None
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, rows: Sequence[int]) -> Tensor:
+        """Images [R, 3, H, W] in [0, 1] -> the same, marked."""
+        marked: Tensor = self.pipe.watermark.apply_watermark(images * 2 - 1)
+        return (((marked / 2 + 0.5).clamp(0, 1) * 255).round() / 255).to(images)
+
+
+def safety_of(pipe: Any, flags: Sequence[Any], dtype: torch.dtype) -> SafetyCheck | Watermark | None:
+    """What the pipeline does with its finished pictures: its safety checker or its watermark, where it has
+    one; `flags`: what it said of the images so far."""
+    if getattr(pipe, "watermark", None) is not None:
+        return Watermark(pipe)
     return None if getattr(pipe, "safety_checker", None) is None else SafetyCheck(pipe, flags, dtype)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline")
-TEXT_TO_IMAGE = "StableDiffusionPipeline"
+SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+XL = "StableDiffusionXLPipeline"
+TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL)
 # what a subclass may not change of a pipeline that `Sampler` samples from, as it runs none of it
 LOOP = (
     "__call__",
@@ -18,8 +19,10 @@ LOOP = (
     "guidance_scale",
     "guidance_rescale",
 )
-# options of a U-Net whose inputs a text-to-image pipeline does not make: upscalers', SDXL's
-FOREIGN = ("num_class_embeds", "class_embed_type", "addition_embed_type")
+# options of a U-Net whose inputs a text-to-image pipeline does not make, upscalers' and others', and the one
+# value that its own may have
+FOREIGN = {"num_class_embeds": None, "class_embed_type": None, "addition_embed_type": None}
+FOREIGN_XL = {**FOREIGN, "addition_embed_type": "text_time"}
 # and those whose inputs it makes, in a part of its call that `Sampler` has no counterpart of
 UNSAMPLED = {
     "time_cond_proj_dim": "a distilled U-Net's embedded guidance scale",
@@ -54,10 +57,16 @@ def require_folder(folder: Path) -> None:
     require_class([str(index.get("_class_name"))], "MODEL")
 
 
+def is_xl(pipe: Any) -> bool:
+    """Whether a pipeline is SDXL's, with two text encoders and conditions on sizes."""
+    return any(base.__name__ == XL for base in type(pipe).__mro__)
+
+
 def require_supported(pipe: Any) -> None:
     """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
     (inpainting, upscaling, learned variances)."""
-    text = require_class(base.__name__ for base in type(pipe).__mro__) == TEXT_TO_IMAGE
+    kind = require_class(base.__name__ for base in type(pipe).__mro__)
+    text = kind in TEXT_TO_IMAGE
     for name in ("unet", "scheduler", *(("vae",) if text else ())):
         if getattr(pipe, name, None) is None:
             raise ValueError(f"`pipe.{name}` must not be None: nothing can be sampled or checked without it")
@@ -71,11 +80,11 @@ def require_supported(pipe: Any) -> None:
                 "`pipe.unet` must take as many channels as it denoises (no inpainting, upscaling or learned "
                 f"variances), got in_channels={config.in_channels} and {name}={found}"
             )
-    for name in FOREIGN if text else ():
-        if getattr(config, name, None) is not None:
+    for name, own in (FOREIGN_XL if kind == XL else FOREIGN).items() if text else ():
+        if getattr(config, name, None) != own:
             raise ValueError(
-                f"`pipe.unet` must be conditioned on text alone, got {name}={getattr(config, name)}; "
-                f"supported are {SUPPORTED}"
+                f"`pipe.unet` must be conditioned on what {kind} makes, with {name}={own}, "
+                f"got {name}={getattr(config, name)}; supported are {SUPPORTED}"
             )
 
 
@@ -92,7 +101,7 @@ def require_sampled(pipe: Any) -> None:
                 "its own and which `Sampler` does not run: use `amg.protect`, or give the Sampler "
                 f"{base.__name__}(**pipe.components)"
             )
-    for name, what in UNSAMPLED.items() if base.__name__ == TEXT_TO_IMAGE else ():
+    for name, what in UNSAMPLED.items() if base.__name__ in TEXT_TO_IMAGE else ():
         if getattr(pipe.unet.config, name, None) is not None:
             raise ValueError(
                 f"`pipe.unet` must not need {what} for `Sampler`, got {name}="

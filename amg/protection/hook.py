@@ -23,7 +23,7 @@ from amg.config import AMGConfig
 from amg.engine.drive import pristine
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
-from amg.guidance.predict import Conditions, predict, replace_captions
+from amg.guidance.predict import Conditions, joined, plain, predict, replace_captions
 from amg.guidance.terms import classifier_free
 from amg.pipelines.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.pipelines.identity import key_for
@@ -120,8 +120,8 @@ class Session:
         told = replace_captions(self.run.guide.denoiser, conditions, captions)
         own = {name: value for name, value in told.cond.items() if value is not conditions.cond[name]}
         if told.uncond is not None:
-            own = {name: torch.cat([told.uncond[name], value]) for name, value in own.items()}
-        return {**arguments, **own}, told
+            own = {name: joined([told.uncond[name], value]) for name, value in own.items()}
+        return {**arguments, **plain(own)}, told
 
     def predict_classes(self, sample: Tensor, t: Any) -> Tensor:
         """Record both halves of a class-conditional U-Net, which a pixel pipeline does not ask for: plain

@@ -21,7 +21,7 @@ from amg.guidance.ordinary import Ordinary, warn_without_captions
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import to_pil, to_tensor
-from amg.pipelines.safety import SafetyCheck, flagged_pictures_kept_right, safety_of
+from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import level_of, require_supported
 from amg.promise import decode
 from amg.protection.deliver import deliver
@@ -55,8 +55,8 @@ class Protection:
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
     """Make every call of `pipe` guided away from `index` and checked against it; returns the same object.
 
-    pipe: a diffusers pipeline that gives `.images`. Those of DDPMPipeline, DDIMPipeline and
-    StableDiffusionPipeline (a subclass too), with any scheduler, are guided: level `full`. Any other's
+    pipe: a diffusers pipeline that gives `.images`. DDPMPipeline, DDIMPipeline, StableDiffusionPipeline and
+    StableDiffusionXLPipeline (subclasses too), with any scheduler, are guided: level `full`. Any other's
     finished pictures are checked, drawn again by its own call, and blocked: level `final`, which is said once
     (`pipe.amg_level`). index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more
     indexes the finished images are held to. The pipeline's call keeps its arguments and its result, which
@@ -184,6 +184,11 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     steps = bound.arguments.get("num_inference_steps")
     if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
+    if bound.arguments.get("denoising_end") is not None:
+        raise ValueError(
+            "`denoising_end` must be None: what another pipeline is to finish cannot be checked, "
+            f"got {bound.arguments['denoising_end']}"
+        )
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
     protection.config.warn_without_guidance(scale, stacklevel=4)
     session.prompt = bound.arguments.get("prompt")
@@ -195,26 +200,35 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also, safety)
     pipe.amg_verdicts = verdicts
     if isinstance(result, tuple):
-        return (images, *(result[1:] if safety is None else (safety.flags, *result[2:])))
+        rest = result[1:] if safety is None or safety.flags is None else (safety.flags, *result[2:])
+        return (images, *rest)
     result.images = images
     result.amg = verdicts
-    if safety is not None:
+    if safety is not None and safety.flags is not None:
         result.nsfw_content_detected = safety.flags
     return result
 
 
-def _safety(session: Session, result: Any) -> SafetyCheck | None:
-    """The pipeline's safety checker, which replacements are shown to, with its flags of the images so far."""
-    flags = None
-    if is_latent(session.pipe):
-        flags = result[1] if isinstance(result, tuple) else result.nsfw_content_detected
-    if flags is None or session.conditions is None:  # there is none, or latents were asked for
+def _safety(session: Session, result: Any) -> SafetyCheck | Watermark | None:
+    """What the pipeline does with finished pictures, which replacements go through, with its flags of the
+    images so far."""
+    pipe, conditions = session.pipe, session.conditions
+    if not is_latent(pipe) or conditions is None:
         return None
-    return safety_of(session.pipe, flags, session.conditions.cond["encoder_hidden_states"].dtype)
+    flags = getattr(result, "nsfw_content_detected", None)
+    if isinstance(result, tuple) and len(result) > 1:
+        flags = result[1]
+    if flags is None and getattr(pipe, "watermark", None) is None:  # there is none, or latents were asked for
+        return None
+    return safety_of(pipe, flags or (), conditions.cond["encoder_hidden_states"].dtype)
 
 
 def _deliver(
-    session: Session, images: Any, output_type: str, also: Sequence[Any], safety: SafetyCheck | None
+    session: Session,
+    images: Any,
+    output_type: str,
+    also: Sequence[Any],
+    safety: SafetyCheck | Watermark | None,
 ) -> tuple[Any, list[Verdict]]:
     """Check what the pipeline would hand out, and replace what breaks the promise in the pipeline's own
     output type."""

@@ -330,7 +330,7 @@ def test_class_conditional_pixels_use_the_null_class(class_ddpm, pixel_index):
 
 
 def test_bad_input(sd, embedding_index, pixel_index, embedder):
-    with pytest.raises(TypeError, match="StableDiffusionPipeline"):
+    with pytest.raises(TypeError, match="`pipe` must be a diffusers pipeline, got object"):
         amg.protect(object(), embedding_index)
     with pytest.raises(ValueError, match=r"amg\.protect"):
         amg.unprotect(sd)
