@@ -105,6 +105,11 @@ def add_sample(commands: Any) -> None:
     )
     parser.add_argument("--calibration", type=Path, help="file of `amg calibrate` for just such a run")
     parser.add_argument("--student", type=Path, help="file of `amg distill` for this model and embedder")
+    parser.add_argument(
+        "--ordinary",
+        type=Path,
+        help="a file of ordinary prompts: what later tries go to where the index knows no caption",
+    )
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument(
         "--out",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.interval: ("guidance_interval",),
     ranges.switch: ("early_rewind", "gated", "block_input_copies"),
     ranges.file: ("calibration", "student"),
+    ranges.prompts: ("ordinary_prompts",),
     ranges.guard: ("guard_threshold",),
     ranges.ceiling: ("max_evaluations",),
 }
@@ -119,8 +120,11 @@ class AMGConfig:
     where that has none s0 is kept."""
     rewind_caption: str = "ordinary"
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
-    memorised one whose own caption is not duplicated (where the index has captions and the model takes
-    text)."""
+    memorised one whose own caption is not duplicated, or where the index knows none one of
+    `ordinary_prompts` (where the model takes text)."""
+    ordinary_prompts: Sequence[str] | str | Path | None = None
+    """A bank of ordinary prompts, a list or a file with one a line, for an index without captions: a later
+    try takes one of those nearest to its prompt. None: those that a calibration was made with, if any."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the trajectory, as two fractions, in which classifier-free guidance acts (Kynkaanniemi
     et al., NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a

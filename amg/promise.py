@@ -50,6 +50,7 @@ def check(
                 retries=flight.retries,
                 evaluations=flight.evaluations,
                 trace=tuple(flight.trace),
+                caption=flight.caption,
             )
         )
     return finished

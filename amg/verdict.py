@@ -66,7 +66,8 @@ class Verdict:
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
     `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
-    is one that the caller put in.
+    is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
+    of its own, None where it was not.
     """
 
     metric: str
@@ -84,6 +85,7 @@ class Verdict:
     exhausted: bool = False
     level: str = "full"
     from_input: bool = False
+    caption: str | None = None
 
     @property
     def reason(self) -> str | None:

@@ -1,7 +1,7 @@
-"""What the guard adds on photos-sd: indexes with and without captions, memorised and ordinary prompts.
+"""What guard and bank add on photos-sd: indexes with and without captions, memorised and ordinary prompts.
 
-python benchmarks/bench_guard.py                 # 64 memorised and 192 ordinary prompts;
-benchmarks/results/guard.csv python benchmarks/bench_guard.py --images 16     # quick
+python benchmarks/bench_guard.py                 # 256 of each kind; benchmarks/results/guard.csv
+python benchmarks/bench_guard.py --images 16     # quick
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from protocol import RESULTS
 from torch import Tensor
 
 import amg
+from amg.commands.audit.bundled import subject_of
 from amg.commands.demo import GUIDANCE_SCALES, JUDGE_COPY, LUMINANCE_COPY, open_index, open_pipeline
 from amg.embed.photos import load_photos
 from amg.evaluate.judges import luminance_correlation
 from amg.zoo.judge import load_judge
+from amg.zoo.judge_2 import load_judge_2
 from amg.zoo.photos import PHOTOS, TrainingSet, training_set
+from amg.zoo.photos import PLACES as EVERYWHERE
 
 MODEL, STEPS, SEED, BATCH = "photos-sd", 30, 4000, 16
 PLACES = ("top left", "middle right", "bottom centre")
@@ -37,6 +40,7 @@ class Case:
     prompts: str
     preset: str
     guard: bool
+    bank: bool = False
 
 
 CASES = (
@@ -45,9 +49,12 @@ CASES = (
     Case("captions", "memorised", "main", True),
     Case("no captions", "memorised", "main", False),
     Case("no captions", "memorised", "main", True),
+    Case("no captions", "memorised", "main", True, True),
     Case("captions", "ordinary", "off", True),
+    Case("captions", "ordinary", "main", False),
     Case("captions", "ordinary", "main", True),
     Case("no captions", "ordinary", "main", True),
+    Case("no captions", "ordinary", "main", True, True),
 )
 
 
@@ -55,9 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Copies that are delivered unmarked, with and without guard."
     )
-    parser.add_argument(
-        "--images", type=int, default=64, help="memorised prompts; three times as many ordinary"
-    )
+    parser.add_argument("--images", type=int, default=256, help="memorised prompts, and as many ordinary")
     parser.add_argument(
         "--work", type=Path, default=Path("demo"), help="folder of the indexes, built if missing"
     )
@@ -70,7 +75,7 @@ def main() -> int:
         "captions": open_index(MODEL, options.work / f"{MODEL}.amg"),
         "no captions": without_captions(data, options.work / f"{MODEL}-no-captions.amg"),
     }
-    prompts = {"memorised": memorised(data, options.images), "ordinary": ordinary(data, 3 * options.images)}
+    prompts = {"memorised": memorised(data, options.images), "ordinary": ordinary(data, options.images)}
     rows = [measure(case, indexes[case.index], prompts[case.prompts], data) for case in CASES]
     with open(options.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -85,11 +90,12 @@ def tables(path: Path) -> str:
 
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    shown = [name for name in lines[0] if name not in ("guard", "most evaluations")]
-    heads = [f"of these {name}" if name.startswith("copies by") else name for name in shown]
+    shown = [name for name in lines[0] if name not in ("guard", "bank", "most evaluations")]
+    heads = [f"of these {name}" if name.startswith(("copies by", "subject")) else name for name in shown]
     rows = []
     for line in lines:
         preset = line["preset"] + ("" if line["guard"] == "True" else ", no guard")
+        preset += ", bank" if line["bank"] == "True" else ""
         rows.append([preset if name == "preset" else line[name] or "–" for name in shown])
     return markdown(heads, rows)
 
@@ -115,9 +121,18 @@ def ordinary(data: TrainingSet, count: int) -> list[str]:
     return [unseen[at % len(unseen)] for at in range(count)]
 
 
+def bank(data: TrainingSet) -> list[str]:
+    """Prompts in the manner of the crops' captions that no crop has and that are not asked for here."""
+    refused = {*data.captions, *ordinary(data, len(PLACES) * len(PHOTOS))}
+    every = [f"a snapshot of {photo.subjects[0]}, {place}" for photo in PHOTOS for place in EVERYWHERE]
+    return [caption for caption in every if caption not in refused]
+
+
 def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> dict[str, Any]:
     """Draw a case's pictures and count; prints a line."""
     changes: dict[str, Any] = {} if case.guard else {"guard_threshold": None}
+    if case.bank:
+        changes["ordinary_prompts"] = bank(data)
     config = amg.AMGConfig.preset(case.preset, guidance_scale=GUIDANCE_SCALES[MODEL], **changes)
     sampler = amg.Sampler(open_pipeline(MODEL), index, config)
     images, verdicts = [], []
@@ -137,6 +152,7 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         "blocked": sum(verdict.blocked for verdict in verdicts),
         "delivered unmarked": int(unmarked.sum()),
         **copies(torch.cat(images), unmarked, data),
+        "subject right": subjects(torch.cat(images), prompts, unmarked),
         "guard p99": f"{guards.quantile(0.99).item():.3f}" if len(guards) else "",
         "evaluations": f"{sum(verdict.evaluations for verdict in verdicts) / len(verdicts):.1f}",
         "most evaluations": max(verdict.evaluations for verdict in verdicts),
@@ -147,13 +163,23 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
 
 def copies(images: Tensor, unmarked: Tensor, data: TrainingSet) -> dict[str, int]:
     """How many of the unmarked pictures each judge that guidance never saw calls copies."""
-    judge = load_judge()
-    network = judge.copy_probability(images) > JUDGE_COPY
+    network, patches = (
+        judge.copy_probability(images) > JUDGE_COPY for judge in (load_judge(), load_judge_2())
+    )
     luminance = luminance_correlation(images, data.images.float() / 255)[0] > LUMINANCE_COPY
     return {
         "copies by photos-judge": int((network & unmarked).sum()),
+        "copies by photos-judge-2": int((patches & unmarked).sum()),
         "copies by luminance": int((luminance & unmarked).sum()),
     }
+
+
+def subjects(images: Tensor, prompts: list[str], unmarked: Tensor) -> int:
+    """In how many of the unmarked pictures photos-judge finds the subject asked for."""
+    asked = torch.tensor([subject_of(prompt) for prompt in prompts])
+    with torch.no_grad():
+        found = load_judge()(images)[0].argmax(1)
+    return int(((found == asked) & unmarked).sum())
 
 
 if __name__ == "__main__":

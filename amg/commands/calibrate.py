@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         restart(config, key.steps),
     )
     result = {"format": FORMAT, "version": VERSION, "key": asdict(key), "metric": index.metric, **body}
+    result["ordinary_prompts"] = bank(jobs, recorded.copies.tolist())
     write_atomically(arguments.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(summary(result))
     print(f"{arguments.out}, {plot(result, arguments.out.with_suffix('.png'))}")
@@ -113,7 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from amg.commands.sample import read_prompts
+    from amg.guidance.prompts import read_prompts
 
     seed = arguments.seed
     for option in ("ordinary", "memorized"):
@@ -165,6 +166,12 @@ def record(
     scheduler = pristine(pipe.scheduler)
     scheduler.set_timesteps(arguments.steps)
     return recorded, key_for(pipe, index, scheduler, scale, config), config
+
+
+def bank(jobs: Sequence[Mapping[str, Any]], copies: Sequence[bool]) -> list[str]:
+    """The ordinary prompts of which no image was a copy, for later tries where the index has no captions."""
+    bad = {job["prompt"] for job, copy in zip(jobs, copies, strict=True) if copy}
+    return list(dict.fromkeys(job["prompt"] for job in jobs if job["ordinary"] and job["prompt"] not in bad))
 
 
 def _condition(pipe: Any, batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _prompts(index: Any, arguments: argparse.Namespace) -> list[str]:
     """`--images` prompts: those of the file in turn, or captions of the index drawn by their counts."""
     import torch
 
-    from amg.commands.sample import read_prompts
+    from amg.guidance.prompts import read_prompts
 
     if arguments.prompts is not None:
         given = read_prompts(arguments.prompts, "--prompts")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from amg.config import AMGConfig
+from amg.guidance.prompts import read_prompts
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     also = [open_index(path, None, arguments.device) for path in arguments.also]
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     overrides: dict[str, Any] = {"calibration": arguments.calibration, "student": arguments.student}
+    if arguments.ordinary is not None:
+        overrides["ordinary_prompts"] = read_prompts(arguments.ordinary, "--ordinary")
     if arguments.on_memorized:
         overrides["on_memorized"] = arguments.on_memorized
     sampler = Sampler(
@@ -129,32 +131,6 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for _ in range(arguments.images):
             yield {"seed": seed, "prompt": prompt, "class": arguments.label}
             seed += 1
-
-
-def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
-    """The prompts of a file: one a line, or JSONL with `caption`; ValueError naming `option` if none."""
-    if not path.is_file():
-        raise ValueError(f"`{option}` must be a file of prompts, got {path}, which is none")
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    prompts = [_caption(line, option, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise ValueError(f"`{option}` must hold at least one prompt, got an empty file {path}")
-    return prompts
-
-
-def _caption(line: str, option: str, where: str) -> str:
-    if not line.lstrip().startswith("{"):
-        return line.strip()
-    try:
-        caption = json.loads(line)["caption"]
-        if not isinstance(caption, str):
-            raise ValueError(f"`caption` is {caption!r}")
-        return caption
-    except (ValueError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"`{option}` must hold JSON with `caption`, a text, in each such line, got {line[:200]!r} "
-            f"in {where}"
-        ) from error
 
 
 def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from amg.engine.noise import standard_normal
 from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
-from amg.guidance.ordinary import Ordinary
+from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Same
 from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
@@ -45,7 +45,7 @@ class Source:
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
-        self.tables, self.ordinary = Tables(), Ordinary()
+        self.tables, self.ordinary = Tables(), Ordinary(bank_of(self.config, self.gate))
         self._courses: dict[Any, Course] = {}
         self._made_of: tuple[Any, ...] = ()
         self._texts = threading.Lock()

@@ -82,7 +82,7 @@ class Sampler:
         self.source = Source(pipe, index, config, also)
         self._preparing = threading.Lock()
         if self.source.unwarned:
-            warn_without_captions(self.index)
+            warn_without_captions(self.index, self.source.ordinary.bank)
 
     @property
     def pipe(self) -> Any:

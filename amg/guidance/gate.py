@@ -49,8 +49,8 @@ class Rule:
 class Gate:
     """Rules by step, with μ_t and τ_t of ‖x_{t−1} − x_t‖ over ordinary generations, float64 [T − 1].
 
-    `alarm`: the step, and the rule, of early rewinds. Without rules and alarm it changes nothing, but has the
-    free signals of every step kept in the traces.
+    `alarm`: the step, and the rule, of early rewinds. `ordinary`: the prompts of its ordinary images. Without
+    rules and alarm it changes nothing, but has the free signals of every step kept in the traces.
     """
 
     key: Key | None = None
@@ -59,6 +59,7 @@ class Gate:
     mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     deviation: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     alarm: dict[int, Rule] = field(default_factory=dict)
+    ordinary: tuple[str, ...] = ()
 
     @staticmethod
     def load(path: str | Path) -> Gate:
@@ -75,7 +76,10 @@ class Gate:
             alarm = [] if record["alarm"] is None else [record["alarm"]]
             made_for = {**record["key"], "guidance_interval": tuple(record["key"]["guidance_interval"])}
             rules, key = _rules(record["gate"]), Key(**made_for)
-            return Gate(key, str(path), rules, region[0], region[1], _rules(alarm))
+            ordinary = tuple(record.get("ordinary_prompts", ()))
+            if not all(isinstance(text, str) for text in ordinary):
+                raise ValueError(f"`ordinary_prompts` {ordinary!r:.100}")
+            return Gate(key, str(path), rules, region[0], region[1], _rules(alarm), ordinary)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`calibration` must be a file of `amg calibrate`, {FORMAT} version {VERSION}, "

@@ -14,6 +14,7 @@ import torch
 
 from amg.config import AMGConfig
 from amg.guidance.flight import Flight, seeded
+from amg.guidance.gate import Gate
 from amg.guidance.predict import Denoiser
 from amg.guidance.read import read_all
 
@@ -56,12 +57,47 @@ def hold_deduplicated(index: Any, flight: Flight, row: int, position: int) -> No
 
 
 class Ordinary:
-    """Rows of an index near memorised ones, nearest first, kept once they were searched for."""
+    """Ordinary captions for later tries: of rows of an index near memorised ones, nearest first, kept once
+    they were searched for; or of a `bank` of ordinary prompts, where the index knows none."""
 
-    def __init__(self) -> None:
+    def __init__(self, bank: Sequence[str] = ()) -> None:
+        self.bank = tuple(dict.fromkeys(bank))
         self._near: dict[int, list[int]] = {}
         self._alike: dict[tuple[int, str | None], list[str]] = {}
         self._often: list[int] = []  # of each row, how often its caption or its image occurs
+        self._frequent: frozenset[str | None] | None = None
+
+    def captions(self, index: Any, rows: Sequence[int], prompts: Sequence[str | None]) -> list[list[str]]:
+        """What samples may go to that copy the memorised `rows` (-1: not known which) and were asked for
+        `prompts`: captions near the row, or else those of the bank nearest to the prompt; one search."""
+        told = [_known(index, row) for row in rows]
+        near = iter(self.near(index, [row for row, known in zip(rows, told, strict=True) if known]))
+        found = [
+            self.alike(index, row, next(near), prompt) if known else []
+            for row, prompt, known in zip(rows, prompts, told, strict=True)
+        ]
+        return [
+            own or self.banked(index, row, prompt)
+            for own, row, prompt in zip(found, rows, prompts, strict=True)
+        ]
+
+    def banked(self, index: Any, row: int, prompt: str | None) -> list[str]:
+        """The prompts of the bank nearest to a prompt, any where none shares a word with it; never itself,
+        nor a caption that the index knows to occur often."""
+        if not self.bank:
+            return []
+        if (-1, prompt) not in self._alike:
+            refused = {prompt, *self._often_said(index)}
+            texts = [text for text in self.bank if text not in refused]
+            self._alike[-1, prompt] = closest_captions(prompt or "", texts) or texts
+        own = index.captions[row] if row >= 0 else None
+        return [text for text in self._alike[-1, prompt] if text != own]
+
+    def _often_said(self, index: Any) -> frozenset[str | None]:
+        if self._frequent is None:
+            often = (index.caption_counts() > FREQUENT_CAPTION).nonzero().flatten().tolist()
+            self._frequent = frozenset(index.captions[row] for row in often)
+        return self._frequent
 
     def near(self, index: Any, rows: Sequence[int]) -> list[list[int]]:
         """The nearest rows to each of `rows` whose caption and image do not occur often, itself left out; one
@@ -95,51 +131,66 @@ def despecify(
     index: Any, denoiser: Denoiser, ordinary: Ordinary, samples: Sequence[tuple[Flight, AMGConfig, int]]
 ) -> None:
     """Give the next try of each sample (its flight, its config, the memorised row) the caption of an ordinary
-    training image near that row.
+    training image near that row, or an ordinary prompt of the bank where the index knows none.
 
     One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
     shares no word with them, chosen by the sample's own chance. Passed over are captions and images that
     occur often, the memorised image itself, its caption and the prompt.
     """
-    if denoiser.encode_captions is None or index.metric != "cosine":
+    if denoiser.encode_captions is None:
         return
-    samples = [
-        (flight, config, row)
-        for flight, config, row in samples
-        if config.rewind_caption == "ordinary" and row >= 0 and index.captions[row] is not None
-    ]
+    samples = [sample for sample in samples if sample[1].rewind_caption == "ordinary"]
+    if not ordinary.bank:
+        samples = [sample for sample in samples if _known(index, sample[2])]
     if not samples:
         return
     seeded([flight for flight, _, _ in samples])
-    nearby = ordinary.near(index, [row for _, _, row in samples])
-    for (flight, _, row), near in zip(samples, nearby, strict=True):
-        alike = ordinary.alike(index, row, near, flight.prompt)
-        if alike:
-            flight.caption = alike[flight.choose(len(alike))]
+    found = ordinary.captions(
+        index, [row for _, _, row in samples], [flight.prompt for flight, _, _ in samples]
+    )
+    for (flight, _, _), captions in zip(samples, found, strict=True):
+        if captions:
+            flight.caption = captions[flight.choose(len(captions))]
 
 
 def ordinary_caption(
     index: Any, ordinary: Ordinary, row: int, prompt: str, choose: Callable[[int], int]
 ) -> str | None:
-    """The caption of an ordinary training image near a memorised `row`, for a sample outside any loop; None
-    where the index knows none."""
-    if index.metric != "cosine" or index.captions[row] is None:
-        return None
-    (near,) = ordinary.near(index, [row])
-    alike = ordinary.alike(index, row, near, prompt)
-    return alike[choose(len(alike))] if alike else None
+    """What a sample outside any loop that copies a memorised `row` may go to; None where nothing is known."""
+    (captions,) = ordinary.captions(index, [row], [prompt])
+    return captions[choose(len(captions))] if captions else None
 
 
-def warn_without_captions(index: Any) -> None:
-    """Say to the caller's caller that a text model's later tries can only go back to the memorised prompt."""
-    if index.captioned:
-        return
-    warnings.warn(
-        f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only be "
-        "tried again with the same prompt, and is blocked where that brings the copy back; build it with "
-        "`captions=`",
-        stacklevel=3,
-    )
+def _known(index: Any, row: int) -> bool:
+    """Whether the index can tell ordinary captions near a memorised row: of pixels it cannot say what is
+    near."""
+    return row >= 0 and index.metric == "cosine" and index.captions[row] is not None
+
+
+def bank_of(config: AMGConfig, gate: Gate | None) -> Sequence[str]:
+    """The ordinary prompts of a config, or those that its calibration was made with."""
+    if isinstance(config.ordinary_prompts, tuple):  # as a config keeps them
+        return config.ordinary_prompts
+    return () if gate is None else gate.ordinary
+
+
+def warn_without_captions(index: Any, bank: Sequence[str]) -> None:
+    """Say to the caller's caller that a text model's later tries can only go back to the memorised prompt, or
+    that pixels are compared of a model that denoises latents."""
+    if index.metric == "nl2":
+        warnings.warn(
+            f"`index` compares pixels ({index.path}), of a model that denoises latents: ordinary pictures "
+            "that are alike in their pixels alone are called copies, and later tries find no captions in "
+            "it; build it with a copy-detection `embedder=`",
+            stacklevel=3,
+        )
+    elif not index.captioned and not bank:
+        warnings.warn(
+            f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only "
+            "be tried again with the same prompt, and is blocked where that brings the copy back; build it "
+            "with `captions=`, or give `ordinary_prompts=`",
+            stacklevel=3,
+        )
 
 
 def closest_captions(caption: str, others: Sequence[str]) -> list[str]:

@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 import os
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from amg.guidance.prompts import Prompts, read_prompts
 
 LARGEST_COSINE = 0.99
 """The largest cosine that can be promised: an exact copy scores at least 0.9995 against its row in float16
@@ -79,6 +82,18 @@ def file(name: str, value: Any) -> Any:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ValueError(f"`{name}` must be the path of a file, got {value!r}")
     return value
+
+
+def prompts(name: str, value: Any) -> Prompts:
+    """Texts with a word in them, of a list, or of a file that is read here: one a line."""
+    if isinstance(value, (str, os.PathLike)):
+        return Prompts(read_prompts(Path(value), name))
+    texts = [*value] if isinstance(value, (list, tuple)) else []
+    bad = [text for text in texts if not isinstance(text, str) or not text.strip()]
+    if not texts or bad:
+        got = f"{bad[0]!r} in it" if bad else repr(value)
+        raise ValueError(f"`{name}` must be a list of texts, or a file of one a line, got {got}")
+    return value if isinstance(value, Prompts) else Prompts(texts)
 
 
 def fraction(name: str, value: Any) -> float:

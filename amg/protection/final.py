@@ -153,7 +153,7 @@ def _draw_again(
         for place, other, at in _drawn(draw, asked, left, attempt, captions):
             (verdict,) = held.check(_one(other.images, at))
             cost[place] += each
-            verdicts[place] = replace(verdict, retries=attempt)
+            verdicts[place] = replace(verdict, retries=attempt, caption=captions.get(place))
             if not verdict.memorized:
                 made.take(place, other, at)
 

@@ -23,6 +23,7 @@ from amg.config import AMGConfig
 from amg.engine.drive import pristine
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
+from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, joined, plain, predict, replace_captions
 from amg.guidance.terms import classifier_free
 from amg.pipelines.denoiser import class_conditions, denoiser_for, is_latent, split_call
@@ -58,9 +59,11 @@ class Session:
         also: Sequence[Any] = (),
         gate: Gate | None = None,
         screen: Screen | None = None,
+        ordinary: Ordinary | None = None,
     ):
         self.pipe, self.index, self.config, self.also = pipe, index, config, also
         self.gate, self.screen = gate, screen
+        self.ordinary = Ordinary() if ordinary is None else ordinary
         self.run: Run | None = None
         self.flights: list[Flight] = []
         self.conditions: Conditions | None = None
@@ -98,7 +101,7 @@ class Session:
             scheduler = self.pipe.scheduler
             self.gate.require(key_for(self.pipe, self.index, scheduler, self.scale, self.config))
         parts = (self.index, similarity, denoiser, self.scale, rescale, judges, self.gate, self.screen)
-        guide = Guide(self.config, *parts)
+        guide = Guide(self.config, *parts, self.ordinary)
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.guidance.gate import Gate
-from amg.guidance.ordinary import Ordinary, warn_without_captions
+from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import to_pil, to_tensor
@@ -47,9 +47,14 @@ class Protection:
     level: str = "full"
 
     @functools.cached_property
+    def ordinary(self) -> Ordinary:
+        """What later tries may go to."""
+        return Ordinary(bank_of(self.config, self.gate))
+
+    @property
     def held(self) -> Held:
         """What pictures are held to at level `final`."""
-        return Held(self.index, self.config, self.also, Ordinary())
+        return Held(self.index, self.config, self.also, self.ordinary)
 
 
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
@@ -83,9 +88,10 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
         _require_unguided(config, type(pipe).__name__)
         protection = Protection(index, config, also, None, None, level)
     else:
-        protection = Protection(index, config, also, gate_of(config), screen_of(config, pipe, index))
+        gate = gate_of(config)
+        protection = Protection(index, config, also, gate, screen_of(config, pipe, index))
         if is_latent(pipe) and config.active:
-            warn_without_captions(index)
+            warn_without_captions(index, bank_of(config, gate))
     guarded: Any = _protected(_plain(type(pipe)))
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
@@ -172,8 +178,8 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     protection: Protection = pipe._amg_protection
     require_supported(pipe)
     refit(protection.screen, pipe)
-    parts = (protection.index, protection.config, protection.also, protection.gate, protection.screen)
-    session = Session(pipe, *parts)
+    parts = (protection.index, protection.config, protection.also, protection.gate)
+    session = Session(pipe, *parts, protection.screen, protection.ordinary)
     if not is_latent(pipe):
         session.class_labels, session.class_scale = (
             kwargs.pop("class_labels", None),

@@ -262,7 +262,7 @@ def test_the_content_of_a_prompts_file_counts_and_not_its_path(indexes, tmp_path
 
 
 def test_prompts_are_lines_of_text(tmp_path):
-    from amg.commands.sample import read_prompts
+    from amg.guidance.prompts import read_prompts
 
     path = tmp_path / "prompts.txt"
     path.write_bytes('\ufeffa cat\r\n\r\n{"caption": "a\u2028dog"}\n'.encode())
@@ -271,7 +271,7 @@ def test_prompts_are_lines_of_text(tmp_path):
 
 @pytest.mark.parametrize("caption", ["null", "3", '["a"]', "{}", "[" * 100_000])
 def test_a_caption_that_is_no_text_is_refused_naming_the_line(tmp_path, caption):
-    from amg.commands.sample import read_prompts
+    from amg.guidance.prompts import read_prompts
 
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'a cat\n\n{{"caption": {caption}}}\n')

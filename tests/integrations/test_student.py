@@ -288,6 +288,8 @@ def test_a_pixel_model_is_refused_before_anything_is_drawn(ddpm, pixel_index, tm
 
 @pytest.mark.parametrize("line", ['{"text": "a cat"}', '{"caption": '])
 def test_a_prompt_line_without_a_caption_is_named(tmp_path, line):
+    from amg.guidance.prompts import read_prompts
+
     (tmp_path / "p.jsonl").write_text(line)
     with pytest.raises(ValueError, match=r"`--ordinary` must hold JSON with `caption`.*got"):
-        sampling.read_prompts(tmp_path / "p.jsonl", "--ordinary")
+        read_prompts(tmp_path / "p.jsonl", "--ordinary")
