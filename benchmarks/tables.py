@@ -123,6 +123,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "serving": by("bench_serving", "serving.csv"),
     "guard": by("bench_guard", "guard.csv"),
     "engine": by("bench_engine", "engine.csv"),
+    "interval": by("bench_interval", "interval.csv"),
 }
 
 
