@@ -4,8 +4,9 @@
     python benchmarks/bench_interval.py --cache CACHE --ordinary 16 --memorised 8 --csv A.csv --sheet A.png
 
 Each interval under `off` and under `main` with the bundled student and no calibration: 30 DDIM steps,
-guidance scale 7.5, the same prompts and noise for all. CACHE holds what bench_engine.py makes once: the index and the
-choice of ordinary prompts. Intervals of uncertainty resample prompts, since pictures of one prompt are alike.
+guidance scale 7.5, the same prompts and noise for all. CACHE holds what bench_engine.py makes once: the
+index and the choice of ordinary prompts. Intervals of uncertainty resample prompts, since pictures of one
+prompt are alike.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ COLUMNS = (
 )
 Interval = tuple[float, float]
 Ends = tuple[float, float]
+Base = tuple[np.ndarray, np.ndarray] | None
 Line = dict[str, str]
 
 
@@ -116,18 +118,32 @@ def mean_figure(
     return Figure(metric, figure.value, figure.ends, float(apart.mean()), ends)
 
 
-def share_figure(metric: str, hits: np.ndarray, among: np.ndarray, prompts: Sequence[str]) -> Figure | None:
+def share_figure(
+    metric: str, hits: np.ndarray, among: np.ndarray, prompts: Sequence[str], base: Base = None
+) -> Figure | None:
     """The share in per cent of `hits` [N] among the images `among`; None where there are none. Where no image
-    or every one is hit the bound is the exact binomial over prompts."""
-    hits, prompts = hits[among].astype(float), [text for text, one in zip(prompts, among, strict=True) if one]
-    if not len(hits):
+    or every one is hit the bound is the exact binomial over prompts. The difference to `base`, the other
+    arm's hits and images, is of the images that are among both."""
+    if not among.any():
         return None
-    if 0 < hits.mean() < 1:
-        counts = resamples(prompts, [""] * len(prompts), DRAWS, seed=0)
-        return mean_figure(metric, hits, None, counts, 100)
-    names = list(dict.fromkeys(prompts))
-    low, high = share_interval(torch.full((len(names),), hits[0], dtype=torch.float64), seed=0, level=LEVEL)
-    return Figure(metric, 100 * float(hits.mean()), (100 * low, 100 * high))
+    own, texts = hits[among].astype(float), np.array(prompts)[among].tolist()
+    if 0 < own.mean() < 1:
+        ends = spread(100 * weighted_means(own, drawn_by_prompt(texts)))
+    else:
+        every = torch.full((len(set(texts)),), own[0], dtype=torch.float64)
+        low, high = share_interval(every, seed=0, level=LEVEL)
+        ends = 100 * low, 100 * high
+    figure = Figure(metric, 100 * float(own.mean()), ends)
+    if base is None or not (both := among & base[1]).any():
+        return figure
+    apart = 100 * (hits.astype(float) - base[0])[both]
+    means = weighted_means(apart, drawn_by_prompt(np.array(prompts)[both].tolist()))
+    return Figure(metric, figure.value, ends, float(apart.mean()), spread(means))
+
+
+def drawn_by_prompt(prompts: Sequence[str], draws: int = DRAWS) -> np.ndarray:
+    """int [draws, N]: prompts drawn with replacement; how often each image came along."""
+    return resamples(prompts, [""] * len(prompts), draws, seed=0)
 
 
 def fid_figure(own: Tensor, base: Tensor | None, references: Tensor, counts: np.ndarray) -> Figure:
@@ -204,7 +220,7 @@ def scored(bench: Any, drawn: Drawn, asked: Asked, judge: Any) -> Scores:
 
 def figures_of(own: Scores, base: Scores | None, prompts: Sequence[str], references: Tensor) -> list[Figure]:
     """The figures of one arm and kind, paired with the whole interval's where it is another."""
-    counts = resamples(prompts, [""] * len(prompts), DRAWS, seed=0)
+    counts = drawn_by_prompt(prompts)
     figures: list[Figure | None] = [mean_figure(EVALUATIONS, own.values[EVALUATIONS], None, counts)]
     if own.features is not None:
         features = None if base is None else base.features
@@ -212,7 +228,9 @@ def figures_of(own: Scores, base: Scores | None, prompts: Sequence[str], referen
         for metric, scale in ((ALIGNMENT, 1.0), (SUBJECT, 100.0)):
             other = None if base is None else base.values[metric]
             figures.append(mean_figure(metric, own.values[metric], other, counts, scale))
-    figures += [share_figure(metric, own.values[metric], own.delivered, prompts) for metric in (OVER, COPIES)]
+    for metric in (OVER, COPIES):
+        pair = None if base is None else (base.values[metric], base.delivered)
+        figures.append(share_figure(metric, own.values[metric], own.delivered, prompts, pair))
     figures.append(share_figure(BLOCKED, own.values[BLOCKED], np.ones(len(prompts), bool), prompts))
     return [figure for figure in figures if figure is not None]
 
@@ -317,10 +335,15 @@ def _quality(arms: Arms, found: Found) -> str:
 
 
 def _promise(arms: Arms, found: Found) -> str:
-    metrics = (EVALUATIONS, OVER, COPIES, BLOCKED)
-    heads = ["prompts", "preset", "interval", "evaluations", *metrics[1:]]
+    heads = ["prompts", "preset", "interval", "evaluations", OVER, "to (0, 1)", COPIES, BLOCKED]
+    cells = [(EVALUATIONS, VALUE, ""), (OVER, VALUE, ""), (OVER, APART, "+")]
+    cells += [(metric, VALUE, "") for metric in (COPIES, BLOCKED)]
     rows = [
-        [kind, *_arm(arm), *(number(found.get((*arm, kind, metric)), VALUE) for metric in metrics)]
+        [
+            kind,
+            *_arm(arm),
+            *(number(found.get((*arm, kind, metric)), names, sign) for metric, names, sign in cells),
+        ]
         for kind in reversed(KINDS)
         for arm in arms
     ]
