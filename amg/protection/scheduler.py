@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,13 @@ from amg.engine.drive import Refused, name_of
 from amg.engine.level import Level
 from amg.engine.table import Tables
 from amg.guidance.flight import Flight
+from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
 from amg.promise import check
 from amg.protection.fused import Call, Run, advance, begun, follow
 from amg.protection.guide import Guide
+from amg.protection.own import OwnLoop
 from amg.similarity import similarity_for
 from amg.verdict import Verdict
 
@@ -33,9 +36,18 @@ class AMGScheduler:
     scheduler: a diffusers scheduler. index: an `amg.Index`. config: an `AMGConfig` (its `guidance_scale` is
     s0). decode: x0 -> images [B, 3, H, W] in [0, 1], for latent models; default: pixels in [-1, 1].
     neighbour_output: (sample [R, C, H, W], t, rows, captions) -> raw outputs [R, C, H, W] conditioned on each
-    row's neighbour's caption; without it caption de-duplication is off. A wrapper cannot run the network
-    again, so it neither rewinds nor re-runs: call `verdicts(images)` on the finished images and act on it.
+    row's neighbour's caption; without it caption de-duplication is off.
+
+    A loop that asks has its samples start again (docs/own-loop.md): `begin`, then `timestep` and `step` until
+    `finished`, and `restarted` after each step. Of a loop that does not, what a checkpoint finds too close
+    goes on, and is only pushed under the metric's threshold: said once; ask `verdicts`.
     """
+
+    _flights: list[Flight]
+    _levels: tuple[Level, ...]
+    _run: Run | None
+    _own: OwnLoop | None
+    _position: int
 
     def __init__(
         self,
@@ -48,7 +60,7 @@ class AMGScheduler:
     ):
         config = usable(index, config)
         self.scheduler, self.index = scheduler, index
-        self.amg_config = replace(config, rewind_at=(), c2=config.c2 if neighbour_output else 0.0)
+        self.amg_config = replace(config, c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output
         kind = getattr(scheduler.config, "prediction_type", "epsilon")
         encode = (lambda captions: {"captions": captions}) if neighbour_output else None
@@ -56,8 +68,9 @@ class AMGScheduler:
             self._network, decode or _pixels, kind, pixels=decode is None, encode_captions=encode
         )
         similarity, scale = similarity_for(index, denoiser), self.amg_config.guidance_scale
-        self._guide = Guide(self.amg_config, index, similarity, denoiser, scale)
-        self._tables = Tables()
+        bank = Ordinary(bank_of(self.amg_config, None))
+        self._guide = Guide(self.amg_config, index, similarity, denoiser, scale, ordinary=bank)
+        self._tables, self._told = Tables(), False
         self._restart()
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +85,8 @@ class AMGScheduler:
         twin.scheduler = copy.deepcopy(self.scheduler, memo)
         twin._flights = [replace(flight, trace=list(flight.trace)) for flight in self._flights]
         twin._run = None if self._run is None else self._run.copied()
+        if self._own is not None:
+            raise TypeError("a scheduler whose samples start again cannot be copied in the middle of a run")
         return twin
 
     @property
@@ -103,15 +118,76 @@ class AMGScheduler:
         """The network's input of x_t, as the wrapped scheduler makes it before each step."""
         return signed(self._scale, self.scheduler.scale_model_input)
 
+    def begin(self, noise: Tensor, prompts: Sequence[str | None] | None = None) -> Tensor:
+        """Start a batch whose samples may start again: x_t [B, ...] of the first step, of standard normal
+        `noise`. prompts: of each sample, which the captions of its later tries are near to. From here on
+        `timestep` says where each sample is. Call `set_timesteps` first. Errors: ValueError."""
+        if getattr(self.scheduler, "num_inference_steps", None) is None:
+            raise ValueError("`set_timesteps` must be called before `begin`")
+        self.index.seal.check()
+        self._restart()
+        sample = noise * self.scheduler.init_noise_sigma
+        self._own = OwnLoop(self.scheduler, self._tables, self.amg_config, self._guide.tools, sample)
+        self._own.begin(prompts)
+        self._flights = self._own.flights
+        return sample
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample of a batch that `begin` started is done."""
+        return self._begun("finished").finished
+
+    @property
+    def timestep(self) -> Tensor:
+        """Each sample's next timestep, [B], after `begin`."""
+        return self._begun("timestep").timestep
+
+    @property
+    def restart(self) -> Tensor:
+        """[B] bool, after a step: which samples should start again, found too close at a checkpoint."""
+        flags = torch.tensor([flight.pending for flight in self._flights], dtype=torch.bool)
+        return flags if self._own is None else flags.to(self._own.first.device)
+
+    @property
+    def captions(self) -> list[str | None]:
+        """What each sample's next try should be conditioned on instead of its prompt; None: its prompt."""
+        return [flight.caption for flight in self._flights]
+
+    def restarted(self, sample: Tensor, verdicts: Sequence[Verdict] | None = None) -> Tensor:
+        """x_t [B, ...] in which the samples of `restart` are fresh noise of their own, at the step they go
+        back to; the others as they are. verdicts: of the finished images, of which those memorised start
+        again from the first step, as `on_memorized`, `max_retries` and `max_evaluations` allow."""
+        return self._begun("restarted").restarted(sample, verdicts)
+
+    def _begun(self, name: str) -> OwnLoop:
+        if self._own is None:
+            raise ValueError(f"`{name}` needs a batch that `begin` started: see docs/own-loop.md")
+        return self._own
+
+    def _ignored(self) -> None:
+        """Say once what a loop's pictures are worth that goes on where samples should start again."""
+        marked = [flight for flight in self._flights if flight.pending]
+        for flight in marked:
+            flight.pending, flight.rewinds = False, self.amg_config.max_rewinds or 0
+        if marked and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{len(marked)} of {len(self._flights)} samples were found to copy training images and "
+                "should start again, which this loop does not do: they will only be pushed under the "
+                "metric's threshold, and may stay the same pictures to the eye. Follow `restart` and "
+                "`restarted` (docs/own-loop.md), or withhold what `verdicts` and its guard call memorised",
+                stacklevel=4,
+            )
+
     def verdicts(self, images: Tensor) -> list[Verdict]:
         """The final check of the finished images, float [B, 3, H, W] in [0, 1]: one `Verdict` each."""
+        if self._own is None:
+            self._ignored()
         return check(images, self.index, (), self.amg_config, self._flights)
 
     def _restart(self) -> None:
-        self._flights: list[Flight] = []
-        self._levels: tuple[Level, ...] = ()
-        self._run: Run | None = None
-        self._position = 0
+        self._flights, self._levels, self._position = [], (), 0
+        self._run, self._own = None, None
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         steps = args[0] if args else kwargs.get("num_inference_steps")
@@ -122,6 +198,8 @@ class AMGScheduler:
 
     def _scale(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The wrapped scheduler, which makes no steps of a run, would not know its place."""
+        if self._own is not None:
+            return sample * self._own.scale.view(-1, *[1] * (sample.ndim - 1)).to(sample)
         if self._run is not None:
             return sample * self._run.scale
         return self.scheduler.scale_model_input(sample, *args, **kwargs)
@@ -129,6 +207,9 @@ class AMGScheduler:
     def _make_step(self, *args: Any, **kwargs: Any) -> Any:
         output, timestep, sample, options = asked(self.scheduler, args, kwargs)
         call, arguments = call_of(output, sample, options)
+        if self._own is not None:
+            return self._own_loop_step(call, timestep, arguments, bool(options.get("return_dict", True)))
+        self._ignored()
         if not self._flights:
             self._begin(call, timestep, arguments)
         require_next(self.scheduler.timesteps, self._position, timestep)
@@ -141,6 +222,18 @@ class AMGScheduler:
             result = advance(self._run, call, self._flights, tools, self._ask_neighbours, bool(whole))
         self._position += 1
         return result
+
+    def _own_loop_step(self, call: Call, timestep: Any, arguments: dict[str, Any], return_dict: bool) -> Any:
+        own = self._begun("step")
+        require_rows(call.sample, len(own.flights))
+        given = torch.as_tensor(timestep, device=call.sample.device).expand(len(own.flights))
+        if own.finished or bool((given.double() != own.timestep.double()).any()):
+            raise ValueError(
+                f"`timestep` must be {own.timestep.tolist()}, `scheduler.timestep`, until `finished`, "
+                f"got {given.tolist()}"
+            )
+        self._ignored()
+        return own.told(own.step(call, arguments), arguments, return_dict)
 
     def _begin(self, call: Call, timestep: Any, arguments: dict[str, Any]) -> None:
         """Find where the loop starts, and how its steps are made."""
