@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Course:
     @property
     def noise_scale(self) -> float:
         """How large a whole run's first sample is."""
-        return float(self.setting.scheduler.init_noise_sigma)
+        return noise_scale(self.setting.scheduler)
 
     def plan(self, config: AMGConfig, start: int = 0) -> Plan:
         """The plan of a run under `config` that starts at step `start`. Errors: `Refused`."""
@@ -97,6 +98,11 @@ class Course:
         """The plan of a sample that was sent back: from the last step up to `rewind_to` where a fresh
         scheduler can start."""
         return self.plan(config, self.tables.latest(self.setting, restart(config, total)))
+
+
+def noise_scale(scheduler: Any) -> float:
+    """How large a run's first sample is: flow-matching schedulers, which do not say so, start from 1."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def planned(

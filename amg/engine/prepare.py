@@ -152,7 +152,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         source.gate.require(key_for(pipe, source.index, scheduler, scale, config))
     plan = course.plan(config)
     noise = _noise(pipe, request, batch, generator, device)
-    sample = noise * scheduler.init_noise_sigma
+    sample = noise * course.noise_scale
     initial = sample
     if plan.scaled:  # in the scheduler's own operations: equal noise is to have equal bits on every way
         initial = started(scheduler, 0).scale_model_input(sample, scheduler.timesteps[0].to(device))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
+from amg.engine.plan import noise_scale
 from amg.guidance.checkpoint import affords
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import despecify
@@ -91,7 +92,7 @@ def start_over(
     for flight in flights:
         began_again(flight, config, run.count)
     noise = torch.stack([flight.noise(row) for flight, row in zip(flights, like, strict=True)])
-    group = Group(scheduler, noise * scheduler.init_noise_sigma, [*range(len(flights))])
+    group = Group(scheduler, noise * noise_scale(scheduler), [*range(len(flights))])
     return denoise(again, group, conditions, flights)
 
 

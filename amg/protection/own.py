@@ -50,7 +50,9 @@ class OwnLoop:
         texts = [None] * len(self.first) if prompts is None else [*prompts]
         if len(texts) != len(self.first):
             raise ValueError(f"`prompts` must be {len(self.first)}, one a sample, got {len(texts)}")
-        scaled = self.scheduler.scale_model_input(self.first, self.scheduler.timesteps[0])
+        scaled = self.first
+        if hasattr(self.scheduler, "scale_model_input"):
+            scaled = self.scheduler.scale_model_input(self.first, self.scheduler.timesteps[0])
         self.flights = [Flight.from_noise(row, text) for row, text in zip(scaled, texts, strict=True)]
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.engine.drive import Refused, name_of
 from amg.engine.level import Level
+from amg.engine.plan import noise_scale
 from amg.engine.table import Tables
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, bank_of
@@ -126,7 +127,7 @@ class AMGScheduler:
             raise ValueError("`set_timesteps` must be called before `begin`")
         self.index.seal.check()
         self._restart()
-        sample = noise * self.scheduler.init_noise_sigma
+        sample = noise * noise_scale(self.scheduler)
         self._own = OwnLoop(self.scheduler, self._tables, self.amg_config, self._guide.tools, sample)
         self._own.begin(prompts)
         self._flights = self._own.flights

@@ -34,8 +34,8 @@ NAMES = [
     "heun",
 ]
 NAMES += ["lms", "pndm", "kdpm2", "flow"]
-OPEN = {"lambda_min": -1.0, "lambda_max": -1.0, "c1": 1.5, "c2": 2.0}
-CLOSED = {"lambda_min": 1.0, "lambda_max": 1.0}
+OPEN: dict[str, Any] = {"lambda_min": -1.0, "lambda_max": -1.0, "c1": 1.5, "c2": 2.0, "rewind_at": ()}
+CLOSED: dict[str, Any] = {"lambda_min": 1.0, "lambda_max": 1.0, "rewind_at": ()}
 
 
 @pytest.fixture(scope="module")
