@@ -46,13 +46,17 @@ class Guard:
     def nearest(self, images: Tensor) -> Alike:
         """`images` float [B, 3, H, W], of which [0, 1] counts, anywhere -> Alike on the images' device.
 
-        Exact search over all sketches; a picture without structure is like none (0). Looks at no value: of a
-        picture that is not finite similarity is NaN and row 0.
+        Exact search over all sketches, of each picture as it is and mirrored, whichever is closer: a model
+        trained with flips repeats its pictures that way too. A picture without structure is like none (0).
+        Looks at no value: of a picture that is not finite similarity is NaN and row 0.
         """
-        queries = _directions(nan_unless_finite(images)).to(self.sketches.device)
+        images = nan_unless_finite(images)
+        queries = torch.cat([_directions(images), _directions(images.flip(-1))]).to(self.sketches.device)
         found = amg.kernels.top1_cosine(queries, self.sketches)
-        row = where_rows(~found.similarity.isnan(), self.rows[found.row], 0)
-        return Alike(found.similarity.to(images.device), row.to(images.device))
+        similarity, view = found.similarity.view(2, -1).max(0)
+        chosen = found.row.view(2, -1).gather(0, view[None])[0]
+        row = where_rows(~similarity.isnan(), self.rows[chosen], 0)
+        return Alike(similarity.to(images.device), row.to(images.device))
 
     def to(self, device: torch.device) -> Guard:
         """This guard with its sketches on another device."""

@@ -50,10 +50,21 @@ def test_every_picture_of_the_index_is_its_own_nearest(tmp_path, photographs):
         np.testing.assert_allclose(found.similarity.numpy(), 1, atol=1e-3)
         others = np.stack([oracle(one) for one in photographs])
         queries = (photographs.flip(0) * 0.5 + 0.2).roll(1, 3)
-        expected = np.stack([oracle(one) for one in queries]) @ others.T
+        views = [np.stack([oracle(one) for one in view]) @ others.T for view in (queries, queries.flip(-1))]
+        expected = np.maximum(*views)
         found = index.closest(queries).guard
         np.testing.assert_allclose(found.similarity.numpy(), expected.max(1), atol=1e-3)
         assert found.row.tolist() == expected.argmax(1).tolist()
+
+
+def test_a_mirrored_copy_is_found(tmp_path, photographs):
+    found = build(photographs, tmp_path / "i").closest(photographs.flip(-1)).guard
+    assert found.row.tolist() == list(range(12))
+    np.testing.assert_allclose(found.similarity.numpy(), 1, atol=1e-3)
+    broken = photographs.flip(-1).clone()
+    broken[3] = torch.nan
+    found = Index.open(tmp_path / "i").guard.nearest(broken)
+    assert found.similarity.isnan().tolist() == [row == 3 for row in range(12)] and found.row[3] == 0
 
 
 def test_other_colours_brightness_and_size_hide_no_copy(tmp_path, photographs):
