@@ -23,7 +23,7 @@ _THRESHOLDS = (*ranges.PROMISES, *ranges.GATES)
 _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.number: (*_THRESHOLDS, "guidance_scale", "rewind_guidance"),
     ranges.at_least_0: ("c1", "c2", "c3", "threshold_decay"),
-    ranges.count: ("max_rewinds", "max_retries", "null_class"),
+    ranges.count: ("max_rewinds", "max_retries", "null_class", "prompt_memory"),
     ranges.fraction: ("terms_from", "rewind_to"),
     ranges.fractions: ("check_at", "rewind_at"),
     ranges.interval: ("guidance_interval",),
@@ -130,6 +130,10 @@ class AMGConfig:
     et al., NeurIPS 2024). Outside, a sample's unconditional half is not computed, except where a
     calibration's gate or alarm reads it, for suspected samples and for later tries. For `Sampler` alone:
     another's loop computes both halves."""
+    prompt_memory: int = 0
+    """How many prompts are remembered whose samples were sent back: their next samples start with the
+    ordinary caption and the scale of a later try, and cost that much less. For `Sampler` alone. 0: none, as
+    a sample depends on earlier requests otherwise (`Verdict.remembered`)."""
     null_class: int | None = None
     """Class label that stands for "no class"; None takes the last one, `num_class_embeds - 1`."""
     on_memorized: str = "resample"

@@ -51,6 +51,7 @@ def check(
                 evaluations=flight.evaluations,
                 trace=tuple(flight.trace),
                 caption=flight.caption,
+                remembered=flight.remembered,
             )
         )
     return finished
@@ -161,9 +162,14 @@ def _to_8_bits(images: Tensor) -> Tensor:
 
 def began_again(flight: Flight, config: AMGConfig, total: int) -> None:
     """Note that a sample runs again from its first step; despecified up to the first checkpoint."""
-    checkpoint = round(min(config.rewind_at or (0.5,)) * (total - 1))
     flight.suspected = flight.exhausted = False
-    flight.retries, flight.rewinds, flight.despecified_until = flight.retries + 1, 0, checkpoint + 1
+    flight.retries, flight.rewinds = flight.retries + 1, 0
+    flight.despecified_until = past_first_checkpoint(config, total)
+
+
+def past_first_checkpoint(config: AMGConfig, total: int) -> int:
+    """The step up to which a whole run is despecified that begins as a later try."""
+    return round(min(config.rewind_at or (0.5,)) * (total - 1)) + 1
 
 
 @functools.lru_cache(64)

@@ -67,7 +67,8 @@ class Verdict:
     `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
     is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
-    of its own, None where it was not.
+    of its own, None where it was not; `remembered`: so was the first one, as the prompt's samples had gone
+    back before (`prompt_memory`).
     """
 
     metric: str
@@ -86,6 +87,7 @@ class Verdict:
     level: str = "full"
     from_input: bool = False
     caption: str | None = None
+    remembered: bool = False
 
     @property
     def reason(self) -> str | None:

@@ -122,6 +122,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "cifar-validation": by("cifar.report", "cifar_validation.csv"),
     "serving": by("bench_serving", "serving.csv"),
     "guard": by("bench_guard", "guard.csv"),
+    "own-loop": by("bench_own_loop", "own_loop.csv"),
     "guard-views": by("bench_guard_views", "guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
     "interval": by("bench_interval", "interval.csv"),

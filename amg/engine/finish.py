@@ -92,4 +92,6 @@ def _keep(one: Done, image: Tensor, verdict: Verdict) -> None:
     if verdict.memorized and job.config.on_memorized in ("resample", "block"):
         image, sample = _shown(one.slot, torch.zeros_like(image)), torch.zeros_like(sample)
         verdict = replace(verdict, blocked=True)
+    if job.memory is not None and (verdict.rewinds or verdict.retries):
+        job.memory.remember(one.slot.flight, job.course)
     job.images[place], job.samples[place], job.verdicts[place] = image, sample, verdict

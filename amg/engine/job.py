@@ -13,6 +13,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.embed.precision import Modes
 from amg.engine.look import Tools
+from amg.engine.memory import PromptMemory
 from amg.engine.plan import Course
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions
@@ -25,8 +26,8 @@ class Job:
     """sample [n, ...]: its images' initial noise, as the scheduler keeps it. course: how it is run.
     generator: the caller's, one or a list of n, or None. key: of the slot set it joins. owner: what it was
     prepared from; requests of different owners never run at the same time. late_at: time.monotonic() after
-    which nobody wants it. bar: shows progress, or None. dtype: of the network's input. called: by the
-    sampler's own call.
+    which nobody wants it. bar: shows progress, or None. memory: of prompts, or None. dtype: of the network's
+    input. called: by the sampler's own call.
 
     images, samples, verdicts: of those that are finished, by their place.
     """
@@ -48,6 +49,7 @@ class Job:
     modes: Modes
     late_at: float
     bar: Any = None
+    memory: PromptMemory | None = None
     future: Future = field(default_factory=Future)
     images: dict[int, Tensor] = field(default_factory=dict)
     samples: dict[int, Tensor] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amg.engine.finish import conclude, finish
 from amg.engine.job import Job
-from amg.engine.lives import Done, broken_at, leave, send_back
+from amg.engine.lives import Done, broken_at, leave, recaption, send_back
 from amg.engine.slots import Slot, Slots
 from amg.engine.step import step
 
@@ -156,10 +156,12 @@ class Engine:
 def first_slots(job: Job) -> list[Slot]:
     """A slot for every image of a request, at the beginning of its run."""
     plan = job.course.plan(job.config)
-    return [
+    slots = [
         Slot(job, place, flight, plan, 0, True, job.conditions_of(place))
         for place, flight in enumerate(job.flights)
     ]
+    recaption(job.tools.denoiser, slots)  # those whose prompt is remembered
+    return slots
 
 
 def _not_finite(slot: Slot, step: int) -> FloatingPointError:

@@ -16,6 +16,7 @@ from amg.embed.precision import Modes
 from amg.engine.drive import started
 from amg.engine.job import Job
 from amg.engine.look import Tools
+from amg.engine.memory import PromptMemory
 from amg.engine.noise import standard_normal
 from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
@@ -27,6 +28,7 @@ from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weight
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
 from amg.pipelines.supported import require_sampled
+from amg.promise import past_first_checkpoint
 from amg.similarity import judges_for, similarity_for
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Source:
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
+        self.memory = PromptMemory(self.config.prompt_memory)
         self.tables, self.ordinary = Tables(), Ordinary(bank_of(self.config, self.gate))
         self._courses: dict[Any, Course] = {}
         self._made_of: tuple[Any, ...] = ()
@@ -157,6 +160,9 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     if plan.scaled:  # in the scheduler's own operations: equal noise is to have equal bits on every way
         initial = started(scheduler, 0).scale_model_input(sample, scheduler.timesteps[0].to(device))
     texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
+    flights = [Flight.from_noise(row, text) for row, text in zip(initial, texts, strict=True)]
+    if source.config.active:
+        source.memory.recall(flights, course, past_first_checkpoint(config, plan.total))
     modes, tools = Modes.here(), source.tools()
     safety = None
     if output_type != "latent" and is_latent(pipe):
@@ -168,7 +174,8 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         also=source.also,
         conditions=conditions,
         sample=sample,
-        flights=[Flight.from_noise(row, text) for row, text in zip(initial, texts, strict=True)],
+        flights=flights,
+        memory=source.memory,
         generator=generator,
         rescale=request.guidance_rescale,
         output_type=output_type,

@@ -34,6 +34,7 @@ class Flight:
     deduplicated_until: int = 0
     suspected: bool = False  # its gate was open when it was last measured
     exhausted: bool = False  # a checkpoint wanted it back, and `max_evaluations` did not allow it
+    remembered: bool = False  # began as a later try, because its prompt's samples went back before
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     prompt: str | None = None  # what was asked for, where it is text and known
     caption: str | None = None  # what later tries are conditioned on instead of the prompt

@@ -84,6 +84,10 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
             "`guidance_interval` must be (0, 1) for `protect`, whose pipeline's own loop guides every step, "
             f"got {config.guidance_interval}: use `amg.Sampler`"
         )
+    if config.prompt_memory:
+        raise ValueError(
+            f"`prompt_memory` must be 0 for `protect`, got {config.prompt_memory}: use `amg.Sampler`"
+        )
     if level == "final":
         _require_unguided(config, type(pipe).__name__)
         protection = Protection(index, config, also, None, None, level)

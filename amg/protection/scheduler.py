@@ -282,6 +282,10 @@ def usable(index: Any, config: AMGConfig | None) -> AMGConfig:
             "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when it "
             f"calls `step`, got {config.guidance_interval}"
         )
+    if config.prompt_memory:
+        raise ValueError(
+            f"`prompt_memory` must be 0 for a loop of your own, got {config.prompt_memory}: use `amg.Sampler`"
+        )
     for name in ("calibration", "student"):
         if getattr(config, name) is not None:
             raise ValueError(
