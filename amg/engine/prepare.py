@@ -27,7 +27,7 @@ from amg.pipelines.conditions import of_request, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
-from amg.pipelines.supported import require_sampled
+from amg.pipelines.supported import require_no_caches, require_sampled
 from amg.promise import past_first_checkpoint
 from amg.similarity import judges_for, similarity_for
 
@@ -44,6 +44,7 @@ class Source:
 
     def __init__(self, pipe: Any, index: Any, config: AMGConfig | None, also: Sequence[Any]):
         require_sampled(pipe)
+        require_no_caches(pipe.unet)
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)

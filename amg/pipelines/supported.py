@@ -88,6 +88,19 @@ def require_supported(pipe: Any) -> None:
             )
 
 
+def require_no_caches(network: Any) -> None:
+    """ValueError for a network that keeps what it computed from one step to the next (FirstBlockCache,
+    MagCache, FasterCache and their like): `Sampler`'s rows come, go and start again."""
+    for module in network.modules():
+        names = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        kept = [name for name in names if "cache" in name or name.startswith(("fbc", "pyramid"))]
+        if kept:
+            raise ValueError(
+                "`pipe.unet` must not reuse what it computed at an earlier step, as `Sampler`'s rows change, "
+                f"got the hook {kept[0]!r}: disable it, or use `amg.protect`"
+            )
+
+
 def require_sampled(pipe: Any) -> None:
     """`require_supported`, and refuse what `Sampler`'s own loop would leave out: TypeError for a subclass
     with a loop of its own, ValueError for a U-Net with further inputs."""

@@ -141,3 +141,15 @@ def test_subclasses_that_leave_the_loop_alone_are(sd, embedding_index):
         "abc", generator=torch.Generator().manual_seed(0), **asked
     )
     assert torch.equal(found.images, expected.images)
+
+
+@pytest.mark.parametrize(
+    "name", ["fbc_leader_block_hook", "mag_cache_leader_block_hook", "faster_cache_block"]
+)
+def test_a_sampler_refuses_a_network_that_keeps_earlier_steps(name, sd, embedding_index):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    block = sd.unet.down_blocks[0]
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), name)
+    with pytest.raises(ValueError, match=f"must not reuse what it computed at an earlier step.*{name}"):
+        amg.Sampler(sd, embedding_index)
