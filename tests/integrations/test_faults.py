@@ -105,7 +105,8 @@ def test_an_index_on_a_gpu_and_a_pipeline_on_the_cpu(way, pipe_and_index):
 
 def test_two_threads_sampling_with_one_index(ddpm, pixel_index):
     """One pipeline's components and one index, two samplers and other seeds: what each gives alone. The free
-    signals, sums over a sample, show the last bit of networks that share the cores."""
+    signals and the similarities of a trace, sums over a sample, show the last bit of networks that share the
+    cores."""
     samplers = [amg.Sampler(ddpm, pixel_index, amg.AMGConfig.preset("main", **OPEN)) for _ in range(2)]
 
     def draw(seed):
@@ -113,8 +114,8 @@ def test_two_threads_sampling_with_one_index(ddpm, pixel_index):
         out = samplers[seed % 2](
             generator=generator, num_inference_steps=10, output_type="pt", progress=False
         )
-        trace = [replace(step, signals=None) for step in out.amg[0].trace]
-        signals = [value for step in out.amg[0].trace for value in step.signals]
+        trace = [replace(step, signals=None, similarity=None) for step in out.amg[0].trace]
+        signals = [value for step in out.amg[0].trace for value in (*step.signals, step.similarity or 0.0)]
         return out.images, signals, out.amg[0].similarity, out.amg[0].neighbour.row, trace
 
     alone = [draw(seed) for seed in range(8)]
