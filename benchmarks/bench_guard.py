@@ -77,11 +77,16 @@ def main() -> int:
     }
     prompts = {"memorised": memorised(data, options.images), "ordinary": ordinary(data, options.images)}
     rows = [measure(case, indexes[case.index], prompts[case.prompts], data) for case in CASES]
-    with open(options.csv, "w", newline="", encoding="utf-8") as file:
+    write(options.csv, rows)
+    return 0
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of the same columns as a CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return 0
 
 
 def tables(path: Path) -> str:

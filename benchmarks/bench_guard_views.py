@@ -7,7 +7,6 @@ python benchmarks/bench_guard_views.py             # benchmarks/results/guard_vi
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import sys
 import warnings
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_guard import BATCH, MODEL, SEED, STEPS, memorised, open_index, open_pipeline, ordinary
+from bench_guard import BATCH, MODEL, SEED, STEPS, memorised, open_index, open_pipeline, ordinary, write
 from PIL import Image
 from protocol import RESULTS
 from torch import Tensor
@@ -107,10 +106,7 @@ def main() -> int:
         for view, changes in VIEWS.items():
             rows.append(measured(held, view, changes, sketches, copies, others))
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    with options.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(options.csv, rows)
     return 0
 
 
@@ -139,15 +135,6 @@ def measured(
     found = similarity(others)
     row["ordinary"] = f"{100 * (found > THRESHOLD).float().mean().item():.1f}"
     return row | {"ordinary, 99th percentile": f"{found.quantile(0.99).item():.3f}"}
-
-
-def tables(path: Path) -> str:
-    """The committed CSV as a Markdown table."""
-    from tables import markdown
-
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    return markdown(list(lines[0]), [list(line.values()) for line in lines])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python benchmarks/bench_own_loop.py                # benchmarks/results/own_loop
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 import warnings
@@ -15,7 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_guard import BATCH, MODEL, SEED, STEPS, copies, memorised, open_index, open_pipeline, subjects
+from bench_guard import (
+    BATCH,
+    MODEL,
+    SEED,
+    STEPS,
+    copies,
+    memorised,
+    open_index,
+    open_pipeline,
+    subjects,
+    write,
+)
 from protocol import RESULTS, ROOT
 from torch import Tensor
 
@@ -46,10 +56,7 @@ def main() -> int:
             verdicts += drawn[1]
         rows.append(row_of(loop, torch.cat(images), verdicts, prompts, data))
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    with options.csv.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(options.csv, rows)
     return 0
 
 
@@ -119,15 +126,6 @@ def row_of(
         "subject right": subjects(images, prompts, everything),
         "evaluations": f"{sum(one.evaluations for one in verdicts) / len(verdicts):.1f}",
     }
-
-
-def tables(path: Path) -> str:
-    """The committed CSV as a Markdown table."""
-    from tables import markdown
-
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    return markdown(list(lines[0]), [list(line.values()) for line in lines])
 
 
 if __name__ == "__main__":

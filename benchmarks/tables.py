@@ -41,6 +41,19 @@ def by(module: str, file: str) -> Callable[[], str]:
     return make
 
 
+def whole(file: str) -> Callable[[], str]:
+    """A CSV in results as it is, as Markdown."""
+
+    def make() -> str:
+        if not (RESULTS / file).exists():
+            return charts.NOTHING
+        with (RESULTS / file).open(newline="", encoding="utf-8") as opened:
+            lines = list(csv.DictReader(opened))
+        return markdown(list(lines[0]), [list(line.values()) for line in lines])
+
+    return make
+
+
 def kernel_figures() -> str:
     """Each device's kernels, the chart first."""
     return _charted("kernels", charts.KEY, charts.table)
@@ -122,8 +135,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "cifar-validation": by("cifar.report", "cifar_validation.csv"),
     "serving": by("bench_serving", "serving.csv"),
     "guard": by("bench_guard", "guard.csv"),
-    "own-loop": by("bench_own_loop", "own_loop.csv"),
-    "guard-views": by("bench_guard_views", "guard_views.csv"),
+    "own-loop": whole("own_loop.csv"),
+    "guard-views": whole("guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
     "interval": by("bench_interval", "interval.csv"),
 }

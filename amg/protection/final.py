@@ -151,7 +151,7 @@ def _draw_again(
             return
         captions = _captions(held, asked, verdicts, left, attempt) if attempt > 1 else {}
         for place, other, at in _drawn(draw, asked, left, attempt, captions):
-            (verdict,) = held.check(_one(other.images, at))
+            (verdict,) = held.check(other.images[at : at + 1])
             cost[place] += each
             verdicts[place] = replace(verdict, retries=attempt, caption=captions.get(place))
             if not verdict.memorized:
@@ -190,10 +190,6 @@ def _captions(
         if caption is not None:
             found[place] = caption
     return found
-
-
-def _one(images: Any, at: int) -> Any:
-    return images[at : at + 1]
 
 
 def _marked(held: Held, verdicts: list[Verdict], arguments: Mapping[str, Any]) -> list[Verdict]:

@@ -105,7 +105,8 @@ class OwnLoop:
 
     @torch.no_grad()
     def restarted(self, sample: Tensor, verdicts: Sequence[Verdict] | None) -> Tensor:
-        """x [B, ...] in which the samples that start again are fresh noise."""
+        """x [B, ...] in which the samples that start again are fresh noise. Verdicts count where every
+        sample is done: before, they may be of an earlier picture."""
         if self.slots is None or self._job is None:
             return sample
         places = [slot.place for slot in self.slots.slots]
@@ -115,7 +116,7 @@ class OwnLoop:
         send_back(self.slots)
         for slot in back:
             slot.conditions = self._job.conditions_of(slot.place)  # the loop has its captions
-        for place, noise in self._again(verdicts or ()):
+        for place, noise in self._again(verdicts) if verdicts and self.finished else ():
             back.append(self._run_again(place, noise))
         after = sample.clone()
         for slot in back:

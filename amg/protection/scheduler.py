@@ -156,8 +156,9 @@ class AMGScheduler:
 
     def restarted(self, sample: Tensor, verdicts: Sequence[Verdict] | None = None) -> Tensor:
         """x_t [B, ...] in which the samples of `restart` are fresh noise of their own, at the step they go
-        back to; the others as they are. verdicts: of the finished images, of which those memorised start
-        again from the first step, as `on_memorized`, `max_retries` and `max_evaluations` allow."""
+        back to; the others as they are. verdicts: of the images once all are `finished`, of which those
+        memorised start again from the first step, as `on_memorized`, `max_retries` and `max_evaluations`
+        allow; not looked at before."""
         return self._begun("restarted").restarted(sample, verdicts)
 
     def _begun(self, name: str) -> OwnLoop:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,18 @@ def test_a_scheduler_without_a_table_is_refused(embedding_index):
     sample = scheduler.begin(noise(4, (1,), size=16))
     with pytest.raises(ValueError, match="IPNDM"):
         scheduler.step((sample, sample), scheduler.timestep, sample)
+
+
+def test_verdicts_of_earlier_pictures_send_nothing_back(embedding_index):
+    """A sample that was run again and waits for others is not run again for what its first picture was."""
+    scheduler = wrapped(embedding_index, rewind_at=(), on_memorized="resample", threshold=-1.0)
+    first = noise(4, (1, 2), size=16)
+    sample = loop(scheduler, first)
+    verdicts = scheduler.verdicts((sample[:, :3] / 2 + 0.5).clamp(0, 1))
+    assert all(verdict.memorized for verdict in verdicts)
+    sample = scheduler.restarted(sample, [replace(verdicts[0], memorized=False), verdicts[1]])
+    assert [flight.retries for flight in scheduler._flights] == [0, 1] and not scheduler.finished
+    t = scheduler.timestep
+    sample = scheduler.step((sample, sample), t, sample).prev_sample
+    assert torch.equal(scheduler.restarted(sample, verdicts), sample)  # the first waits, as it is
+    assert [flight.retries for flight in scheduler._flights] == [0, 1]
