@@ -148,8 +148,9 @@ def _neighbour(index: Any, row: int) -> Neighbour:
 
 
 def memorized_row(verdict: Verdict) -> int | None:
-    """The training image that the metric, or else the guard, names; None where neither does."""
-    if verdict.similarity > verdict.threshold:
+    """The training image that the metric, or else the guard, names, or a checkpoint that gave the image up;
+    None where none does."""
+    if verdict.similarity > verdict.threshold or verdict.exhausted:
         return verdict.neighbour.row
     if verdict.guard is not None and verdict.guard.memorized:
         return verdict.guard.neighbour.row

@@ -23,13 +23,14 @@ KINDS = ("epsilon", "v_prediction", "sample")
 
 class Step(NamedTuple):
     """Where in the trajectory a batch is: step `position` of `total`, the scheduler's `t`, alpha_bar and
-    lambda_t."""
+    lambda_t; `level`, as the scheduler keeps x_t, where the loop is another's."""
 
     position: int
     total: int
     t: Any
     alpha_bar: float
     threshold: float
+    level: Level | None = None
 
 
 def levels_of(scheduler: Any) -> tuple[Level, ...]:

@@ -74,12 +74,27 @@ class Asked:
     def prompt_of(self, place: int) -> str | None:
         """The text that a picture was asked for, where it is known."""
         prompt = self.arguments.get("prompt")
-        if isinstance(prompt, str):
-            return prompt
-        if not isinstance(prompt, (list, tuple)) or len(prompt) * self.per_prompt != self.count:
+        if isinstance(prompt, (list, tuple)) and len(prompt) * self.per_prompt != self.count:
             return None
-        text = prompt[place // self.per_prompt]
-        return text if isinstance(text, str) else None
+        return prompt if isinstance(prompt, str) else self.texts.get(place)
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """The texts that pictures were asked for, as far as they are known: by their places, in diffusers'
+        order."""
+        prompt = self.arguments.get("prompt")
+        texts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        repeated = [text for text in texts for _ in range(self.per_prompt)]
+        return {place: text for place, text in enumerate(repeated) if isinstance(text, str)}
+
+    @property
+    def expected(self) -> int | None:
+        """How many pictures a call will give, where its prompts or classes tell."""
+        for name in ("prompt", "prompt_embeds", "class_labels"):
+            value = self.arguments.get(name)
+            if value is not None:
+                return (len(value) if _is_rows(value) else 1) * self.per_prompt
+        return None
 
     def alone(self, place: int, attempt: int, caption: str | None) -> dict[str, Any]:
         """The arguments that draw one picture again, alone; with `caption` in place of its prompts."""

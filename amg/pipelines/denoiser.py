@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amg.guidance.predict import Conditions, Denoiser, Same, like_sequence
+from amg.pipelines.families import family_of
 from amg.pipelines.supported import is_xl
 
 CAPTIONS_KEPT = 4096
@@ -29,25 +31,45 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
     return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
 
 
-def decoder_of(pipe: Any) -> Callable[[Tensor], Tensor]:
-    """x0 -> picture [B, 3, H, W], float32, mostly in [0, 1], as the pipeline itself decodes its latents."""
-    vae, config, xl = pipe.vae, pipe.vae.config, is_xl(pipe)
-    mean, std = (getattr(config, name, None) if xl else None for name in ("latents_mean", "latents_std"))
-    upcast = xl and getattr(config, "force_upcast", False)
+def decoder_of(pipe: Any, size: tuple[int, int] | None = None) -> Callable[[Tensor], Tensor]:
+    """x0 -> picture [B, 3, H, W], float32, mostly in [0, 1], as the pipeline itself decodes its latents.
+
+    `size`: height and width of the picture, which packed latents [B, N, C] are unpacked for.
+    """
+    vae, config, scale = pipe.vae, pipe.vae.config, getattr(pipe.vae.config, "scaling_factor", None) or 1.0
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    shift = getattr(config, "shift_factor", None)
+    upcast = is_xl(pipe) and getattr(config, "force_upcast", False)
 
     def decode(x0: Tensor) -> Tensor:
         dtype = weights_of(vae)[0]
-        latents = x0.to(torch.float32 if upcast else dtype)
+        latents = _unpacked(pipe, x0, size).to(torch.float32 if upcast else dtype)
         if mean is not None and std is not None:
-            centre, spread = (latents.new_tensor(one).view(1, -1, 1, 1) for one in (mean, std))
-            latents = latents * spread / config.scaling_factor + centre
+            shape = (1, -1, *[1] * (latents.ndim - 2))
+            centre, spread = (latents.new_tensor(one).view(shape) for one in (mean, std))
+            latents = latents * spread / scale + centre
         else:
-            latents = latents / config.scaling_factor
+            latents = latents / scale
+        if shift is not None:
+            latents = latents + shift
         if upcast and dtype == torch.float16:  # in which it overflows
             return in_float32(vae, latents).float() / 2 + 0.5
-        return vae.decode(latents.to(dtype), return_dict=False)[0].float() / 2 + 0.5
+        picture = vae.decode(latents.to(dtype), return_dict=False)[0]
+        picture = picture[:, :, 0] if picture.ndim == 5 else picture  # a video's decoder, of one frame
+        return picture.float() / 2 + 0.5
 
     return decode
+
+
+def _unpacked(pipe: Any, x0: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Latents as the decoder takes them, of those that a transformer takes as tokens."""
+    unpack = getattr(pipe, "_unpack_latents", None)
+    if x0.ndim != 3 or unpack is None or size is None:
+        return x0
+    known = {"height": size[0], "width": size[1], "vae_scale_factor": pipe.vae_scale_factor}
+    names = inspect.signature(unpack).parameters
+    latents: Tensor = unpack(x0, **{name: value for name, value in known.items() if name in names})
+    return latents
 
 
 class _Decoding(torch.nn.Module):
@@ -82,47 +104,49 @@ def is_latent(pipe: Any) -> bool:
 
 class CaptionCache:
     """Captions -> the network's arguments for them, a row each; each caption is encoded once and kept
-    (bounded, least recent dropped)."""
+    (bounded, least recent dropped). `arguments`: the call's, of which its encoding is."""
 
-    def __init__(self, pipe: Any):
-        self.pipe, self.kept = pipe, OrderedDict[str, tuple[Tensor, ...]]()
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None):
+        family = family_of(pipe)
+        if family is None:
+            raise TypeError(f"`pipe` must be of a known family, got {type(pipe).__name__}")
+        self.pipe, self.family, self.arguments = pipe, family, arguments or {}
+        self.kept = OrderedDict[str, tuple[Tensor, ...]]()
 
     def __call__(self, captions: Sequence[str]) -> Mapping[str, Any]:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.kept]
         if new:
             with torch.no_grad():
-                self.kept.update(zip(new, zip(*self._encode(new), strict=True), strict=True))
+                encoded = self.family.encode(self.pipe, new, self.arguments)
+            self.kept.update(zip(new, zip(*encoded, strict=True), strict=True))
         for caption in captions:
             self.kept.move_to_end(caption)
-        states, *pooled = (torch.stack(rows) for rows in zip(*map(self.kept.get, captions), strict=True))
+        rows = [torch.stack(own) for own in zip(*map(self.kept.get, captions), strict=True)]
         while len(self.kept) > CAPTIONS_KEPT:
             self.kept.popitem(last=False)
-        said: dict[str, Any] = {"encoder_hidden_states": states}
-        return {**said, "added_cond_kwargs": {"text_embeds": pooled[0]}} if pooled else said
-
-    def _encode(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """The encoded captions; SDXL's second encoder pools them, too."""
-        device = self.pipe._execution_device
-        if is_xl(self.pipe):
-            states, _, pooled, _ = self.pipe.encode_prompt(
-                captions, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            return states, pooled
-        return (self.pipe.encode_prompt(captions, device, 1, False)[0],)
+        said: dict[str, Any] = {}
+        for path, tensor in zip(self.family.said, rows, strict=True):
+            outer, _, inner = path.partition(".")
+            said[outer] = {**said.get(outer, {}), inner: tensor} if inner else tensor
+        return said
 
 
-def split_call(arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:
-    """The conditions in the keyword arguments of one U-Net call of `batch` rows, twice as many if `guided`.
+def split_call(
+    arguments: Mapping[str, Any], batch: int, guided: bool, among: Sequence[str] = ()
+) -> Conditions:
+    """The conditions in the keyword arguments of one call of the network of `batch` rows, twice as many if
+    `guided`.
 
     Tensors whose first dimension is the number of rows belong to the rows, unconditional first, at any depth
-    of mappings, lists and tuples (IP-Adapters': a list with a tensor each); the rest is shared.
+    of mappings, lists and tuples (IP-Adapters': a list with a tensor each); the rest, and what is `among`
+    those that all rows share whatever their length, is shared.
     """
     rows = 2 * batch if guided else batch
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {}
     for name, value in arguments.items():
         if name != "return_dict":
-            (own if _has_rows(value, rows) else shared)[name] = value
+            (own if name not in among and _has_rows(value, rows) else shared)[name] = value
     if not guided:
         return Conditions(_cut(own, rows, slice(None)), None, shared)
     return Conditions(_cut(own, rows, slice(batch, None)), _cut(own, rows, slice(batch)), shared)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from amg.pipelines.families import family_of
+
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 XL = "StableDiffusionXLPipeline"
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL)
@@ -41,14 +43,22 @@ def require_class(names: Iterable[str], argument: str = "pipe") -> str:
 
 
 def level_of(pipe: Any) -> str:
-    """What of a pipeline can be protected: "full", its sampling, or "final", the pictures that any other
-    diffusers pipeline gives. TypeError for what is none."""
+    """The highest level at which a pipeline may be protected: "full", its halves are known; "step", it has a
+    scheduler that makes its steps and a decoder of latents; "final", any other diffusers pipeline. TypeError
+    for what is none."""
     names = [base.__name__ for base in type(pipe).__mro__]
-    if any(name in SUPPORTED for name in names):
+    if family_of(pipe) is not None or any(name in SUPPORTED for name in names):
         return "full"
-    if "DiffusionPipeline" in names:
-        return "final"
-    raise TypeError(f"`pipe` must be a diffusers pipeline, got {names[0]}")
+    if "DiffusionPipeline" not in names:
+        raise TypeError(f"`pipe` must be a diffusers pipeline, got {names[0]}")
+    steps = callable(getattr(getattr(pipe, "scheduler", None), "step", None))
+    decodes = callable(getattr(getattr(pipe, "vae", None), "decode", None))
+    return "step" if steps and decodes else "final"
+
+
+def is_ours(pipe: Any) -> bool:
+    """Whether the loop of a pipeline is one that `Sampler` runs, too, and `protect` knows to the bit."""
+    return any(base.__name__ in SUPPORTED for base in type(pipe).__mro__)
 
 
 def require_folder(folder: Path) -> None:

@@ -1,14 +1,18 @@
-"""Level `final`: a pipeline whose loop nothing guides. What comes out is checked, drawn again by the
-pipeline's own call, or withheld."""
+"""A pipeline's own call, whose pictures are checked, drawn again by that call, or withheld: the promise at
+every level where the loop is not ours. Nothing guides it at level "final"; at "step" and "full" each call is
+watched (`amg.protection.watch`)."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from amg.config import AMGConfig
@@ -17,7 +21,10 @@ from amg.guidance.ordinary import Ordinary, ordinary_caption
 from amg.pipelines.again import Asked
 from amg.pipelines.check import check
 from amg.pipelines.pictures import put, to_tensor
-from amg.promise import memorized_row
+from amg.pipelines.safety import flagged_pictures_kept_right
+from amg.promise import check as promised
+from amg.promise import memorized_row, strong
+from amg.protection.watch import Stopped, Try, Watch, Watched, watching
 from amg.verdict import MemorizedError, Verdict
 
 GIVEN = ("image",)  # arguments that hold pictures of the user's own
@@ -25,22 +32,31 @@ LATENT = "latent"
 
 
 class Held(NamedTuple):
-    """What finished pictures are held to."""
+    """What finished pictures are held to, and how calls are watched, None: not at all."""
 
     index: Any
     config: AMGConfig
     also: Sequence[Any]
     ordinary: Ordinary
+    watched: Watched | None = None
 
     def check(self, images: Any) -> list[Verdict]:
         return check(images, self.index, self.config, self.also)
 
+    def verdicts(self, made: Made) -> list[Verdict]:
+        """Verdicts on what a call made, with what happened to its samples."""
+        if len(made.flights) != len(made.images):
+            return self.check(made.pictures)
+        pictures = to_tensor(made.pictures)
+        found = promised(pictures, self.index, self.also, self.config, made.flights)
+        return [replace(verdict, level=made.level) for verdict in found]
+
 
 class Made:
     """What a pipeline's call gave: pictures in its own output type, what was said of each, and its safety
-    checker's flags."""
+    checker's flags. `flights`: of its samples, where they were watched."""
 
-    def __init__(self, result: Any):
+    def __init__(self, result: Any, watch: Watch | None = None):
         self.result = result
         images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
         if images is None or len(images) == 0:
@@ -49,6 +65,22 @@ class Made:
                 f"got {type(result).__name__}: nothing of it is handed out"
             )
         self.images, self.flags = images, self._flags(len(images))
+        self.pictures, self.level, self.flights, self.plain = images, "final", list[Flight](), 0
+        if watch is not None:
+            watch.confirm(images)
+            watch.tell()
+            self.pictures = watch.pictures(images)
+            self.level, self.flights = watch.level, watch.flights[: len(images)]
+            self.plain = watch.plain
+
+    def spread(self, count: int) -> Made:
+        """`count` places for pictures, in the manner of these."""
+        places = copy.copy(self)
+        if len(self.images) != count:
+            one = self.images[:1]
+            places.images = [*one] * count if isinstance(one, list) else _repeat(one, count)
+            places.flags = None if self.flags is None else self.flags[:1] * count
+        return places
 
     def _flags(self, count: int) -> list[bool | None] | None:
         flags = getattr(self.result, "nsfw_content_detected", None)
@@ -65,7 +97,8 @@ class Made:
             self.flags[place] = other.flags[at] if other.flags is not None else None
 
     def blank(self, place: int) -> None:
-        self.images = put(self.images, place, torch.zeros_like(to_tensor(self.images)[:1]), 0)
+        nothing = torch.zeros_like(to_tensor(self.images)[:1])
+        self.images = put(self.images, place, nothing, 0)
 
     def handed_out(self, verdicts: list[Verdict]) -> Any:
         """The pipeline's own result, of the pictures that are delivered."""
@@ -81,32 +114,76 @@ class Made:
 def checked_call(
     pipe: Any, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], held: Held
 ) -> Any:
-    """Run a pipeline's own `call` and hand out what keeps the promise. Errors: ValueError for latents, which
+    """Run a pipeline's own `call` and hand out what keeps the promise. Errors: ValueError for latents that
     nobody could check here, TypeError for a result without pictures, `MemorizedError` where it was asked for.
     """
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     arguments, unnamed = _named(bound, args, kwargs)
-    if arguments.get("output_type") == LATENT:
+    if arguments.get("output_type") == LATENT and held.watched is None:
         raise ValueError(
             '`output_type` must give pictures at level "final", where latents cannot be checked, '
             f"got {LATENT!r}"
         )
-    made = Made(call(pipe, *args, **kwargs))
-    verdicts = _marked(held, held.check(made.images), arguments)
+    own = {row for name in GIVEN for row in _rows_of(held, arguments.get(name))}
+    if own and not held.config.block_input_copies:
+        held = held._replace(watched=None)  # what the user put in is nothing to push away from
+    draw = _Draw(pipe, call, held, args, kwargs, unnamed)
+    asked = Asked(arguments, 0, bool(unnamed))
+    made, verdicts, plain = _first(draw, held, asked)
+    asked = replace(asked, count=len(verdicts))
+    verdicts = [_from_input(verdict, own) for verdict in verdicts]
     bad = [place for place, verdict in enumerate(verdicts) if _withheld(held.config, verdict)]
     if held.config.on_memorized == "raise" and bad:
         raise MemorizedError(verdicts)
     if held.config.on_memorized == "resample" and bad:
-        asked = Asked(arguments, len(verdicts), bool(unnamed))
-        _draw_again(held, lambda again: Made(call(pipe, *unnamed, **again)), asked, made, verdicts, bad)
+        made = _draw_again(held, draw, asked, made, verdicts, bad, plain)
+    assert made is not None
     if held.config.on_memorized in ("resample", "block"):
         for place in bad:
             if verdicts[place].memorized:
                 made.blank(place)
                 verdicts[place] = replace(verdicts[place], blocked=True)
-    pipe.amg_verdicts = verdicts
+    vars(pipe)["amg_verdicts"] = verdicts  # diffusers' own way asks for a config, which not all have
     return made.handed_out(verdicts)
+
+
+class _Draw(NamedTuple):
+    """One more call of the pipeline; the first one exactly as it was asked for."""
+
+    pipe: Any
+    call: Callable[..., Any]
+    held: Held
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    unnamed: Sequence[Any]
+
+    def __call__(self, one: Try) -> Made:
+        """Raises `Stopped` where it may and no sample of it is wanted."""
+        args, kwargs = (self.unnamed, one.arguments) if one.attempt else (self.args, self.kwargs)
+        run, watched = functools.partial(self.call, self.pipe, *args, **kwargs), self.held.watched
+        if watched is None:
+            return Made(run())
+        watch = Watch(watched, one, strong(self.held.config) if one.attempt else self.held.config)
+        with watching(watch), flagged_pictures_kept_right(self.pipe):
+            result = run()
+        return Made(result, watch)
+
+
+def _first(draw: _Draw, held: Held, asked: Asked) -> tuple[Made | None, list[Verdict], int]:
+    """The call as it was asked for: its pictures, None where none of them was finished, their verdicts, and
+    the evaluations of one, 0 where they are not counted."""
+    config = held.config
+    again = config.on_memorized == "resample" and config.max_retries > 0
+    again = again and (config.max_evaluations is None or config.max_evaluations >= 2)
+    try:
+        counted = again and asked.expected is not None
+        made = draw(
+            Try(asked.arguments, asked.texts, may_leave=again, may_stop=counted, count=asked.expected)
+        )
+    except Stopped as stopped:
+        return None, stopped.verdicts(held.index, config), stopped.plain
+    return made, held.verdicts(made), made.plain
 
 
 def _named(
@@ -132,48 +209,78 @@ def _withheld(config: AMGConfig, verdict: Verdict) -> bool:
 
 def _draw_again(
     held: Held,
-    draw: Callable[[dict[str, Any]], Made],
+    draw: _Draw,
     asked: Asked,
-    made: Made,
+    made: Made | None,
     verdicts: list[Verdict],
     bad: Sequence[int],
-) -> None:
+    plain: int,
+) -> Made | None:
     """Draw the pictures `bad` anew, at most `max_retries` times and while `max_evaluations` allows; from the
     second try on conditioned on an ordinary training image's caption, as a memorised prompt rarely leaves its
-    picture by another seed."""
-    cost = {place: 1.0 for place in bad}
+    picture by another seed. Returns the pictures: those of `made`, None: there are none yet, with the new
+    ones in their places."""
+    cost = {place: _cost(verdicts[place], 0.0, plain) for place in bad}
+    limit = math.inf if held.config.max_evaluations is None else held.config.max_evaluations
     for attempt in range(1, held.config.max_retries + 1):
         left = [place for place in bad if verdicts[place].memorized]
         each = 1.0 if asked.by_rows else asked.count / max(len(left), 1)
-        limit = math.inf if held.config.max_evaluations is None else held.config.max_evaluations
         left = [place for place in left if cost[place] + each <= limit]
         if not left:
-            return
+            break
+        more = attempt < held.config.max_retries and max(cost[place] for place in left) + 2 * each <= limit
         captions = _captions(held, asked, verdicts, left, attempt) if attempt > 1 else {}
-        for place, other, at in _drawn(draw, asked, left, attempt, captions):
-            (verdict,) = held.check(other.images[at : at + 1])
-            cost[place] += each
-            verdicts[place] = replace(verdict, retries=attempt, caption=captions.get(place))
-            if not verdict.memorized:
-                made.take(place, other, at)
+        spent = {place: verdicts[place].evaluations for place in left}
+        for place, other, at in _drawn(draw, asked, left, attempt, captions, spent, more):
+            found = (
+                other.verdicts(held.index, held.config)
+                if isinstance(other, Stopped)
+                else held.verdicts(other)
+            )
+            verdict = replace(found[at], retries=attempt, caption=captions.get(place))
+            cost[place] = _cost(verdict, cost[place], other.plain)
+            verdicts[place] = verdict
+            if isinstance(other, Made):
+                made = made or other.spread(asked.count)
+                if not verdict.memorized:
+                    made.take(place, other, at)
+    return made
+
+
+def _cost(verdict: Verdict, before: float, plain: int) -> float:
+    """What a picture has cost, in whole pictures: by its evaluations where these are counted."""
+    return verdict.evaluations / plain if plain else before + 1
 
 
 def _drawn(
-    draw: Callable[[dict[str, Any]], Made],
+    draw: _Draw,
     asked: Asked,
     places: Sequence[int],
     attempt: int,
     captions: Mapping[int, str],
-) -> list[tuple[int, Made, int]]:
-    """(place, a further call's result, where in it that picture is), one by one or all in one call."""
+    spent: Mapping[int, int],
+    more: bool,
+) -> Iterator[tuple[int, Made | Stopped, int]]:
+    """(place, a further call's result, where in it that picture is), one by one or all in one call; a call
+    that may be tried again (`more`) may stop early."""
+    for place in places if asked.by_rows else ():
+        text, caption = asked.prompt_of(place), captions.get(place)
+        texts, told = ({} if one is None else {0: one} for one in (text, caption))
+        arguments = asked.alone(place, attempt, caption)
+        one = Try(arguments, texts, attempt, told, {0: spent[place]}, more, more, 1)
+        try:
+            yield place, draw(one), 0
+        except Stopped as stopped:
+            yield place, stopped, 0
     if asked.by_rows:
-        return [(place, draw(asked.alone(place, attempt, captions.get(place))), 0) for place in places]
-    whole = draw(asked.whole(attempt, captions))
+        return
+    whole = draw(Try(asked.whole(attempt, captions), asked.texts, attempt, captions, spent))
     if len(whole.images) != asked.count:
         raise RuntimeError(
             f"`pipe` must give {asked.count} pictures again when it is called again, got {len(whole.images)}"
         )
-    return [(place, whole, place) for place in places]
+    for place in places:
+        yield place, whole, place
 
 
 def _captions(
@@ -192,15 +299,9 @@ def _captions(
     return found
 
 
-def _marked(held: Held, verdicts: list[Verdict], arguments: Mapping[str, Any]) -> list[Verdict]:
-    """The verdicts, with those marked whose training image is what the user put in."""
-    if not any(verdict.memorized for verdict in verdicts):
-        return verdicts
-    own = {row for name in GIVEN for row in _rows_of(held, arguments.get(name))}
-    return [
-        replace(verdict, from_input=verdict.memorized and memorized_row(verdict) in own)
-        for verdict in verdicts
-    ]
+def _from_input(verdict: Verdict, own: set[int]) -> Verdict:
+    """The verdict, marked where its training image is what the user put in."""
+    return replace(verdict, from_input=verdict.memorized and memorized_row(verdict) in own)
 
 
 def _rows_of(held: Held, given: Any) -> set[int]:
@@ -210,3 +311,10 @@ def _rows_of(held: Held, given: Any) -> set[int]:
         return set()
     found = held.check([picture.convert("RGB") for picture in pictures])
     return {row for verdict in found if (row := memorized_row(verdict)) is not None}
+
+
+def _repeat(image: Any, count: int) -> Any:
+    """An array or tensor of one picture, `count` times."""
+    if isinstance(image, torch.Tensor):
+        return image.repeat(count, *[1] * (image.ndim - 1))
+    return np.repeat(image, count, axis=0)

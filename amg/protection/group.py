@@ -67,9 +67,7 @@ def predict_together(denoiser: Denoiser, groups: Sequence[Group], conditions: Co
     does not change when another one is sent back. `conditions` are the whole batch's.
     """
     times = [group.scheduler.timesteps[group.position] for group in groups]
-    inputs = [
-        group.scheduler.scale_model_input(group.sample, t) for group, t in zip(groups, times, strict=True)
-    ]
+    inputs = [seen(group.scheduler, group.sample, t) for group, t in zip(groups, times, strict=True)]
     if len(groups) == 1 and len(groups[0].rows) == len(inputs[0]):
         return [Predicted(inputs[0], *predict(denoiser, inputs[0], times[0], conditions))]
     rows = sorted(row for group in groups for row in group.rows)
@@ -81,3 +79,11 @@ def predict_together(denoiser: Denoiser, groups: Sequence[Group], conditions: Co
     chosen = conditions.take(torch.tensor(rows, device=together.device))
     uncond, cond = predict(denoiser, together, t, chosen)
     return [Predicted(together[at], None if uncond is None else uncond[at], cond[at]) for at in mine]
+
+
+def seen(scheduler: Any, sample: Tensor, t: Any) -> Tensor:
+    """x_t as the denoiser is given it; schedulers of flow matching do not scale it."""
+    if not hasattr(scheduler, "scale_model_input"):
+        return sample
+    scaled: Tensor = scheduler.scale_model_input(sample, t)
+    return scaled

@@ -67,7 +67,7 @@ class Guide:
         """The step's place and numbers, out of the scheduler's current timesteps and their `levels`."""
         t, alpha_bar = scheduler.timesteps[index], max(levels[index].alpha_bar, LEAST_ALPHA_BAR)
         threshold = lambda_of(self.config, alpha_bar, float(t))
-        return Step(index, len(scheduler.timesteps), t, alpha_bar, threshold)
+        return Step(index, len(scheduler.timesteps), t, alpha_bar, threshold, levels[index])
 
     def __call__(
         self,
@@ -189,7 +189,7 @@ def frame_of(
         rows[0] = torch.arange(batch, dtype=torch.int32, device="cpu")
     wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
     scales = [guide.scale_of(seat) for seat in seats]
-    coefficients = eps_rows(denoiser.prediction_type, step.alpha_bar, scales).to(device, wide.dtype)
+    coefficients = eps_rows(level_seen(step, denoiser.prediction_type), scales).to(device, wide.dtype)
 
     def history(chosen: Sequence[int], count: int) -> Tensor:
         return traced([seats[row].flight for row in chosen], count).to(device)
@@ -208,20 +208,26 @@ def frame_of(
     return Frame(seats, wide.contiguous(), halves, rows.to(device), coefficients, scale, *asks)
 
 
-def eps_rows(kind: str, alpha_bar: float, scales: Sequence[float]) -> Tensor:
-    """Coefficients float64 [B, 42] for `amg.kernels.guided_step` of a variance-preserving x_t whose
-    "prev_sample" is the guided output: k_eps = 1 and nothing else of x_t; all gates closed."""
-    level = Level(kind, 1.0, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+def level_seen(step: Step, kind: str) -> Level:
+    """The level of the network's input: of flow matching that of x_t, else variance preserving."""
+    if step.level is not None and step.level.kind == "flow":
+        return step.level
+    return Level(kind, 1.0, step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5)
+
+
+def eps_rows(level: Level, scales: Sequence[float]) -> Tensor:
+    """Coefficients float64 [B, 42] for `amg.kernels.guided_step` of an x_t at `level` whose "prev_sample" is
+    the guided output: k_eps = 1 and nothing else of x_t; all gates closed."""
     a, b = level.x0_hat
     row = {
         "k_eps": 1.0,
-        "sqrt_one_minus_alpha_bar": level.sigma,
-        "inv_sqrt_alpha_bar": 1 / level.alpha,
+        "sqrt_one_minus_alpha_bar": level.sigma / level.size,
+        "inv_sqrt_alpha_bar": level.size / max(level.alpha, LEAST_ALPHA_BAR**0.5),
         "a": a,
         "b": b,
         "clip": float("inf"),
-        "e_sample": 0.0 if kind == "epsilon" else (1 - level.alpha * a) / level.sigma,
-        "e_output": -level.alpha * b / level.sigma,
+        "e_sample": 0.0 if level.kind == "epsilon" else (1 - level.alpha * a) / level.sigma,
+        "e_output": -level.alpha * b / level.sigma if level.alpha > 0 else 1.0,
         "scale": 1.0,
         "next_scale": 1.0,
     }

@@ -19,14 +19,16 @@ from amg.config import AMGConfig
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.pipelines.denoiser import is_latent
+from amg.pipelines.families import family_of
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
-from amg.pipelines.supported import level_of, require_supported
+from amg.pipelines.supported import is_ours, level_of, require_supported
 from amg.promise import decode
 from amg.protection.deliver import deliver
 from amg.protection.final import Held, checked_call
 from amg.protection.hook import Session, guided_call
+from amg.protection.watch import Watched
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
 
@@ -45,6 +47,7 @@ class Protection:
     gate: Gate | None
     screen: Screen | None
     level: str = "full"
+    watched: Watched | None = None
 
     @functools.cached_property
     def ordinary(self) -> Ordinary:
@@ -54,7 +57,7 @@ class Protection:
     @property
     def held(self) -> Held:
         """What pictures are held to at level `final`."""
-        return Held(self.index, self.config, self.also, self.ordinary)
+        return Held(self.index, self.config, self.also, self.ordinary, self.watched)
 
 
 def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
@@ -74,8 +77,8 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
     was, protected by what protected it before.
     """
-    level = level_of(pipe)
-    if level == "full":
+    level, ours = level_of(pipe), is_ours(pipe)
+    if ours:
         require_supported(pipe)
     also = require_indexes(index, also)
     config = asked(config).for_metric(index.metric)
@@ -88,14 +91,16 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
         raise ValueError(
             f"`prompt_memory` must be 0 for `protect`, got {config.prompt_memory}: use `amg.Sampler`"
         )
-    if level == "final":
-        _require_unguided(config, type(pipe).__name__)
-        protection = Protection(index, config, also, None, None, level)
-    else:
+    if ours:
         gate = gate_of(config)
         protection = Protection(index, config, also, gate, screen_of(config, pipe, index))
         if is_latent(pipe) and config.active:
             warn_without_captions(index, bank_of(config, gate))
+    else:
+        _require_uncalibrated(config, type(pipe).__name__)
+        protection = Protection(
+            index, config, also, None, None, level, _watched(pipe, index, config, also, level)
+        )
     guarded: Any = _protected(_plain(type(pipe)))
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
@@ -103,19 +108,31 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     return pipe
 
 
-def _require_unguided(config: AMGConfig, name: str) -> None:
-    """Refuse what only acts inside a loop, and say what is left for a pipeline whose loop is not known."""
+def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], level: str) -> Watched | None:
+    """How the calls of a pipeline whose loop is its own are watched; None: not at all, which is said."""
+    if level == "final":
+        warnings.warn(
+            f'{type(pipe).__name__} is protected at level "final": its finished pictures are checked, drawn '
+            "again by its own call where they are copies, and blocked where that does not help; its sampling "
+            "is not guided",
+            stacklevel=3,
+        )
+        return None
+    if not config.active:
+        return None
+    family = family_of(pipe)
+    if family is not None:
+        warn_without_captions(index, bank_of(config, None))
+    return Watched(pipe, family, index, config, also, Ordinary(bank_of(config, None)))
+
+
+def _require_uncalibrated(config: AMGConfig, name: str) -> None:
+    """Refuse what was made for loops that are known to the bit."""
     for option in ("calibration", "student"):
         if getattr(config, option) is not None:
             raise ValueError(
-                f"`{option}` must be None for {name}, whose sampling is not guided, "
-                f"got {getattr(config, option)}"
+                f"`{option}` must be None for {name}, whose loop is its own, got {getattr(config, option)}"
             )
-    warnings.warn(
-        f'{name} is protected at level "final": its finished pictures are checked, drawn again by its own '
-        "call where they are copies, and blocked where that does not help; its sampling is not guided",
-        stacklevel=3,
-    )
 
 
 def unprotect(pipe: Any) -> Any:
@@ -145,7 +162,7 @@ def _protected(kind: type) -> type:
         with _LOCKS.setdefault(self, threading.RLock()):
             for index in (protection.index, *protection.also):
                 index.seal.check()  # before any work, and before a truncated map is touched
-            if protection.level == "final":
+            if not is_ours(self):
                 return checked_call(self, call, args, kwargs, protection.held)
             return _call(self, call, args, kwargs)
 
