@@ -1,0 +1,1 @@
+"""diffusers' own tests on protected pipelines: `python benchmarks/bench_diffusers_tests.py`."""
