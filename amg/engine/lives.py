@@ -12,7 +12,7 @@ from torch import Tensor
 from amg.engine.slots import Segment, Slot, Slots
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.note import Note
-from amg.guidance.predict import Denoiser, captioned
+from amg.guidance.predict import Denoiser, captioned, encoded
 from amg.guidance.read import read_all
 from amg.verdict import TraceStep
 
@@ -60,7 +60,7 @@ def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
     told = [slot for slot in slots if slot.flight.caption is not None]
     if not told or denoiser.encode_captions is None:
         return
-    said = denoiser.encode_captions([slot.flight.caption or "" for slot in told])
+    said = encoded(denoiser, [slot.flight.caption or "" for slot in told], told[0].conditions)
     for at, slot in enumerate(told):
         slot.conditions = captioned(
             slot.conditions, {name: value[at : at + 1] for name, value in said.items()}

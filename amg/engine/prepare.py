@@ -82,7 +82,7 @@ class Source:
         return Tools(self.index, self.similarity, own, *rest)
 
     def _captions(self) -> Any:
-        if not is_latent(self.pipe):
+        if self.denoiser.encode_captions is None:
             return None
         encode = CaptionCache(self.pipe)
 

@@ -73,13 +73,48 @@ def replace_captions(
     rows = [row for row, caption in enumerate(captions) if caption is not None]
     if not rows or denoiser.encode_captions is None:
         return conditions
-    said = denoiser.encode_captions([caption for caption in captions if caption is not None])
+    said = encoded(denoiser, [caption for caption in captions if caption is not None], conditions)
     return Conditions(_told(conditions.cond, said, rows), conditions.uncond, conditions.shared)
 
 
 def captioned(conditions: Conditions, said: Mapping[str, Any]) -> Conditions:
     """Conditions with what other captions were encoded to instead of the prompts, all rows."""
     return Conditions(_told(conditions.cond, said), conditions.uncond, conditions.shared)
+
+
+def encoded(denoiser: Denoiser, captions: Sequence[str], conditions: Conditions) -> Mapping[str, Any]:
+    """What captions are encoded to, in as many tokens as the prompts have: cut, or filled up with those of
+    the empty caption (people weight long prompts in several chunks of 77)."""
+    assert denoiser.encode_captions is not None
+    said = denoiser.encode_captions(captions)
+    if _fits(conditions.cond, said):
+        return said
+    return _fitted(conditions.cond, said, denoiser.encode_captions([""]))
+
+
+def _fits(own: Any, said: Any) -> bool:
+    if isinstance(said, Mapping):
+        return all(_fits(own.get(name), value) for name, value in said.items())
+    return not isinstance(own, Tensor) or own.shape[1:] == said.shape[1:]
+
+
+def _fitted(own: Any, said: Any, empty: Any) -> Any:
+    """`said` with as many tokens, along the second dimension, as `own` has; filled up with `empty`'s."""
+    if isinstance(said, Mapping):
+        return {name: _fitted(own.get(name), value, empty[name]) for name, value in said.items()}
+    if not isinstance(own, Tensor) or own.shape[1:] == said.shape[1:]:
+        return said
+    if own.shape[2:] != said.shape[2:]:
+        raise ValueError(
+            "`prompt_embeds` must be as wide as the pipeline's own text encoder makes them, for captions to "
+            f"take their place, got {list(own.shape)} where it makes {list(said.shape)}"
+        )
+    missing = own.shape[1] - said.shape[1]
+    if missing <= 0:
+        return said[:, : own.shape[1]]
+    more = empty.expand(len(said), *empty.shape[1:])
+    more = more.repeat(1, -(-missing // more.shape[1]), *[1] * (more.ndim - 2))
+    return torch.cat([said, more[:, :missing]], 1)
 
 
 def predict(
@@ -117,7 +152,7 @@ def predict_neighbours(
     prompt."""
     if denoiser.encode_captions is None:
         raise ValueError("`denoiser` takes no captions, so caption de-duplication cannot act (set c2 = 0)")
-    told = captioned(conditions, denoiser.encode_captions(captions))
+    told = captioned(conditions, encoded(denoiser, captions, conditions))
     return denoiser.network(sample, t, **plain(told.cond), **conditions.shared)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,23 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
 
     if not is_latent(pipe):
         return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
-    return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=CaptionCache(pipe))
+    return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=captions_of(pipe))
+
+
+def captions_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> CaptionCache | None:
+    """What encodes captions for a pipeline; None, which is said, where its text encoder was freed."""
+    family = family_of(pipe)
+    if family is None:
+        return None
+    missing = [name for name in family.encoders if getattr(pipe, name, None) is None]
+    if not missing:
+        return CaptionCache(pipe, arguments)
+    warnings.warn(
+        f"{type(pipe).__name__} has no {' and no '.join(missing)}: captions cannot be encoded, so later "
+        "tries keep their prompts and caption de-duplication does not act",
+        stacklevel=2,
+    )
+    return None
 
 
 def decoder_of(pipe: Any, size: tuple[int, int] | None = None) -> Callable[[Tensor], Tensor]:

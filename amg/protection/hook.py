@@ -78,6 +78,7 @@ class Session:
         self.images_per_prompt = 1
         self.blank = torch.empty(0)  # one row per sample, in the shape of what the scheduler steps
 
+    @torch.compiler.disable
     def begin(self, model_input: Tensor, guided: bool, arguments: dict[str, Any]) -> Run:
         """At the first step: the conditions, a flight per sample, and an unstepped copy of the scheduler."""
         batch = len(model_input) // 2 if guided else len(model_input)
@@ -105,6 +106,7 @@ class Session:
         self.run = Run(guide, pristine(self.pipe.scheduler), self.step_arguments)
         return self.run
 
+    @torch.compiler.disable
     def require_turn(self, rows: int, guided: bool) -> None:
         """RuntimeError for a call of the U-Net that is not the one, of all rows, before the next step."""
         if self.call is not None:
@@ -114,6 +116,7 @@ class Session:
             wanted = each * len(self.flights) or "an even number of"
             raise _unpaired(f"one of {rows} rows where {wanted} were due, at step {self.index_of_step}")
 
+    @torch.compiler.disable
     def told(self, arguments: dict[str, Any], guided: bool) -> tuple[dict[str, Any], Conditions]:
         """The U-Net's arguments with the captions that later tries were given in place of their prompts, and
         the conditions in them."""
@@ -176,6 +179,7 @@ class RecordingHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.session = session
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # what it wraps may be compiled, it is not
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         session, original = self.session, cast(Any, self.fn_ref).original_forward
         sample, t, kwargs = _arguments(args, kwargs)

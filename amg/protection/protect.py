@@ -25,6 +25,7 @@ from amg.pipelines.pictures import to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import is_ours, level_of, require_supported
 from amg.promise import decode
+from amg.protection.carry import carry_over
 from amg.protection.deliver import deliver
 from amg.protection.final import Held, checked_call
 from amg.protection.hook import Session, guided_call
@@ -94,18 +95,25 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     if ours:
         gate = gate_of(config)
         protection = Protection(index, config, also, gate, screen_of(config, pipe, index))
-        if is_latent(pipe) and config.active:
-            warn_without_captions(index, bank_of(config, gate))
     else:
         _require_uncalibrated(config, type(pipe).__name__)
         protection = Protection(
             index, config, also, None, None, level, _watched(pipe, index, config, also, level)
         )
+    if config.active and (is_latent(pipe) if ours else family_of(pipe) is not None):
+        warn_without_captions(index, protection.ordinary.bank)
+    carry_over(_protect_like)
     guarded: Any = _protected(_plain(type(pipe)))
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
     pipe.__dict__.pop("amg_verdicts", None)
     return pipe
+
+
+def _protect_like(pipe: Any, source: Any) -> None:
+    """Protect what `from_pipe` made of a protected pipeline."""
+    held: Protection = source._amg_protection
+    protect(pipe, held.index, held.config, held.also)
 
 
 def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], level: str) -> Watched | None:
@@ -121,8 +129,6 @@ def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], leve
     if not config.active:
         return None
     family = family_of(pipe)
-    if family is not None:
-        warn_without_captions(index, bank_of(config, None))
     return Watched(pipe, family, index, config, also, Ordinary(bank_of(config, None)))
 
 
@@ -158,6 +164,11 @@ def _protected(kind: type) -> type:
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "_amg_protection"):
+            raise RuntimeError(
+                f"{kind.__name__} was made by the class of a protected pipeline, without its index: give it "
+                "to `amg.protect`"
+            )
         protection: Protection = self._amg_protection
         with _LOCKS.setdefault(self, threading.RLock()):
             for index in (protection.index, *protection.also):
@@ -175,10 +186,21 @@ def _protected(kind: type) -> type:
             "__call__": __call__,
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
+            "__reduce_ex__": _reduced,
             "_amg_plain": kind,
             "amg_level": property(lambda self: self._amg_protection.level),
         },
     )
+
+
+def _reduced(pipe: Any, protocol: Any) -> Any:
+    """How a protected pipeline is copied and pickled: its class is made anew where it is unpacked."""
+    return _blank, (_plain(type(pipe)),), vars(pipe)
+
+
+def _blank(kind: type) -> Any:
+    guarded: Any = _protected(kind)
+    return guarded.__new__(guarded)
 
 
 def _with_classes(call: Any) -> inspect.Signature:

@@ -30,7 +30,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, Denoiser, joined, plain, replace_captions
 from amg.guidance.terms import classifier_free, rescale
-from amg.pipelines.denoiser import CaptionCache, decoder_of, split_call
+from amg.pipelines.denoiser import captions_of, decoder_of, split_call
 from amg.pipelines.families import Family
 from amg.pipelines.pictures import to_tensor
 from amg.protection.catch_up import Run
@@ -255,6 +255,7 @@ class Watch:
     def pipe(self) -> Any:
         return self.watched.pipe
 
+    @torch.compiler.disable
     def told(self, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
         """The network's arguments with the captions of later tries in place of their prompts."""
         captions, batch = [flight.caption for flight in self.flights], len(self.flights)
@@ -355,9 +356,8 @@ class Watch:
         return config
 
     def _guide(self, found: tuple[Level, ...], sample: Tensor) -> Guide:
-        watched, captions = self.watched, None
-        if self.family is not None and self.family.speaks(self.pipe):
-            captions = CaptionCache(self.pipe, self.one.arguments)
+        watched = self.watched
+        captions = None if self.family is None else captions_of(self.pipe, self.one.arguments)
         denoiser = Denoiser(self._network, self._proved_decoder(sample), found[0].kind, False, captions)
         similarity = similarity_for(watched.index, denoiser)
         judges = judges_for(watched.also, denoiser)
@@ -443,6 +443,7 @@ class RecordingHook(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.watch = watch
 
+    @functools.partial(torch.compiler.disable, recursive=False)  # what it wraps may be compiled, it is not
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         watch, original = self.watch, cast(Any, self.fn_ref).original_forward
         watch.forward = original

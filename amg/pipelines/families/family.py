@@ -45,10 +45,6 @@ class Family:
         """Whether a sample may go back inside a pipeline's loop."""
         return any(base.__name__ in self.bare for base in type(pipe).__mro__)
 
-    def speaks(self, pipe: Any) -> bool:
-        """Whether a pipeline can encode captions: its text encoder may have been freed."""
-        return all(getattr(pipe, name, None) is not None for name in self.encoders)
-
     def scale_of(self, pipe: Any, arguments: Mapping[str, Any]) -> float:
         """s0 at this moment: a callback may change it, where the pipeline keeps it."""
         kept = getattr(pipe, f"_{self.scale}", None)
