@@ -126,10 +126,7 @@ def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], leve
             stacklevel=3,
         )
         return None
-    if not config.active:
-        return None
-    family = family_of(pipe)
-    return Watched(pipe, family, index, config, also, Ordinary(bank_of(config, None)))
+    return Watched(pipe, family_of(pipe), index, config, also, Ordinary(bank_of(config, None)))
 
 
 def _require_uncalibrated(config: AMGConfig, name: str) -> None:

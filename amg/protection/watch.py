@@ -138,6 +138,8 @@ class Watch:
         self.watched, self.one, self.config = watched, one, config
         self.family = watched.family
         self.level = "step" if self.family is None else "full"
+        if not config.active:
+            self.level = "final"
         self.reason: str | None = None  # why the level is not the one hoped for
         self.calls: list[Call] = []
         self.flights: list[Flight] = []
@@ -208,29 +210,28 @@ class Watch:
         """What is checked of a call's output: its latents, where it was asked for these, decoded."""
         if self.one.arguments.get("output_type") != "latent":
             return images
-        if self.level == "final":
-            raise ValueError(
-                '`output_type` must give pictures where latents cannot be checked, got "latent": '
-                f"{self.reason}"
-            )
+        unknown = self.watched.family is None and DECODES not in self.watched.said
+        if unknown or (self.level == "final" and self.reason is not None):
+            why = self.reason or "what they decode to is not known before a call that gave pictures"
+            raise ValueError(f"`output_type` must give pictures to be checked here, got 'latent': {why}")
         with torch.no_grad():
             return self.decode(images).clamp(0, 1)
 
     def confirm(self, images: Any) -> None:
         """Once for a pipeline of no known family: hold what its last step left, decoded here, to its
         pictures."""
-        if self.level == "final" or self.watched.family is not None or DECODES in self.watched.said:
+        known = self.watched.family is not None or DECODES in self.watched.said
+        if known or self.level == "final" or self.one.arguments.get("output_type") == "latent":
             return
-        if self.one.arguments.get("output_type") != "latent":
-            shown = to_tensor(images).float()
-            with torch.no_grad():
-                own = self.decode(self.last)[: len(shown)].clamp(0, 1).to(shown)
-            if own.shape != shown.shape:  # a size that was rounded for the network
-                own = functional.interpolate(own, shown.shape[2:], mode="bilinear", antialias=True)
-            if float((own - shown).abs().mean()) > ALIKE:
-                self._give_up("its pictures are not what its last step's latents decode to here")
-                return
-        self.watched.said.add(DECODES)
+        shown = to_tensor(images).float()
+        with torch.no_grad():
+            own = self.decode(self.last)[: len(shown)].clamp(0, 1).to(shown)
+        if own.shape != shown.shape:  # a size that was rounded for the network
+            own = functional.interpolate(own, shown.shape[2:], mode="bilinear", antialias=True)
+        if float((own - shown).abs().mean()) > ALIKE:
+            self._give_up("its pictures are not what its last step's latents decode to here")
+        else:
+            self.watched.said.add(DECODES)
 
     def tell(self) -> None:
         """Say once what this pipeline's calls are protected by, where that is less than was hoped for."""

@@ -138,6 +138,24 @@ def test_output_types(output_type, tmp_path):
     assert type(images) is type(out.images)
 
 
+@pytest.mark.parametrize("name", ["sd_img2img", "sd3", "auraflow"])
+def test_the_preset_off_checks_and_leaves_every_bit(name, tmp_path):
+    pipe, call = pipelines_tiny.build(name)
+    plain = drawn(pipe, call).images
+    latents = pipe(**call, generator=generators(), output_type="latent").images
+    index = index_of(torch.cat([plain[:1], noise(60, plain)]), tmp_path)
+    amg.protect(pipe, index, amg.AMGConfig.preset("off", threshold=-0.3, guard_threshold=None))
+    out = drawn(pipe, call)
+    assert torch.equal(out.images, plain)
+    assert [(v.memorized, v.level, v.trace) for v in out.amg] == [(True, "final", ()), (False, "final", ())]
+    if name == "auraflow":  # of no known family: nobody can tell what its latents decode to
+        with pytest.raises(ValueError, match="`output_type` must give pictures to be checked here"):
+            pipe(**call, generator=generators(), output_type="latent")
+        return
+    out = pipe(**call, generator=generators(), output_type="latent")
+    assert torch.equal(out.images, latents) and [verdict.memorized for verdict in out.amg] == [True, False]
+
+
 def test_what_cannot_be_drawn_again_is_blocked_in_the_pipeline_s_own_form(tmp_path):
     """A pipeline that copies whatever it is asked for: its call is given up each time but the last."""
 
