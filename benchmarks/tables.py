@@ -136,6 +136,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "serving": by("bench_serving", "serving.csv"),
     "guard": by("bench_guard", "guard.csv"),
     "own-loop": whole("own_loop.csv"),
+    "pipelines": whole("pipelines.csv"),
+    "diffusers-tests": whole("diffusers_tests.csv"),
     "guard-views": whole("guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
     "interval": by("bench_interval", "interval.csv"),

@@ -7,7 +7,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from .integrations.conftest import tiny_sd
+from .integrations.conftest import tiny_ddpm, tiny_sd
 
 SIZE = {"height": 16, "width": 16}
 PROMPTS = ("abc", "de")
@@ -471,13 +471,21 @@ def dit(batch):
     return pipe, {"class_labels": [*range(batch)]}
 
 
+def ddpm(batch):
+    return tiny_ddpm(), {"batch_size": batch}
+
+
+def ddim(batch):
+    return tiny_ddpm(cls="DDIMPipeline"), {"batch_size": batch}
+
+
 FAMILIES = {
     builder.__name__: builder
     for builder in (
         *(sd, sd_img2img, sd_inpaint, sd_inpaint_9, sd_controlnet),
         *(sdxl, sdxl_img2img, sdxl_refiner, sdxl_inpaint, sdxl_controlnet),
         *(sd3, sd3_img2img, flux, flux_cfg, flux_img2img, pixart),
-        *(auraflow, sana, qwen, zimage, lcm, dit),
+        *(auraflow, sana, qwen, zimage, lcm, dit, ddpm, ddim),
     )
 }
 

@@ -35,7 +35,7 @@ def info() -> dict[str, object]:
     packages = {name: installed_version(name) for name in OPTIONAL}
     built = extension.EXTENSION is not None
     return {
-        "amg": installed_version("amg"),
+        "amg": installed_version("amg-sampler"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device_name(),

@@ -37,7 +37,9 @@ def import_open_clip() -> Any:
     try:
         import open_clip
     except (ImportError, RuntimeError) as error:  # torchvision without its operators raises RuntimeError
-        raise ImportError(f"open_clip cannot be imported ({error}): pip install 'amg[clip]'") from error
+        raise ImportError(
+            f"open_clip cannot be imported ({error}): pip install 'amg-sampler[clip]'"
+        ) from error
     return open_clip
 
 

@@ -52,7 +52,9 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> ClipAli
     try:
         from transformers import CLIPModel, CLIPTokenizer
     except ImportError as error:
-        raise ImportError("CLIP alignment needs transformers: pip install 'amg[diffusers]'") from error
+        raise ImportError(
+            "CLIP alignment needs transformers: pip install 'amg-sampler[diffusers]'"
+        ) from error
     model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 

@@ -116,5 +116,5 @@ def _metrics() -> Any:
         import torchmetrics.image.fid
         import torchmetrics.image.kid
     except ImportError as error:
-        raise ImportError("FID and KID need torchmetrics: pip install 'amg[metrics]'") from error
+        raise ImportError("FID and KID need torchmetrics: pip install 'amg-sampler[metrics]'") from error
     return torchmetrics.image

@@ -154,6 +154,6 @@ def progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'amg[index]'") from error
+        raise ImportError("progress=True needs tqdm: pip install 'amg-sampler[index]'") from error
     with tqdm(total=total, initial=position, unit="image", desc="index", dynamic_ncols=True) as bar:
         yield bar

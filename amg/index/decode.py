@@ -63,7 +63,7 @@ def import_pil() -> Any:
     try:
         import PIL.Image
     except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'amg[index]'") from error
+        raise ImportError("reading images needs Pillow: pip install 'amg-sampler[index]'") from error
     return PIL.Image
 
 

@@ -38,7 +38,7 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "this searcher needs faiss: pip install 'amg[faiss]' or 'amg[faiss-gpu]'"
+            "this searcher needs faiss: pip install 'amg-sampler[faiss]' or 'amg-sampler[faiss-gpu]'"
         ) from error
     return faiss
 

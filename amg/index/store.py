@@ -320,5 +320,5 @@ def import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("an index needs pyarrow: pip install 'amg[index]'") from error
+        raise ImportError("an index needs pyarrow: pip install 'amg-sampler[index]'") from error
     return pyarrow.parquet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,31 @@ def _pixels_of(image: Any) -> Tensor:
         got = f"mode {image.mode}{', transparency' if clear else ''}, EXIF orientation {turned}"
         raise ValueError(f"`images` must be opaque, upright, of mode RGB or L to be checked, got {got}")
     return torch.from_numpy(np.asarray(image.convert("RGB")).copy())
+
+
+def require_no_others(result: Any) -> None:
+    """TypeError for a pipeline's result that holds pictures in another place than the first: these would be
+    handed out unchecked."""
+    if isinstance(result, tuple):
+        others = {f"place {place}": value for place, value in enumerate(result) if place}
+    else:
+        fields = result if isinstance(result, Mapping) else getattr(result, "__dict__", {})
+        others = {f"`.{name}`": value for name, value in fields.items() if name != "images"}
+    for where, value in others.items():
+        if _shows(value):
+            raise TypeError(
+                f"`pipe` must give its pictures as `.images` alone to be checked, got more in {where} of "
+                f"{type(result).__name__}: nothing of it is handed out"
+            )
+
+
+def _shows(value: Any) -> bool:
+    """Whether a value holds pictures: PIL images, or an array or tensor of three channels."""
+    if isinstance(value, (list, tuple)):
+        return any(_shows(one) for one in value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim in (3, 4) and 3 in (value.shape[-1], value.shape[-3])
+    return any(kind.__module__ == "PIL.Image" for kind in type(value).__mro__)
 
 
 def to_pil(images: Tensor) -> list[Any]:

@@ -20,7 +20,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, ordinary_caption
 from amg.pipelines.again import Asked
 from amg.pipelines.check import check
-from amg.pipelines.pictures import put, to_tensor
+from amg.pipelines.pictures import put, require_no_others, to_tensor
 from amg.pipelines.safety import flagged_pictures_kept_right
 from amg.promise import check as promised
 from amg.promise import memorized_row, strong
@@ -64,6 +64,7 @@ class Made:
                 "`pipe` must give pictures as `.images` to be checked, "
                 f"got {type(result).__name__}: nothing of it is handed out"
             )
+        require_no_others(result)
         self.images, self.flags = images, self._flags(len(images))
         self.pictures, self.level, self.flights, self.plain = images, "final", list[Flight](), 0
         if watch is not None:

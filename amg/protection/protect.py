@@ -21,7 +21,7 @@ from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.families import family_of
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
-from amg.pipelines.pictures import to_pil, to_tensor
+from amg.pipelines.pictures import require_no_others, to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import is_ours, level_of, require_supported
 from amg.promise import decode
@@ -241,6 +241,7 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     session.images_per_prompt = bound.arguments.get("num_images_per_prompt") or 1
     with guided_call(session), flagged_pictures_kept_right(pipe):
         result = call(pipe, *args, **kwargs)
+    require_no_others(result)
     images = result[0] if isinstance(result, tuple) else result.images
     safety = _safety(session, result)
     images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also, safety)

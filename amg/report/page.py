@@ -76,7 +76,7 @@ def _environment() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("the report needs Jinja2: pip install 'amg[report]'") from error
+        raise ImportError("the report needs Jinja2: pip install 'amg-sampler[report]'") from error
     folder = resources.files("amg.report")
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(

@@ -48,7 +48,7 @@ def _png(array: np.ndarray) -> bytes:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("the report needs Pillow: pip install 'amg[report]'") from error
+        raise ImportError("the report needs Pillow: pip install 'amg-sampler[report]'") from error
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -178,7 +178,7 @@ def load_photo(photo: Photo) -> Any:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            f"the photograph {photo.key!r} ships in `{package}`: pip install 'amg[demo]'"
+            f"the photograph {photo.key!r} ships in `{package}`: pip install 'amg-sampler[demo]'"
         )
     path = Path(spec.origin).parent / inside
     image_module = importlib.import_module("PIL.Image")

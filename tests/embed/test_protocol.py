@@ -109,7 +109,7 @@ def test_missing_files_are_named(spec):
 def test_a_missing_open_clip_names_the_extra(monkeypatch, tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r"pip install 'amg\[clip\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'amg-sampler\[clip\]'"):
         load(f"open_clip:ViT-B-32:{tmp_path / 'w.pt'}")
     assert open_clip_module.MODES.keys() == {"shortest", "longest", "squash"}
 

@@ -10,6 +10,7 @@ import torch
 
 import amg
 from amg.pipelines.again import Asked
+from amg.pipelines.pictures import to_pil
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -105,6 +106,26 @@ def test_a_copy_is_drawn_again_under_an_ordinary_caption_from_the_second_try_on(
         found = np.asarray(found, dtype=np.float32) if output_type == "pil" else np.asarray(found) * 255
         found = found.transpose(1, 2, 0) if output_type == "pt" else found
         assert np.abs(found - expected).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor", "array", "tuple"])
+def test_pictures_in_another_place_are_refused(index, kind):
+    """Attack 10."""
+    pictures = {"list": [to_pil(picture(0)[None])[0]], "tensor": picture(0)[None], "tuple": picture(0)[None]}
+    others = pictures.get(kind, picture(0)[None].permute(0, 2, 3, 1).numpy())
+
+    class Two(Scripted):
+        def __call__(self, prompt=None, **kwargs):
+            out = super().__call__(prompt, output_type="pt")
+            return (
+                (out.images, others) if kind == "tuple" else SimpleNamespace(images=out.images, more=others)
+            )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = amg.protect(Two(), index)
+    with pytest.raises(TypeError, match=r"must give its pictures as `\.images` alone"):
+        pipe(["3"])
 
 
 def test_what_stays_a_copy_is_blocked(index):
