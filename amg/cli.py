@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from amg.commands.calibrate import add_parser as add_calibrate
     from amg.commands.check import add_parser as add_check
     from amg.commands.distill import add_parser as add_distill
+    from amg.commands.doctor import add_parser as add_doctor
     from amg.commands.embed import add_parser as add_embedder
     from amg.commands.index import add_parser as add_index
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_sample(commands)
     add_check(commands)
+    add_doctor(commands)
     add_calibrate(commands)
     add_distill(commands)
     add_audit(commands)

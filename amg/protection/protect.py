@@ -19,6 +19,7 @@ from amg.config import AMGConfig
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.pipelines.denoiser import is_latent
+from amg.pipelines.explain import explained
 from amg.pipelines.families import family_of
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import require_no_others, to_pil, to_tensor
@@ -61,22 +62,31 @@ class Protection:
         return Held(self.index, self.config, self.also, self.ordinary, self.watched)
 
 
-def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequence[Any] = ()) -> Any:
+def protect(
+    pipe: Any,
+    index: Any,
+    config: AMGConfig | None = None,
+    also: Sequence[Any] = (),
+    explain: bool = False,
+) -> Any:
     """Make every call of `pipe` guided away from `index` and checked against it; returns the same object.
 
-    pipe: a diffusers pipeline that gives `.images`. DDPMPipeline, DDIMPipeline, StableDiffusionPipeline and
-    StableDiffusionXLPipeline (subclasses too), with any scheduler, are guided: level `full`. Any other's
-    finished pictures are checked, drawn again by its own call, and blocked: level `final`, which is said once
-    (`pipe.amg_level`). index: an `amg.Index`. config: an `AMGConfig` (default: the preset `main`). also: more
-    indexes the finished images are held to. The pipeline's call keeps its arguments and its result, which
-    gains `.amg`, a list of `Verdict`; it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel
-    pipelines whose U-Net is class-conditional additionally take `class_labels` (int64 [B]; default: the null
-    class) and `guidance_scale`. A pipeline protected already is protected anew; calls of one pipeline from
-    several threads are served one after the other. Errors: TypeError for what is no pipeline; ValueError for
-    a `guidance_interval`, and at level `final` for a calibration, a student and `output_type="latent"`;
-    RuntimeError, from a call, for a loop that does not call its U-Net once before each step of its scheduler;
-    whatever prevents a check is raised, never an unchecked image; an error here leaves the pipeline as it
-    was, protected by what protected it before.
+    pipe: a diffusers pipeline that gives `.images`, at the highest level that it can prove (`pipe.amg_level`,
+    docs/pipelines.md): "full" where its halves are known (Stable Diffusion 1/2, SDXL, SD3, FLUX.1, PixArt,
+    DDPM, DDIM and their like; subclasses too), "step" where it has a scheduler and a VAE, else "final": its
+    finished pictures are checked, drawn again by its own call, and blocked, which is said once; so is a call
+    that could not be protected as was hoped for. index: an `amg.Index`. config: an `AMGConfig` (default: the
+    preset `main`). also: more indexes the finished images are held to. explain: print what will act, and why
+    not more. The pipeline's call keeps its arguments and its result, which gains `.amg`, a list of `Verdict`;
+    it is also kept as `pipe.amg_verdicts` (for `return_dict=False`). Pixel pipelines whose U-Net is
+    class-conditional additionally take `class_labels` (int64 [B]; default: the null class) and
+    `guidance_scale`. A pipeline protected already is protected anew; calls of one pipeline from several
+    threads are served one after the other. Errors: TypeError for what is no pipeline; ValueError for a
+    `guidance_interval`, for a calibration and a student of another pipeline than `Sampler` takes, and, from a
+    call, for latents that nobody can check; RuntimeError, from a call of a pipeline that `Sampler` takes, for
+    a loop that does not call its U-Net once before each step of its scheduler; whatever prevents a check is
+    raised, never an unchecked image; an error here leaves the pipeline as it was, protected by what protected
+    it before.
     """
     level, ours = level_of(pipe), is_ours(pipe)
     if ours:
@@ -107,6 +117,8 @@ def protect(pipe: Any, index: Any, config: AMGConfig | None = None, also: Sequen
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection
     pipe.__dict__.pop("amg_verdicts", None)
+    if explain:
+        print("\n".join(f"{what}: {answer}" for what, answer in explained(pipe, index, config)))
     return pipe
 
 

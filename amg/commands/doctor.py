@@ -1,0 +1,60 @@
+"""`amg doctor`: what would act on a model's pictures under an index, and why not more."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from amg.commands.index import plain
+from amg.config import PRESETS, AMGConfig
+
+EXAMPLE = """example:
+  amg doctor my-flux/ --index laion.amg --embedder sscd:sscd.safetensors
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `doctor` to the subparsers of `amg`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what would act on a model's pictures under an index",
+        description="Read a diffusers folder and an index, sample nothing, and say at which level the "
+        "pipeline would be protected, why not at a higher one, and what is missing.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or a bundled model")
+    parser.add_argument("--index", type=Path, required=True, help="index of the training set")
+    parser.add_argument(
+        "--embedder", help="what made it: pixels (default), photos, sscd:FILE, open_clip:MODEL:FILE"
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="default main")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; returns the exit status."""
+    import diffusers
+
+    from amg import zoo
+    from amg.commands.sample import open_index
+    from amg.pipelines.explain import explained
+
+    index = open_index(arguments.index, arguments.embedder, "cpu")
+    if arguments.model in zoo.MODELS:
+        pipe = zoo.load(arguments.model)
+    elif (Path(arguments.model) / "model_index.json").is_file():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(arguments.model, local_files_only=True)
+    else:
+        raise ValueError(
+            f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {arguments.model!r}"
+        )
+    print(table(explained(pipe, index, AMGConfig.preset(arguments.preset))))
+    return 0
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """The rows, one a line."""
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"{what:<{width}}  {plain(answer)}" for what, answer in rows)
