@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -47,6 +50,7 @@ class AMGConfig:
     """
 
     preset_name: str = "main"
+    """Whose values fill in the fields left None: "main", "strong", "released" or "off"."""
     metric: str | None = None
     """"cosine" or "nl2"; None until the index is known."""
     guidance_scale: float = 7.5
@@ -238,6 +242,24 @@ class AMGConfig:
 
 
 _OFF = {"c1": 0.0, "c2": 0.0, "c3": 0.0, "step_length": "constant", "rewind_at": ()}
+
+
+def _documented(kind: type) -> str:
+    """A class's docstring, and what stands under each of its fields: `help` shows no attribute's own."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    lines = [inspect.cleandoc(kind.__doc__ or ""), "", "Fields:"]
+    for one, below in itertools.pairwise(tree.body):
+        if isinstance(one, ast.AnnAssign) and isinstance(below, ast.Expr) and one.value is not None:
+            name, type_ = ast.unparse(one.target), ast.unparse(one.annotation)
+            lines += ["", f"{name}: {type_} = {ast.unparse(one.value)}"]
+            lines += [f"    {line}" for line in inspect.cleandoc(ast.literal_eval(below.value)).splitlines()]
+    return "\n".join(lines)
+
+
+AMGConfig.__doc__ = _documented(AMGConfig)
+
+
 _FORMS: dict[str, dict[str, Any]] = {
     "released": {
         "form": "released",

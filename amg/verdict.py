@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 
@@ -80,8 +80,8 @@ class Verdict:
     retries: int = 0
     blocked: bool = False
     evaluations: int = 0
-    trace: tuple[TraceStep, ...] = ()
-    also: tuple[Verdict, ...] = ()
+    trace: tuple[TraceStep, ...] = field(default=(), repr=False)
+    also: tuple[Verdict, ...] = field(default=(), repr=False)
     guard: GuardVerdict | None = None
     exhausted: bool = False
     level: str = "full"
@@ -92,6 +92,8 @@ class Verdict:
     @property
     def reason(self) -> str | None:
         """What says that the image is memorised, and of which training image; None where nothing does."""
+        if self.similarity > self.threshold and self.metric == "nl2":
+            return f"nl2 {-self.similarity:.3f} < {-self.threshold:g} to {self.neighbour.id!r}"
         if self.similarity > self.threshold:
             return f"{self.metric} {self.similarity:.3f} > {self.threshold:g} to {self.neighbour.id!r}"
         if self.guard is not None and self.guard.memorized:
@@ -100,6 +102,21 @@ class Verdict:
         if self.exhausted:
             return f"too close at a checkpoint, and `max_evaluations` reached, to {self.neighbour.id!r}"
         return next((other.reason for other in self.also if other.reason), None)
+
+    def __str__(self) -> str:
+        """One line: what was found, and what was done about it. nL2 is shown as people write it, positive."""
+        value = abs(self.similarity) if self.metric == "nl2" else self.similarity
+        near = f"{self.metric} {value:.3f} to {self.neighbour.id!r}"
+        found = f"memorised: {self.reason}" if self.memorized else f"not memorised: {near}"
+        if self.guard is not None and not self.memorized:
+            found += f", guard {self.guard.similarity:.3f}"
+        done = [
+            f"{count} {what}"
+            for count, what in ((self.rewinds, "rewinds"), (self.retries, "retries"))
+            if count
+        ]
+        done += [what for what, said in (("blocked", self.blocked), ("from input", self.from_input)) if said]
+        return f"{', '.join([found, *done])} (level {self.level})"
 
     def as_dict(self, trace: bool = True) -> dict[str, Any]:
         """The verdict as plain JSON values; `trace=False` leaves the per-step trace out."""

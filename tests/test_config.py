@@ -243,3 +243,10 @@ def test_files_are_paths(name: str) -> None:
     for value in (True, 3, b"c.json", ""):
         with pytest.raises(ValueError, match=f"`{name}` must be the path of a file, got {value!r}"):
             AMGConfig.preset("main", **{name: value})
+
+
+def test_help_documents_every_field():
+    said = AMGConfig.__doc__
+    for field in dataclasses.fields(AMGConfig):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"{field.name}: "))
+        assert said.split(line)[1].lstrip("\n").startswith("    "), field.name

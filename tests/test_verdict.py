@@ -29,6 +29,17 @@ def test_a_verdict_comes_back_as_it_was():
     assert Verdict.from_dict(earlier).guard is None
 
 
+def test_a_verdict_is_one_line_to_read_and_its_repr_leaves_the_trace_out():
+    said = str(VERDICT)
+    assert said == "memorised: cosine 0.600 > 0.5 to 'a', 1 rewinds, 2 retries (level full)"
+    pixels = Verdict("nl2", -1.712, -1.4, NEAR, False, guard=GuardVerdict(0.25, 0.8, NEAR), level="step")
+    assert str(pixels) == "not memorised: nl2 1.712 to 'a', guard 0.250 (level step)"
+    copy = Verdict("nl2", -0.3, -1.4, NEAR, True, blocked=True)
+    assert str(copy) == "memorised: nl2 0.300 < 1.4 to 'a', blocked (level full)"
+    long = Verdict("cosine", 0.6, 0.5, NEAR, True, trace=STEPS * 500, also=(OTHER,) * 50)
+    assert len(repr(long)) < 500
+
+
 WRONG = [
     (("rewinds",), None, "`verdict.rewinds` must be int, got None"),
     (("rewinds",), "x", "`verdict.rewinds` must be int, got 'x'"),
