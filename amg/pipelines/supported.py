@@ -46,14 +46,17 @@ def level_of(pipe: Any) -> str:
     """The highest level at which a pipeline may be protected: "full", its halves are known; "step", it has a
     scheduler that makes its steps and a decoder of latents; "final", any other diffusers pipeline. TypeError
     for what is none."""
-    names = [base.__name__ for base in type(pipe).__mro__]
-    if family_of(pipe) is not None or any(name in SUPPORTED for name in names):
+    if is_ours(pipe):
         return "full"
+    names = [base.__name__ for base in type(pipe).__mro__]
     if "DiffusionPipeline" not in names:
         raise TypeError(f"`pipe` must be a diffusers pipeline, got {names[0]}")
     steps = callable(getattr(getattr(pipe, "scheduler", None), "step", None))
     decodes = callable(getattr(getattr(pipe, "vae", None), "decode", None))
-    return "step" if steps and decodes else "final"
+    if not (steps and decodes):
+        return "final"
+    family = family_of(pipe)
+    return "step" if family is None or getattr(pipe, family.network, None) is None else "full"
 
 
 def is_ours(pipe: Any) -> bool:
