@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Time what the command line asks for; returns the exit status. Each batch size is written when done."""
     from amg.commands.audit.plan import make_guidances
     from amg.commands.sample import default_scale, open_index, open_model
+    from amg.pipelines.supported import network_of
 
     sizes = arguments.batch_size or [1, 4]
     for option, value in (("rounds", arguments.rounds), ("batch-size", min(sizes))):
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     guidances = make_guidances(arguments.guidance or (), (), index.metric, scale)
     captions, source = prompts_of(arguments.prompts, pipe, index)
-    counted = count_rows(pipe.unet)
+    counted = count_rows(network_of(pipe))
     for size in sizes:
         batch = [captions[n % len(captions)] for n in range(size)]
         contestants = contestants_of(pipe, index, guidances, batch, arguments.steps, scale)
@@ -115,11 +116,12 @@ def prompts_of(path: Path | None, pipe: Any, index: Any) -> tuple[list[str], str
     """Prompts, and where they come from: a file, or the index's most repeated captions, or the classes."""
     from amg.commands.audit.plan import read_prompts
     from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.supported import network_of
 
     if path is not None:
         return [prompt.caption for prompt in read_prompts(path)], path.name
     if not is_latent(pipe):
-        classes = getattr(pipe.unet.config, "num_class_embeds", None)
+        classes = getattr(network_of(pipe).config, "num_class_embeds", None)
         return ([str(label) for label in range(classes - 1)], "classes") if classes else ([""], "no prompts")
     order = index.counts.argsort(descending=True, stable=True).tolist()
     captions = list(dict.fromkeys(index.captions[row] for row in order if index.captions[row]))

@@ -177,11 +177,12 @@ def bank(jobs: Sequence[Mapping[str, Any]], copies: Sequence[bool]) -> list[str]
 def _condition(pipe: Any, batch: list[dict[str, Any]]) -> dict[str, Any]:
     """What the sampler is asked: prompts of a text model, class numbers, or just a number of images."""
     from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.supported import network_of
 
     prompts = [job["prompt"] for job in batch]
     if is_latent(pipe):
         return {"prompt": prompts}
-    if getattr(pipe.unet.config, "num_class_embeds", None) is None:
+    if getattr(network_of(pipe).config, "num_class_embeds", None) is None:
         return {"batch_size": len(batch)}
     if not all(prompt.isdecimal() for prompt in prompts):
         raise ValueError(f"prompts of a class-conditional model must be class numbers, got {prompts}")

@@ -89,7 +89,7 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30, figures: Pa
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge()
     sections = []
-    for name in zoo.MODELS:
+    for name in GUIDANCE_SCALES:
         section = _section(name, out, images, seed, steps, judge)
         sections.append(section)
         assert section.table is not None

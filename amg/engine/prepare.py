@@ -23,11 +23,11 @@ from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Same
-from amg.pipelines.conditions import of_request, size_of
+from amg.pipelines.conditions import of_request, shift_of, size_of
 from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
-from amg.pipelines.supported import require_no_caches, require_sampled
+from amg.pipelines.supported import network_of, require_no_caches, require_sampled
 from amg.promise import past_first_checkpoint
 from amg.similarity import judges_for, similarity_for
 
@@ -44,7 +44,7 @@ class Source:
 
     def __init__(self, pipe: Any, index: Any, config: AMGConfig | None, also: Sequence[Any]):
         require_sampled(pipe)
-        require_no_caches(pipe.unet)
+        require_no_caches(network_of(pipe))
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
@@ -74,17 +74,17 @@ class Source:
         """What the requests that are prepared now were made of."""
         return self._made_of
 
-    def tools(self) -> Tools:
+    def tools(self, request: Request) -> Tools:
         """What a request's samples are held to, with a cache of captions of its own, so that none outlives
         the text encoder that encoded it."""
-        own = replace(self.denoiser, encode_captions=self._captions())
+        own = replace(self.denoiser, encode_captions=self._captions(request))
         rest = (self.judges, self.gate, self.screen, self.ordinary)
         return Tools(self.index, self.similarity, own, *rest)
 
-    def _captions(self) -> Any:
+    def _captions(self, request: Request) -> Any:
         if self.denoiser.encode_captions is None:
             return None
-        encode = CaptionCache(self.pipe)
+        encode = CaptionCache(self.pipe, {"max_sequence_length": request.max_sequence_length})
 
         def encode_captions(captions: Sequence[str]) -> Any:
             with self._texts:  # one thread at a time, as tokenizers want it
@@ -102,6 +102,7 @@ class Source:
         given: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         if all(value is None for value in given.values()):
             given = {"num_inference_steps": request.num_inference_steps}
+        given["mu"] = shift_of(self.pipe, request.height, request.width)
         known = step_arguments(self.pipe.scheduler, {"eta": request.eta})
         ready = setting(self.pipe.scheduler, given, known)
         key = (ready, scale, device)
@@ -164,7 +165,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     flights = [Flight.from_noise(row, text) for row, text in zip(initial, texts, strict=True)]
     if source.config.active:
         source.memory.recall(flights, course, past_first_checkpoint(config, plan.total))
-    modes, tools = Modes.here(), source.tools()
+    modes, tools = Modes.here(), source.tools(request)
     safety = None
     if output_type != "latent" and is_latent(pipe):
         safety = safety_of(pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
@@ -181,7 +182,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         rescale=request.guidance_rescale,
         output_type=output_type,
         safety=safety,
-        dtype=weights_of(pipe.unet)[0],
+        dtype=weights_of(network_of(pipe))[0],
         key=(id(tools.index), modes, form_of(sample[:1]), form_of(conditions.cond), _shared(conditions)),
         owner=source.owner,
         modes=modes,
@@ -208,13 +209,13 @@ def _shared(conditions: Conditions) -> Any:
 
 def _noise(pipe: Any, request: Request, batch: int, generator: Any, device: torch.device) -> Tensor:
     """The first noise [batch, ...] of a request, as its pipeline would draw it, or the caller's."""
-    unet = pipe.unet
-    shape = (batch, unet.config.in_channels, *size_of(pipe, request.height, request.width))
+    network = network_of(pipe)
+    shape = (batch, network.config.in_channels, *size_of(pipe, request.height, request.width))
     if isinstance(generator, list) and len(generator) != batch:
         raise ValueError(
             f"`generator` must be one, or a list of {batch}, one per image, got {len(generator)}"
         )
-    dtype = weights_of(unet)[0]
+    dtype = weights_of(network)[0]
     if request.latents is None:
         return standard_normal(shape, generator, device, dtype)
     if tuple(request.latents.shape) != shape:

@@ -51,6 +51,7 @@ class Request:
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
     clip_skip: int | None = None
+    max_sequence_length: int | None = None
 
 
 ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
@@ -59,12 +60,11 @@ ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM, Stable Diffusion or SDXL text-to-image pipeline (unprotected; it is not changed), or a
-    subclass that does not change the loop, with any scheduler whose steps are linear. index, config, also: as
-    in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may serve many
-    samplers. What is replaced, loaded or moved on the pipeline is used from the next request on, once those
-    that run are done;
-    `with sampler.paused():` changes what they share. max_batch, max_pending: how many images run at the same
+    pipe: a DDPM, DDIM, Stable Diffusion 1, 2, XL or 3 text-to-image pipeline (unprotected; it is not
+    changed), or a subclass that does not change the loop, with any scheduler whose steps are linear. index,
+    config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may
+    serve many samplers. What is replaced, loaded or moved on the pipeline is used from the next request on,
+    once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending: how many images run at the same
     time and how many requests may wait. Errors: TypeError, ValueError for a pipeline that is not supported.
     """
 
@@ -123,6 +123,7 @@ class Sampler:
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        max_sequence_length: int | None = None,
         progress: bool = True,
     ) -> SamplerOutput:
         """Sample. `prompt` for Stable Diffusion; `class_labels` (int [B]) or `batch_size` for pixel models.
@@ -132,9 +133,9 @@ class Sampler:
         batch-mates); a sample that goes back draws from one of its own, made of its first noise.
         `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent". `height`,
         `width`: of the picture in pixels, for Stable Diffusion; `timesteps` or `sigmas` instead of
-        `num_inference_steps`, `prompt_embeds`, `negative_prompt_embeds`, `clip_skip`: as the pipeline takes
-        them. Errors: ValueError naming the argument; `Refused`, a ValueError, for a scheduler that cannot be
-        run here.
+        `num_inference_steps`, `prompt_embeds`, `negative_prompt_embeds`, `clip_skip`, `max_sequence_length`
+        (Stable Diffusion 3): as the pipeline takes them. Errors: ValueError naming the argument; `Refused`, a
+        ValueError, for a scheduler that cannot be run here.
         """
         given = {name: value for name, value in locals().items() if name in ASKED}
         request = Request(**given)

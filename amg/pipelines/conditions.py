@@ -9,12 +9,20 @@ from torch import Tensor
 
 from amg.guidance.predict import Conditions
 from amg.pipelines.denoiser import class_conditions, is_latent
-from amg.pipelines.supported import is_xl
+from amg.pipelines.families import family_of
+from amg.pipelines.supported import is_sd3, network_of
 
 if TYPE_CHECKING:
     from amg.engine.sampler import Request
 
-TEXT_ONLY = ("prompt_embeds", "negative_prompt_embeds", "clip_skip", "height", "width")
+TEXT_ONLY = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "clip_skip",
+    "height",
+    "width",
+    "max_sequence_length",
+)
 
 
 def of_request(
@@ -48,16 +56,24 @@ def _of_text(pipe: Any, request: Request, scale: float, device: Any) -> tuple[Co
             "`prompt` must be a text or a list of texts for a text-to-image pipeline, or `prompt_embeds` be "
             f"given instead, got {got}"
         )
-    if is_xl(pipe) and embeds is not None:
+    family = family_of(pipe)
+    if family is not None and len(family.said) > 1 and embeds is not None:
         raise ValueError(
-            "`prompt_embeds` must be None for SDXL, which needs pooled ones too: give the `prompt`"
+            f"`prompt_embeds` must be None for {family.name}, which needs pooled ones too: give the `prompt`"
         )
+    length = request.max_sequence_length
+    if length is not None and not is_sd3(pipe):
+        raise ValueError(f"`max_sequence_length` is for Stable Diffusion 3, got {length}")
     prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
     count = len(embeds) if embeds is not None else (1 if isinstance(prompt, str) else len(prompt or ()))
     if isinstance(negative, str):
         negative = [negative] * count
+    more: dict[str, Any] = {}
+    if is_sd3(pipe):
+        more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": length or 256}
     cond, uncond, *pooled = pipe.encode_prompt(
         [prompt] if isinstance(prompt, str) else prompt,
+        **more,
         device=device,
         num_images_per_prompt=request.num_images_per_prompt,
         do_classifier_free_guidance=guided,
@@ -67,7 +83,10 @@ def _of_text(pipe: Any, request: Request, scale: float, device: Any) -> tuple[Co
         clip_skip=request.clip_skip,
     )
     own, other = {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
-    if pooled:
+    if is_sd3(pipe):
+        for half, text in zip((own, other), pooled, strict=True):
+            half["pooled_projections"] = text
+    elif pooled:
         sizes = _sizes(pipe, request, cond)
         for half, text in zip((own, other), pooled, strict=True):
             half["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
@@ -87,15 +106,28 @@ def _sizes(pipe: Any, request: Request, cond: Tensor) -> Tensor:
 def size_of(pipe: Any, height: int | None, width: int | None) -> Sequence[int]:
     """Height and width of what the network denoises, for a picture of a size in pixels; ValueError where the
     decoder cannot make that size."""
-    own = pipe.unet.config.sample_size
+    own = network_of(pipe).config.sample_size
     size = [own, own] if isinstance(own, int) else list(own)
     if not is_latent(pipe):
         return size
     factor = pipe.vae_scale_factor
+    least = factor * pipe.patch_size if is_sd3(pipe) else 8
     for at, (name, asked) in enumerate((("height", height), ("width", width))):
         if asked is None:
             continue
-        if asked < 1 or asked % 8:
-            raise ValueError(f"`{name}` must be a multiple of 8, got {asked}")
+        if asked < 1 or asked % least:
+            raise ValueError(f"`{name}` must be a multiple of {least}, got {asked}")
         size[at] = asked // factor
     return size
+
+
+def shift_of(pipe: Any, height: int | None, width: int | None) -> float | None:
+    """mu of a flow-matching scheduler whose levels depend on the size of the picture, linear in the number of
+    tokens as Stable Diffusion 3's pipeline has it; None for any other."""
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        return None
+    rows, columns = (side // pipe.patch_size for side in size_of(pipe, height, width))
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+    return float(low + (high - low) * (rows * columns - least) / (most - least))

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from amg.guidance.predict import Conditions, Denoiser, Same, like_sequence
 from amg.pipelines.families import family_of
-from amg.pipelines.supported import is_xl
+from amg.pipelines.supported import is_sd3, is_xl
 
 CAPTIONS_KEPT = 4096
 
 
 def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denoiser:
     """The `Denoiser` of a supported pipeline; `network` replaces its U-Net's forward."""
+    if is_sd3(pipe):
+        forward = pipe.transformer if network is None else network
+        return Denoiser(_of_flow(forward), decoder_of(pipe), "flow", False, captions_of(pipe))
     forward = network if network is not None else pipe.unet
     prediction_type = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
 
@@ -30,6 +33,18 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
     if not is_latent(pipe):
         return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
     return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=captions_of(pipe))
+
+
+def _of_flow(forward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Stable Diffusion 3's transformer, which takes a timestep for each row."""
+
+    def run(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
+        times = torch.as_tensor(t, device=sample.device).expand(len(sample))
+        named = {"hidden_states": sample, "timestep": times, "return_dict": False}
+        output: Tensor = forward(**{**conditions, **named})[0]
+        return output
+
+    return run
 
 
 def captions_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> CaptionCache | None:

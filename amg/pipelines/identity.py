@@ -14,6 +14,7 @@ from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
 from amg.index.store import MANIFEST
 from amg.pipelines.denoiser import is_latent, weights_of
+from amg.pipelines.supported import network_of
 from amg.similarity.student import Screen
 
 ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "guard", "seal", "captioned")
@@ -48,12 +49,13 @@ def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
 def state_of(pipe: Any) -> tuple[Any, ...]:
     """What a pipeline's pictures are made with, apart from its scheduler: components by identity, and the
     adapters that are loaded into the network, with their weights."""
-    unet = pipe.unet
+    unet = network_of(pipe)
     adapters = tuple(sorted(getattr(unet, "peft_config", None) or ()))
     active = getattr(unet, "active_adapters", None)
     names = tuple(active()) if adapters and callable(active) else ()
     kind = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
-    names_of = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    encoders = (f"{part}{at}" for part in ("text_encoder", "tokenizer") for at in ("", "_2", "_3"))
+    names_of = ("vae", *encoders)
     parts = (unet, *(getattr(pipe, name, None) for name in names_of))
     return (
         *map(id, parts),
@@ -93,7 +95,7 @@ def origin_of(pipe: Any, index: Any) -> Origin:
     """What a student over this pipeline and index is distilled from."""
     described = {key: value for key, value in pipe.vae.config.items() if not key.startswith("_")}
     text = json.dumps(described, sort_keys=True, default=str)
-    channels, teacher = pipe.unet.config.in_channels, index.embedder
+    channels, teacher = network_of(pipe).config.in_channels, index.embedder
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Origin(teacher.name, teacher.sha, teacher.dimension, channels, digest)
 
@@ -105,8 +107,9 @@ def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config
     config: two fine-tunes of one architecture are told apart by their names alone.
     """
     name = Path(str(pipe.config.get("_name_or_path") or "")).name
-    public = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
-    text = json.dumps({"class": type(pipe.unet).__name__, **public}, sort_keys=True, default=str)
+    network = network_of(pipe)
+    public = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    text = json.dumps({"class": type(network).__name__, **public}, sort_keys=True, default=str)
     assert config.threshold is not None
     manifest = (Path(index.path) / MANIFEST).read_bytes()
     return Key(

@@ -11,7 +11,9 @@ from amg.pipelines.families import family_of
 
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 XL = "StableDiffusionXLPipeline"
-TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL)
+SD3 = "StableDiffusion3Pipeline"
+SAMPLED = (*SUPPORTED, SD3)  # by `Sampler`
+TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL, SD3)
 # what a subclass may not change of a pipeline that `Sampler` samples from, as it runs none of it
 LOOP = (
     "__call__",
@@ -25,6 +27,7 @@ LOOP = (
 # value that its own may have
 FOREIGN = {"num_class_embeds": None, "class_embed_type": None, "addition_embed_type": None}
 FOREIGN_XL = {**FOREIGN, "addition_embed_type": "text_time"}
+FOREIGN_OF: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": FOREIGN, XL: FOREIGN_XL}
 # and those whose inputs it makes, in a part of its call that `Sampler` has no counterpart of
 UNSAMPLED = {
     "time_cond_proj_dim": "a distilled U-Net's embedded guidance scale",
@@ -33,13 +36,19 @@ UNSAMPLED = {
 
 
 def require_class(names: Iterable[str], argument: str = "pipe") -> str:
-    """The supported class among `names`, a pipeline's class and its bases; TypeError naming the first if
-    there is none."""
+    """The class that `Sampler` takes among `names`, a pipeline's class and its bases; TypeError naming the
+    first if there is none."""
     names = [*names]
     for name in names:
-        if name in SUPPORTED:
+        if name in SAMPLED:
             return name
-    raise TypeError(f"`{argument}` must be one of {SUPPORTED}, got {names[0]}")
+    raise TypeError(f"`{argument}` must be one of {SAMPLED}, got {names[0]}")
+
+
+def network_of(pipe: Any) -> Any:
+    """What denoises in a pipeline: its U-Net or its transformer."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(pipe, "transformer", None) if unet is None else unet
 
 
 def level_of(pipe: Any) -> str:
@@ -60,7 +69,7 @@ def level_of(pipe: Any) -> str:
 
 
 def is_ours(pipe: Any) -> bool:
-    """Whether the loop of a pipeline is one that `Sampler` runs, too, and `protect` knows to the bit."""
+    """Whether the loop of a pipeline is one that `protect` knows to the bit, with calibrations, too."""
     return any(base.__name__ in SUPPORTED for base in type(pipe).__mro__)
 
 
@@ -75,29 +84,34 @@ def is_xl(pipe: Any) -> bool:
     return any(base.__name__ == XL for base in type(pipe).__mro__)
 
 
+def is_sd3(pipe: Any) -> bool:
+    """Whether a pipeline is Stable Diffusion 3's, with a transformer and flow matching."""
+    return any(base.__name__ == SD3 for base in type(pipe).__mro__)
+
+
 def require_supported(pipe: Any) -> None:
     """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
     (inpainting, upscaling, learned variances)."""
     kind = require_class(base.__name__ for base in type(pipe).__mro__)
-    text = kind in TEXT_TO_IMAGE
-    for name in ("unet", "scheduler", *(("vae",) if text else ())):
+    text, network = kind in TEXT_TO_IMAGE, "transformer" if kind == SD3 else "unet"
+    for name in (network, "scheduler", *(("vae",) if text else ())):
         if getattr(pipe, name, None) is None:
             raise ValueError(f"`pipe.{name}` must not be None: nothing can be sampled or checked without it")
-    config = pipe.unet.config
-    channels = {"pipe.unet's out_channels": config.out_channels}
+    config = getattr(pipe, network).config
+    channels = {f"pipe.{network}'s out_channels": config.out_channels}
     if text:
         channels["pipe.vae's latent_channels"] = getattr(pipe.vae.config, "latent_channels", None)
     for name, found in channels.items():
         if found is not None and found != config.in_channels:
             raise ValueError(
-                "`pipe.unet` must take as many channels as it denoises (no inpainting, upscaling or learned "
-                f"variances), got in_channels={config.in_channels} and {name}={found}"
+                f"`pipe.{network}` must take as many channels as it denoises (no inpainting, upscaling or "
+                f"learned variances), got in_channels={config.in_channels} and {name}={found}"
             )
-    for name, own in (FOREIGN_XL if kind == XL else FOREIGN).items() if text else ():
+    for name, own in FOREIGN_OF.get(kind, {}).items():
         if getattr(config, name, None) != own:
             raise ValueError(
                 f"`pipe.unet` must be conditioned on what {kind} makes, with {name}={own}, "
-                f"got {name}={getattr(config, name)}; supported are {SUPPORTED}"
+                f"got {name}={getattr(config, name)}; supported are {SAMPLED}"
             )
 
 
@@ -119,7 +133,7 @@ def require_sampled(pipe: Any) -> None:
     with a loop of its own, ValueError for a U-Net with further inputs."""
     require_supported(pipe)
     kind = type(pipe).__mro__[1] if hasattr(pipe, "_amg_protection") else type(pipe)
-    base = next(base for base in kind.__mro__ if base.__name__ in SUPPORTED)
+    base = next(base for base in kind.__mro__ if base.__name__ in SAMPLED)
     for name in LOOP:
         if getattr(kind, name, None) is not getattr(base, name, None):
             raise TypeError(
@@ -128,8 +142,8 @@ def require_sampled(pipe: Any) -> None:
                 f"{base.__name__}(**pipe.components)"
             )
     for name, what in UNSAMPLED.items() if base.__name__ in TEXT_TO_IMAGE else ():
-        if getattr(pipe.unet.config, name, None) is not None:
+        if getattr(network_of(pipe).config, name, None) is not None:
             raise ValueError(
                 f"`pipe.unet` must not need {what} for `Sampler`, got {name}="
-                f"{getattr(pipe.unet.config, name)!r}: use `amg.protect`"
+                f"{getattr(network_of(pipe).config, name)!r}: use `amg.protect`"
             )

@@ -1,5 +1,5 @@
-"""Bundled demo models that really memorise: `photos-ddpm`, `photos-sd`, and the networks that measure and
-judge them.
+"""Bundled demo models that really memorise: `photos-ddpm`, `photos-sd`, `photos-flow`, and the networks that
+measure and judge them.
 
 Trained by benchmarks/zoo/, described in amg/zoo/README.md. Needs the extra `demo`.
 """
@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-MODELS = ("photos-ddpm", "photos-sd")
+MODELS = ("photos-ddpm", "photos-sd", "photos-flow")
 
 
 def load(name: str, device: str = "cpu") -> Any:
-    """A bundled pipeline in float32: "photos-ddpm" (DDPMPipeline, 32x32) or "photos-sd" (Stable Diffusion,
-    64x64)."""
+    """A bundled pipeline in float32: "photos-ddpm" (DDPMPipeline, 32x32), "photos-sd" (Stable Diffusion,
+    64x64) or "photos-flow" (Stable Diffusion 3 on the decoder and text encoder of photos-sd, 64x64; its T5
+    tokens are empty, `max_sequence_length=1` spares most of them)."""
     import torch
 
     if name not in MODELS:
         raise ValueError(f"`name` must be one of {MODELS}, got {name!r}")
+    if name == "photos-flow":
+        from amg.zoo.flow import assembled
+
+        return assembled(FOLDER / name, load("photos-sd")).to(device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")  # `dtype` in later diffusers alone
         pipe = _pipeline_class(name).from_pretrained(
@@ -45,7 +50,7 @@ def _pipeline_class(name: str) -> Any:
 def build_index(name: str, path: str | Path, metric: str | None = None, progress: bool = True) -> Any:
     """Build the index of a bundled model's training set at `path`.
 
-    metric: "nl2" (pixels) or "cosine" (photos-embedder); None: nl2 for photos-ddpm, cosine for photos-sd.
+    metric: "nl2" (pixels) or "cosine" (photos-embedder); None: nl2 for photos-ddpm, cosine for the others.
     """
     from amg.embed.photos import load_photos
     from amg.index import Index

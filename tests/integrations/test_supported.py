@@ -7,7 +7,7 @@ import torch
 
 import amg
 from amg.cli import main
-from amg.pipelines.supported import SUPPORTED
+from amg.pipelines.supported import SAMPLED
 
 diffusers = pytest.importorskip("diffusers")
 OTHERS = (
@@ -21,7 +21,6 @@ OTHERS = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
     "FluxPipeline",
     "ConsistencyModelPipeline",
 )
@@ -33,7 +32,7 @@ def test_other_pipelines(name, embedding_index):
     pipe = object.__new__(getattr(diffusers, name))
     with pytest.raises(TypeError, match=f"`pipe` must be one of .*, got {name}") as caught:
         amg.Sampler(pipe, embedding_index)
-    assert all(supported in str(caught.value) for supported in SUPPORTED)
+    assert all(supported in str(caught.value) for supported in SAMPLED)
     with pytest.warns(UserWarning, match=f'{name} is protected at level "final"'):
         assert amg.protect(pipe, embedding_index).amg_level == "final"
 
@@ -63,7 +62,7 @@ def test_commands_refuse_a_folder_before_they_read_weights(command, name, tmp_pa
     }
     assert main([command, *common, *own[command]]) != 0
     message = capsys.readouterr().err
-    assert f"got {name}" in message and all(supported in message for supported in SUPPORTED)
+    assert f"got {name}" in message and all(supported in message for supported in SAMPLED)
     assert "Traceback" not in message and sorted(tmp_path.iterdir()) == [tmp_path / "model", prompts]
 
 

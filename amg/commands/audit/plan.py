@@ -135,11 +135,12 @@ def _from_file(path: Path, metric: str, guidance_scale: float) -> Guidance:
 def condition(pipe: Any, jobs: Sequence[Job]) -> dict[str, Any]:
     """What the sampler is asked: prompts of a text model, class numbers, or just a number of images."""
     from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.supported import network_of
 
     captions = [job.prompt.caption for job in jobs]
     if is_latent(pipe):
         return {"prompt": captions}
-    if getattr(pipe.unet.config, "num_class_embeds", None) is None or not any(captions):
+    if getattr(network_of(pipe).config, "num_class_embeds", None) is None or not any(captions):
         return {"batch_size": len(jobs)}
     if not all(caption.isdecimal() for caption in captions):
         raise ValueError(f"prompts of a class-conditional model must be class numbers, got {captions}")

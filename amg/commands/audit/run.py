@@ -63,8 +63,9 @@ def _check(arguments: argparse.Namespace) -> None:
 def _prompts(listed: tuple[Prompt, ...] | None, pipe: Any, images: int) -> tuple[tuple[Prompt, ...], int]:
     """The prompts and the pictures per prompt; a model without prompts gets one empty prompt per picture."""
     from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.supported import network_of
 
-    takes = is_latent(pipe) or getattr(pipe.unet.config, "num_class_embeds", None) is not None
+    takes = is_latent(pipe) or getattr(network_of(pipe).config, "num_class_embeds", None) is not None
     if listed is not None:
         if not takes:
             raise ValueError("`--prompts` must be left out: this model takes neither prompts nor classes")
