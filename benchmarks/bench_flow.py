@@ -2,8 +2,8 @@
 
 python benchmarks/bench_flow.py                  # 128 memorised, 64 ordinary; benchmarks/results/flow.csv
 
-Each level draws the same seeds: the plain pipeline; `protect` at "final", at "step" (as if its family were not
-known) and at "full"; and `Sampler`. *Copies* are counted among what is delivered unmarked, by judges that
+Each level draws the same seeds: the plain pipeline; `protect` at "final", at "step" (as if its family were
+not known) and at "full"; and `Sampler`. *Copies* are counted among what is delivered unmarked, by judges that
 guidance never saw. Detectors (flow_detection.csv): of plain trajectories of both kinds of prompts, the area
 under the ROC curve for "the finished picture is a copy" (photos-judge), a step at a time.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -157,9 +158,7 @@ def detectors(index: Any, prompts: list[str]) -> list[dict[str, Any]]:
         )
         images.append(out.images)
         traces += [verdict.trace for verdict in out.amg]
-        moves.append(
-            torch.stack([(b - a).flatten(1).norm(dim=1) for a, b in zip(kept, kept[1:], strict=False)])
-        )
+        moves.append(torch.stack([(b - a).flatten(1).norm(dim=1) for a, b in itertools.pairwise(kept)]))
     labels = load_judge().copy_probability(torch.cat(images)) > JUDGE_COPY
     moved = torch.cat(moves, 1)
     rows = []

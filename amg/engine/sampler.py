@@ -64,8 +64,9 @@ class Sampler:
     changed), or a subclass that does not change the loop, with any scheduler whose steps are linear. index,
     config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may
     serve many samplers. What is replaced, loaded or moved on the pipeline is used from the next request on,
-    once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending: how many images run at the same
-    time and how many requests may wait. Errors: TypeError, ValueError for a pipeline that is not supported.
+    once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending:
+    how many images run at the same time and how many requests may wait. Errors: TypeError, ValueError for a
+    pipeline that is not supported.
     """
 
     def __init__(
