@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from bench_guard import copies, memorised, ordinary, subjects, write
+from bench_pipelines import counting
 from PIL import Image
 from protocol import RESULTS
 from torch import Tensor
@@ -78,7 +79,7 @@ def open_pipeline() -> Any:
 def drawn(level: str, index: Any, prompts: list[str]) -> tuple[Tensor, list[Any], float]:
     """Pictures [N, 3, 64, 64], verdicts, and rows of the network an image."""
     pipe, rows = open_pipeline(), []
-    pipe.transformer.register_forward_hook(lambda module, given, found: rows.append(len(found[0])))
+    pipe.transformer.forward = counting(pipe.transformer.forward, rows)
     take = taker(level, pipe, index)
     images, verdicts = [], []
     for start in range(0, len(prompts), BATCH):

@@ -24,7 +24,8 @@ from amg.pipelines.pictures import put, require_no_others, to_tensor
 from amg.pipelines.safety import flagged_pictures_kept_right
 from amg.promise import check as promised
 from amg.promise import memorized_row, strong
-from amg.protection.watch import Stopped, Try, Watch, Watched, watching
+from amg.protection.tries import Stopped, Try
+from amg.protection.watch import Watch, Watched, watching
 from amg.verdict import MemorizedError, Verdict
 
 GIVEN = ("image",)  # arguments that hold pictures of the user's own

@@ -13,104 +13,32 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
-from torch.nn import functional
 
 from amg.config import AMGConfig
 from amg.engine.drive import Refused, pristine
 from amg.engine.level import Level, levels
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary
-from amg.guidance.predict import Conditions, Denoiser, joined, plain, replace_captions
-from amg.guidance.terms import classifier_free, rescale
-from amg.pipelines.denoiser import captions_of, decoder_of, split_call
+from amg.guidance.predict import Conditions, Denoiser
+from amg.pipelines.denoiser import captions_of
 from amg.pipelines.families import Family
-from amg.pipelines.pictures import to_tensor
 from amg.protection.catch_up import Run
 from amg.protection.guide import Guide
+from amg.protection.halves import Call, Halves, Unknown, asked, halves_of, require_proved, told
 from amg.protection.hook import NAME, send_back
+from amg.protection.shown import decoder, require_alike, tried
+from amg.protection.tries import Stopped, Try
 from amg.similarity import judges_for, similarity_for
-from amg.verdict import Neighbour, Verdict
 
-CHANNELS = "amg_channels"  # what an inpainting network is given beside x_t, kept as a condition
-PROVED = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the output's deviation; halves of 16 bits: COARSE
-COARSE = 0.1
 DECODES = "its latents decode to its pictures"
-ALIKE = 0.02  # mean difference of such pictures, of 1
-
-
-class Stopped(Exception):
-    """Every sample of a call is to be drawn again: it is not finished."""
-
-    def __init__(self, flights: Sequence[Flight], plain: int):
-        super().__init__("no sample of this call is wanted any more")
-        self.flights, self.plain = flights, plain
-
-    def verdicts(self, index: Any, config: AMGConfig) -> list[Verdict]:
-        """What is known of pictures that were never finished: what the last look found."""
-        assert config.threshold is not None
-        found = []
-        for flight in self.flights:
-            look = next(step for step in reversed(flight.trace) if step.neighbour is not None)
-            assert look.similarity is not None and look.neighbour is not None
-            near = Neighbour(look.neighbour, index.ids[look.neighbour], index.captions[look.neighbour])
-            verdict = Verdict(
-                index.metric,
-                look.similarity,
-                config.threshold,
-                near,
-                memorized=True,
-                rewinds=flight.total_rewinds,
-                evaluations=flight.evaluations,
-                trace=tuple(flight.trace),
-                exhausted=True,
-                caption=flight.caption,
-            )
-            found.append(verdict)
-        return found
-
-
-class Unknown(Exception):
-    """What prevents a level of protection, in one line."""
-
-
-class Call(NamedTuple):
-    """One call of the network: its arguments by name, and its output."""
-
-    arguments: Mapping[str, Any]
-    output: Tensor
-
-
-class Halves(NamedTuple):
-    """Raw outputs [B, ...], `uncond` None where there is no such half, and what they were conditioned on."""
-
-    uncond: Tensor | None
-    cond: Tensor
-    conditions: Conditions
-
-
-@dataclass(frozen=True)
-class Try:
-    """One call among those that draw a picture: its `arguments` by name, the texts of its prompts by the
-    pictures' places, how many tries went before, the ordinary captions that took prompts' places, and the
-    evaluations that each sample has cost. may_stop: it may end before its pictures are finished, of which it
-    gives `count`; may_leave: samples may be left to another call."""
-
-    arguments: Mapping[str, Any]
-    texts: Mapping[int, str] = field(default_factory=dict)
-    attempt: int = 0
-    captions: Mapping[int, str] = field(default_factory=dict)
-    spent: Mapping[int, int] = field(default_factory=dict)
-    may_stop: bool = False
-    may_leave: bool = False
-    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -149,16 +77,6 @@ class Watch:
         self.last = torch.empty(0)
         self.step_arguments: dict[str, Any] = {}
         self.forward: Any = None
-
-    @property
-    def decode(self) -> Callable[[Tensor], Tensor]:
-        """Latents -> pictures [B, 3, H, W]."""
-        pipe, size = self.watched.pipe, []
-        factor, own = getattr(pipe, "vae_scale_factor", 8), getattr(pipe, "default_sample_size", None)
-        for name in ("height", "width"):
-            default = own * factor if isinstance(own, int) else 0
-            size.append(int(self.one.arguments.get(name) or default))
-        return decoder_of(pipe, (size[0], size[1]))
 
     def guided(self, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         """What the scheduler is to step with: the loop's own `output`, but in the rows that guidance
@@ -206,6 +124,15 @@ class Watch:
             raise Stopped(self.flights, self.plain)
         return after
 
+    def told(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The network's arguments with the captions of later tries in place of their prompts."""
+        captions = [flight.caption for flight in self.flights]
+        if self.family is None or self.run is None or not any(captions) or not self.rewinds:
+            return arguments
+        if self.family.separate and self.calls:
+            return arguments  # the second call is the unconditional half
+        return told(self.family, self.pipe, self.run.guide.denoiser, arguments, captions)
+
     def pictures(self, images: Any) -> Any:
         """What is checked of a call's output: its latents, where it was asked for these, decoded."""
         if self.one.arguments.get("output_type") != "latent":
@@ -215,21 +142,17 @@ class Watch:
             why = self.reason or "what they decode to is not known before a call that gave pictures"
             raise ValueError(f"`output_type` must give pictures to be checked here, got 'latent': {why}")
         with torch.no_grad():
-            return self.decode(images).clamp(0, 1)
+            return decoder(self.pipe, self.one.arguments)(images).clamp(0, 1)
 
     def confirm(self, images: Any) -> None:
-        """Once for a pipeline of no known family: hold what its last step left, decoded here, to its
-        pictures."""
+        """Once for a pipeline of no known family: hold what its latents decode to to its pictures."""
         known = self.watched.family is not None or DECODES in self.watched.said
         if known or self.level == "final" or self.one.arguments.get("output_type") == "latent":
             return
-        shown = to_tensor(images).float()
-        with torch.no_grad():
-            own = self.decode(self.last)[: len(shown)].clamp(0, 1).to(shown)
-        if own.shape != shown.shape:  # a size that was rounded for the network
-            own = functional.interpolate(own, shown.shape[2:], mode="bilinear", antialias=True)
-        if float((own - shown).abs().mean()) > ALIKE:
-            self._give_up("its pictures are not what its last step's latents decode to here")
+        try:
+            require_alike(decoder(self.pipe, self.one.arguments), self.last, images)
+        except Unknown as reason:
+            self._give_up(str(reason))
         else:
             self.watched.said.add(DECODES)
 
@@ -256,66 +179,23 @@ class Watch:
     def pipe(self) -> Any:
         return self.watched.pipe
 
-    @torch.compiler.disable
-    def told(self, arguments: dict[str, Any], rows: int) -> dict[str, Any]:
-        """The network's arguments with the captions of later tries in place of their prompts."""
-        captions, batch = [flight.caption for flight in self.flights], len(self.flights)
-        if self.family is None or self.run is None or not any(captions) or not self.rewinds:
-            return arguments
-        guided = not self.family.separate and rows == 2 * batch
-        if self.family.separate and self.calls:
-            return arguments  # the second call is the unconditional half
-        given = self._given(arguments, batch, guided)
-        told = replace_captions(self.run.guide.denoiser, given, captions)
-        own = {name: value for name, value in told.cond.items() if value is not given.cond[name]}
-        if told.uncond is not None:
-            own = {name: joined([told.uncond[name], value]) for name, value in own.items()}
-        return {**arguments, **plain(own)}
-
     def _halves(self, calls: Sequence[Call], output: Tensor, sample: Tensor) -> Halves | None:
-        """The halves of this step, None where they are not known."""
+        """The halves of this step, proved in the first one; None where they are not known."""
         if self.family is None:
             return None
-        batch, rows = len(sample), [len(call.output) for call in calls]
-        separate = self.family.separate and rows in ([batch], [batch] * 2)
-        if not separate and (self.family.separate or rows not in ([batch], [2 * batch])):
-            self._lose_halves(f"its network gave {rows} rows before a step of {batch} samples")
-            return None
-        guided = rows == [2 * batch]
-        parts = [self._given(call.arguments, batch, guided) for call in calls]
-        outputs = [_cut(call.output, sample) for call in calls]
-        if len(calls) == 2:
-            conditions = Conditions(parts[0].cond, parts[1].cond, parts[0].shared)
-            return Halves(outputs[1], outputs[0], conditions)
-        uncond, cond = outputs[0].chunk(2) if guided else (None, outputs[0])
-        halves = Halves(uncond, cond, parts[0])
-        if self.run is None and not self._proved(halves, output):
-            self._lose_halves("its guided output is not that of the two halves of its network")
+        try:
+            halves = halves_of(self.family, self.pipe, calls, sample)
+            if self.run is None:
+                require_proved(halves, output, self._scale, self._rescale)
+        except Unknown as reason:
+            self._lose_halves(str(reason))
             return None
         return halves
 
-    def _given(self, arguments: Mapping[str, Any], batch: int, guided: bool) -> Conditions:
-        """The conditions in the network's arguments, without x_t and t; an inpainting network's further
-        channels among them."""
-        assert self.family is not None
-        kept = {k: v for k, v in arguments.items() if k not in (self.family.sample, "timestep")}
-        model_input, channels = arguments[self.family.sample], self.pipe.vae.config.latent_channels
-        if model_input.ndim == 4 and model_input.shape[1] > channels:
-            kept[CHANNELS] = model_input[:, channels:]
-        return split_call(kept, batch, guided, self.family.shared)
-
-    def _proved(self, halves: Halves, output: Tensor) -> bool:
-        """Whether the pipeline's own guided output is what the halves give."""
-        assert self.family is not None
-        cond, uncond = halves.cond.float(), halves.uncond
-        expected = cond
-        if uncond is not None:
-            scale = self.family.scale_of(self.pipe, self.one.arguments)
-            expected = classifier_free(uncond.float(), cond, scale)
-            if self._rescale > 0:
-                expected = rescale(expected, cond, self._rescale)
-        error = (expected - output.float()).abs().amax() / output.float().std().clamp_min(1e-12)
-        return bool(error <= PROVED.get(halves.cond.dtype, COARSE))
+    @property
+    def _scale(self) -> float:
+        """s0 at this moment."""
+        return 1.0 if self.family is None else self.family.scale_of(self.pipe, self.one.arguments)
 
     @property
     def _rescale(self) -> float:
@@ -359,34 +239,13 @@ class Watch:
     def _guide(self, found: tuple[Level, ...], sample: Tensor) -> Guide:
         watched = self.watched
         captions = None if self.family is None else captions_of(self.pipe, self.one.arguments)
-        denoiser = Denoiser(self._network, self._proved_decoder(sample), found[0].kind, False, captions)
+        decode = tried(decoder(self.pipe, self.one.arguments), sample)
+        network = nobody if self.family is None else asked(self.family, self.forward)
+        denoiser = Denoiser(network, decode, found[0].kind, False, captions)
         similarity = similarity_for(watched.index, denoiser)
         judges = judges_for(watched.also, denoiser)
-        scale = 1.0 if self.family is None else self.family.scale_of(self.pipe, self.one.arguments)
-        parts = (watched.index, similarity, denoiser, scale, self._rescale, judges, None, None)
+        parts = (watched.index, similarity, denoiser, self._scale, self._rescale, judges, None, None)
         return Guide(self.config, *parts, watched.ordinary)
-
-    @torch.no_grad()
-    def _proved_decoder(self, sample: Tensor) -> Callable[[Tensor], Tensor]:
-        """The decoder, after it was asked once."""
-        try:
-            picture = self.decode(sample[:1])
-        except Exception as error:
-            raise Unknown(f"its latents {list(sample.shape)} cannot be decoded here: {error}") from error
-        if picture.ndim != 4 or picture.shape[:2] != (1, 3):
-            raise Unknown(f"its latents decode to {list(picture.shape)}, which is no picture")
-        return self.decode
-
-    def _network(self, sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        """The raw output of the network for other rows of this call."""
-        if self.family is None:
-            raise RuntimeError("the network of an unknown pipeline cannot be asked")
-        more = conditions.pop(CHANNELS, None)
-        full = sample if more is None else torch.cat([sample, more.to(sample)], 1)
-        times = torch.as_tensor(t, device=sample.device).expand(len(sample)) / self.family.divisor
-        times = times.to(sample.dtype) if self.family.divisor != 1 else times
-        named = {self.family.sample: full, "timestep": times, **conditions, "return_dict": False}
-        return _cut(self.forward(**named)[0], sample)
 
     def _require_turn(self, timestep: Any) -> None:
         assert self.run is not None
@@ -396,7 +255,7 @@ class Watch:
 
     def _scaled(self, run: Run) -> Run:
         """`run` at this moment's guidance scale."""
-        scale = 1.0 if self.family is None else self.family.scale_of(self.pipe, self.one.arguments)
+        scale = self._scale
         if scale == run.guide.guidance_scale:
             return run
         return replace(run, guide=replace(run.guide, guidance_scale=scale))
@@ -423,14 +282,14 @@ def _first_of(scheduler: Any, timestep: Any) -> int:
     return int(found[0])
 
 
+def nobody(*_: Any, **__: Any) -> Tensor:
+    """The network of a pipeline of no known family."""
+    raise RuntimeError("the network of an unknown pipeline cannot be asked")
+
+
 def _without_halves(guide: Guide) -> Guide:
     """Guidance that asks nothing of the network."""
     return replace(guide, config=replace(guide.config, gradient="frozen"))
-
-
-def _cut(output: Tensor, sample: Tensor) -> Tensor:
-    """The network's output without a learned variance."""
-    return output[:, : sample.shape[1]] if output.ndim == 4 else output
 
 
 def _first_checkpoint(config: AMGConfig, total: int) -> int:
@@ -452,7 +311,7 @@ class RecordingHook(ModelHook):  # type: ignore[misc]
             return original(*args, **kwargs)
         kind: Any = type(getattr(module, "_orig_mod", module))
         named = {**dict(zip(_names(kind), args, strict=False)), **kwargs}
-        named = watch.told(named, len(named[watch.family.sample]))
+        named = torch.compiler.disable(watch.told)(named)
         result = original(**named)
         output = result[0] if isinstance(result, tuple) else result.sample
         watch.calls.append(Call(named, output.clone()))  # a loop may combine the halves in place
