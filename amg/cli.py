@@ -80,7 +80,11 @@ def add_sample(commands: Any) -> None:
         "--embedder", help="what made the index, if not pixels: photos, sscd:FILE, open_clip:MODEL:FILE"
     )
     parser.add_argument(
-        "--also", type=Path, action="append", default=[], help="another pixel index for the final check"
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        help="another index, of pixels or by the same embedder, for the final check",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")

@@ -36,7 +36,11 @@ def add_parser(subparsers: Any) -> None:
         "--embedder", help="what made it: pixels (default), photos, sscd:FILE, open_clip:MODEL:FILE"
     )
     parser.add_argument(
-        "--also", type=Path, action="append", default=[], help="another pixel index to hold them to"
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        help="another index, of pixels or by the same embedder, to hold them to",
     )
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="main", help="whose thresholds (default main)"
@@ -49,13 +53,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check what the command line names; returns the exit status."""
-    from amg.commands.sample import open_index
+    from amg.commands.sample import open_also, open_index
     from amg.report.content import Table
     from amg.report.terminal import table_text
 
     files = list(_files(arguments.pictures))
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = [open_index(path, None, arguments.device) for path in arguments.also]
+    also = open_also(arguments.also, arguments.embedder, arguments.device)
     config = AMGConfig.preset(arguments.preset, threshold=arguments.threshold)
     found = [(file, _checked(file, index, config, also)) for file in files]
     answered = [(file, verdict) for file, verdict in found if verdict is not None]

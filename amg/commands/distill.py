@@ -113,11 +113,14 @@ def collect(pipe: Any, index: Any, texts: Sequence[str], arguments: argparse.Nam
 
     folder = _folder(arguments)
     _settle(folder, {**_settings(pipe, index, arguments), "prompts": texts})
-    for start in tqdm(range(0, len(texts), arguments.batch_size), desc="generations", unit="batch"):
+    bar = tqdm(total=len(texts), desc="generations", unit="image")
+    for start in range(0, len(texts), arguments.batch_size):
         path = folder / f"{start:06d}.safetensors"
         if not path.exists():
             batch = texts[start : start + arguments.batch_size]
             _generate(pipe, index, batch, arguments.seed + start, start, arguments, path)
+        bar.update(min(arguments.batch_size, len(texts) - start))
+    bar.close()
     kept = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return Pairs(*(torch.cat([one[name] for one in kept]) for name in Pairs._fields))
 

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = list(_jobs(arguments))
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = [open_index(path, None, arguments.device) for path in arguments.also]
+    also = open_also(arguments.also, arguments.embedder, arguments.device)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     overrides: dict[str, Any] = {"calibration": arguments.calibration, "student": arguments.student}
     if arguments.ordinary is not None:
@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     done = take_up(arguments.out, jobs)
     delivered = list(done.values())
     waiting = [job for job in jobs if job["seed"] not in done]
-    for start in tqdm(range(0, len(waiting), arguments.batch_size), disable=not waiting, unit="batch"):
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=not waiting, unit="image")
+    for start in range(0, len(waiting), arguments.batch_size):
         batch = waiting[start : start + arguments.batch_size]
         generators = [torch.Generator().manual_seed(job["seed"]) for job in batch]
         out = sampler(
@@ -59,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
             delivered.append(Delivered(verdict, nsfw))
             if verdict.blocked:
                 print(f"seed {job['seed']}: blocked, {_shown(verdict.reason)}", file=sys.stderr)
+        bar.update(len(batch))
+    bar.close()
     print(f"{arguments.out}: {_summary(delivered)}")
     return 0
 
@@ -114,6 +117,25 @@ def open_index(path: Path, embedder: str | None, device: str) -> Any:
 
     chosen = None if embedder in (None, "pixels") else embed.load(str(embedder))
     return Index.open(path, chosen, device=device)
+
+
+def open_also(paths: Sequence[Path], embedder: str | None, device: str) -> list[Any]:
+    """The indexes of `--also`: of pixels, or made by the first one's embedder. ValueError for one of another
+    embedder."""
+    from amg.index import Index
+
+    opened = []
+    for path in paths:
+        index = Index.open(path, device=device)
+        if index.metric == "cosine" and index.manifest.embedder is not None:
+            if embedder in (None, "pixels"):
+                raise ValueError(
+                    "`--also` must be an index of pixels, or made by what `--embedder` names, got "
+                    f"{path}, made by {index.manifest.embedder.name!r}, without `--embedder`"
+                )
+            index = open_index(path, embedder, device)
+        opened.append(index)
+    return opened
 
 
 def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -99,10 +99,21 @@ def load_open_clip_alignment(spec: str, device: str | torch.device = "cpu") -> C
     return ClipAlignment(f"open_clip {named}", preprocess.to(device), encode)
 
 
+def _config_of(path: Path) -> dict[str, Any]:
+    """A JSON file's object; ValueError naming the file."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got {type(error).__name__}: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(given).__name__}")
+    return given
+
+
 def _preprocess(folder: Path, size: int) -> Preprocess:
     """The model's own mean and deviation where the folder says them, CLIP's otherwise; centre crop."""
     path = folder / "preprocessor_config.json"
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    given = _config_of(path) if path.is_file() else {}
     return Preprocess(
         (size, size),
         mode="short_crop",

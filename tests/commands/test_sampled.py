@@ -222,6 +222,20 @@ def test_another_request_is_refused_naming_what_differs(asked, tmp_path, capsys)
     assert delivered(tmp_path / "out") == pictures
 
 
+def test_also_takes_pixels_and_what_the_embedder_made(tmp_path):
+    from amg.commands.sample import open_also
+    from amg.embed.photos import load_photos
+
+    pictures = torch.rand(60, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for name, embedder in (("pixels", None), ("photos", load_photos())):
+        amg.Index.build(pictures, None, embedder, tmp_path / name, progress=False)
+    both = [tmp_path / "pixels", tmp_path / "photos"]
+    opened = open_also(both, "photos", "cpu")
+    assert [index.metric for index in opened] == ["nl2", "cosine"] and opened[1].embedder is not None
+    with pytest.raises(ValueError, match=r"`--also` must be .*, made by 'photos.*', without `--embedder`"):
+        open_also(both, None, "cpu")
+
+
 @pytest.mark.parametrize("rebuilt", ["index", "also"])
 def test_an_index_rebuilt_at_the_same_path_is_another_request(asked, tmp_path, capsys, rebuilt):
     options = {"index": tmp_path / "small.amg"}

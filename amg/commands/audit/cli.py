@@ -126,7 +126,7 @@ def _add_guidances(group: Any) -> None:
         action="append",
         default=[],
         metavar="INDEX",
-        help="another pixel index that the final check holds pictures to",
+        help="another index, of pixels or by the same embedder, that the final check holds pictures to",
     )
 
 

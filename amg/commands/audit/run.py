@@ -25,13 +25,13 @@ from amg.report import table_text
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Draw, judge, write; returns the exit status. All input is checked before the first picture is drawn."""
-    from amg.commands.sample import default_scale, open_index, open_model
+    from amg.commands.sample import default_scale, open_also, open_index, open_model
 
     _check(arguments)
     listed = None if arguments.prompts is None else read_prompts(arguments.prompts)
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = [open_index(path, None, arguments.device) for path in arguments.also]
+    also = open_also(arguments.also, arguments.embedder, arguments.device)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     prompts, images = _prompts(listed, pipe, arguments.images)
     guidances = make_guidances(arguments.guidance, arguments.config, index.metric, scale)
