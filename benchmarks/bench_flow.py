@@ -1,6 +1,6 @@
 """Memorisation of a flow-matching transformer, photos-flow, at every level of protection.
 
-python benchmarks/bench_flow.py                  # 128 memorised, 64 ordinary; benchmarks/results/flow.csv
+python benchmarks/bench_flow.py                  # 48 memorised, 24 ordinary; benchmarks/results/flow.csv
 
 Each level draws the same seeds: the plain pipeline; `protect` at "final", at "step" (as if its family were
 not known) and at "full"; and `Sampler`. *Copies* are counted among what is delivered unmarked, by judges that
@@ -34,7 +34,7 @@ from amg.pipelines.pictures import to_pil
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set
 
-STEPS, SEED, BATCH, SCALE = 30, 6000, 16, 3.0
+STEPS, SEED, BATCH, SCALE = 20, 6000, 16, 3.0
 LEVELS = ("plain", "final", "step", "full", "Sampler")
 
 
@@ -43,7 +43,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", type=int, default=128, help="memorised prompts, and half as many ordinary"
+        "--images", type=int, default=48, help="memorised prompts, and half as many ordinary"
     )
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the index")
     parser.add_argument("--csv", type=Path, default=RESULTS / "flow.csv")
