@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   amg index build photos/ --out photos.amg                        pixels, captions from photos/*.txt
   amg index build photos/ --out photos.amg --size 64 --captions captions.jsonl
   amg index build train.parquet --out laion.amg --embedder sscd:sscd.safetensors --captions text
+  amg index build 'shards/{00000..00099}.tar' more/ --out all.amg --embedder sscd:sscd.safetensors
   amg index info laion.amg
   amg index verify laion.amg
   amg index guard old.amg photos/                                 for an index of an earlier version
@@ -54,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         description="Add a guard to an index that was built without one, from the pictures it was built of.",
     )
     guard.add_argument("path", metavar="INDEX", help="directory of the index")
-    guard.add_argument("images", metavar="IMAGES", help="what it was built of: a folder or Parquet")
+    guard.add_argument("images", nargs="+", metavar="IMAGES", help="what it was built of, as for build")
     guard.add_argument(
         "--embedder",
         metavar="SPEC",
@@ -69,17 +71,27 @@ def add_parser(subparsers: Any) -> None:
 def _add_build(commands: Any) -> None:
     build = commands.add_parser(
         "build",
-        help="build an index of a folder of images or of Parquet files",
-        description="Build an index. Interrupted, the same command resumes; OUT is never half-built.",
+        help="build an index of folders of images, tar, Parquet or Arrow files, or lists of paths",
+        description="Build an index. Interrupted, the same command resumes; OUT is never half-built. The "
+        "last line says what share of the pictures it covers.",
     )
-    build.add_argument("images", metavar="IMAGES", help="folder of images, Parquet file, or folder of them")
+    build.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGES",
+        help="folder of images, tar, Parquet or Arrow files; one of these; '{000..009}.tar'; a .npy file; or "
+        "a JSONL, CSV or text file of paths; several go into one index",
+    )
     build.add_argument("--out", required=True, metavar="OUT", help="directory to write; must not exist")
     build.add_argument(
         "--captions",
         metavar="FILE|COLUMN",
         help='JSONL with {"file" | "id" | "index": …, "caption": …} lines, a .json file '
-        "{path or id: caption}, or a Parquet column; of a list of captions the first is taken; "
-        "default: name.txt beside name.png",
+        "{path or id: caption}, or the name of a column or field; of a list of captions the first is taken; "
+        "default: name.txt beside name.png, metadata.jsonl, or a column or field caption, text or prompt",
+    )
+    build.add_argument(
+        "--image-column", metavar="NAME", help="column of the pictures, where several could hold them"
     )
     build.add_argument("--embedder", default="pixels", metavar="SPEC", help=EMBEDDER_HELP)
     build.add_argument("--size", type=_size, metavar="N|HxW", help="resize images to this size")
@@ -176,7 +188,7 @@ def _load_embedder(spec: str | None) -> Any:
 def run_build(arguments: argparse.Namespace) -> None:
     """amg index build."""
     index = Index.build(
-        arguments.images,
+        _one_or_all(arguments.images),
         arguments.captions,
         _load_embedder(arguments.embedder),
         arguments.out,
@@ -188,8 +200,13 @@ def run_build(arguments: argparse.Namespace) -> None:
         resume=not arguments.no_resume,
         on_error="raise" if arguments.strict else "skip",
         background=arguments.background,
+        image_column=arguments.image_column,
     )
     print_info(index)
+
+
+def _one_or_all(images: list[str]) -> str | list[str]:
+    return images[0] if len(images) == 1 else images
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -212,7 +229,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
 def run_guard(arguments: argparse.Namespace) -> None:
     """amg index guard."""
     embedder = _load_embedder(arguments.embedder)
-    add_guard(arguments.path, arguments.images, embedder, progress=not arguments.quiet)
+    add_guard(arguments.path, _one_or_all(arguments.images), embedder, progress=not arguments.quiet)
     print_info(Index.open(arguments.path))
 
 
@@ -274,16 +291,17 @@ def _guard_line(index: Index) -> str:
 
 
 def print_info(index: Index) -> None:
-    """What an index holds and what it leaves out, a line each."""
-    manifest = index.manifest
+    """What an index holds and what it leaves out, a line each; last, what share of the pictures it covers."""
+    manifest, covered = index.manifest, index.manifest.covered
+    skipped = sum(covered.skipped.values())
     near = "off" if manifest.near_duplicate is None else f"{manifest.near_duplicate:g}"
     lines = {
         "path": index.path,
         "metric": manifest.metric,
         "rows": f"{manifest.count:,} of {manifest.dimension:,} {manifest.dtype}",
-        "seen": f"{manifest.images + len(manifest.skipped):,} images",
+        "seen": f"{covered.seen:,} images",
         "images": f"{manifest.images:,} ({manifest.images - manifest.count:,} folded as duplicates)",
-        "skipped": f"{len(manifest.skipped):,} unreadable",
+        "skipped": f"{skipped:,} unreadable",
         "captions": f"{index.captioned:,} of {manifest.count:,} rows",
         "guard": _guard_line(index),
         "passed over": f"{sum(manifest.passed_over.values()):,} that are no images",
@@ -300,14 +318,23 @@ def print_info(index: Index) -> None:
             print(f"{name:16} {value}")
     for line in left_out(manifest):
         print(f"  {plain(line)}")
+    shown = f"{covered.indexed:,} indexed, {covered.folded:,} folded, {skipped:,} skipped"
+    print(f"{'coverage':16} {_percent(covered.share)} of {covered.seen:,} images: {shown}")
+
+
+def _percent(share: float) -> str:
+    """Rounded down, so that 100 % means all."""
+    return f"{math.floor(1000 * share) / 10:g} %"
 
 
 def left_out(manifest: Manifest) -> list[str]:
     """What is not in the rows, or not as it was: skipped images, what was passed over, notes; by reason."""
     lines = [f"skipped {entry.id}: {entry.reason}" for entry in manifest.skipped[:SKIPPED_NAMED]]
-    if len(manifest.skipped) > SKIPPED_NAMED:
-        reasons = Counter(entry.reason for entry in manifest.skipped).most_common(SKIPPED_NAMED)
-        lines += [f"skipped in all, {reason}: {count:,}" for reason, count in reasons]
+    reasons = Counter(manifest.covered.skipped)
+    if reasons.total() > SKIPPED_NAMED:
+        lines += [
+            f"skipped in all, {reason}: {count:,}" for reason, count in reasons.most_common(SKIPPED_NAMED)
+        ]
     notes = dict(manifest.notes)
     frames, files = notes.pop(FRAMES, 0), notes.pop(FRAME_FILES, 0)
     if frames:

@@ -19,6 +19,7 @@ from amg.engine.output import SamplerOutput
 from amg.engine.prepare import Source, prepare
 from amg.engine.queue import Queue
 from amg.guidance.ordinary import warn_without_captions
+from amg.index.coverage import warn_of_gaps
 
 __all__ = ["Request", "Sampler", "SamplerOutput"]
 
@@ -82,6 +83,7 @@ class Sampler:
         self._queue = Queue(max_batch, max_pending)
         self.source = Source(pipe, index, config, also)
         self._preparing = threading.Lock()
+        warn_of_gaps((self.index, *self.also))
         if self.source.unwarned:
             warn_without_captions(self.index, self.source.ordinary.bank)
 

@@ -17,8 +17,8 @@ from amg.index.decode import UnreadableImage
 from amg.index.encode import check_embedder, resize_images, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.guard import SKETCH, SKETCH_DTYPE, SKETCH_LENGTH, SKETCH_SIDE, sketch
-from amg.index.images import TrainingImage, open_source
 from amg.index.shards import to_float
+from amg.index.sources import TrainingImage, open_source
 from amg.index.store import (
     DTYPES,
     GUARD,

@@ -17,10 +17,10 @@ from amg.index.claim import claimed, empty, publish, remove
 from amg.index.decode import UnreadableImage
 from amg.index.errors import IndexBuildError, IndexStorageError
 from amg.index.finish import finish_index
-from amg.index.images import ImageSource, TrainingImage, open_source
 from amg.index.journal import STATE, Journal, State, check_identity, read_state
 from amg.index.plan import BuildPlan
 from amg.index.shards import ShardReader, chain_digest, content_digest
+from amg.index.sources import ImageSource, TrainingImage, open_source
 from amg.index.store import partial_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +39,13 @@ def build_index(
     if os.path.lexists(path):
         kind = "is a link to nothing" if not path.exists() else "exists already"
         raise IndexBuildError(f"`path` {kind}: {path}; remove it, or build elsewhere")
-    source = open_source(images, caption_column(images, captions), plan.background)
+    source = open_source(
+        images,
+        caption_column(images, captions),
+        plan.background,
+        image_column=plan.image_column,
+        least=plan.least,
+    )
     table = read_captions(None if caption_column(images, captions) else captions, images)
     table = table.settle(source, plan.ids)
     if source.length is not None:

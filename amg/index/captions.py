@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from amg.index.errors import IndexBuildError
-from amg.index.images import ImageSource, TrainingImage
 from amg.index.notes import Note
+from amg.index.sources.open import root_of
+from amg.index.sources.source import ImageSource, TrainingImage
 from amg.index.text import NOT_UTF8, Caption, decode_text, encoding_of, make_caption
 
 NAME = "file or id"  # the key of a dict
@@ -93,7 +94,8 @@ class Captions:
 
 
 def caption_column(images: Any, captions: Any) -> str | None:
-    """The Parquet column that `captions` names, None where it is no str, a JSON or JSONL path or absent."""
+    """The column, field or key that `captions` names, None where it is no str, a JSON or JSONL path or
+    absent."""
     if not isinstance(captions, str) or captions.endswith((".jsonl", ".json")) or Path(captions).is_file():
         return None
     return captions
@@ -105,7 +107,7 @@ def read_captions(captions: Any, images: Any = None) -> Captions:
     Each caption is what text.make_caption() takes. A dict, or a .json file that holds one, is keyed by path
     or id.
     """
-    folder = os.fspath(images).rstrip("/") if isinstance(images, (str, os.PathLike)) else None
+    folder = root_of(images)
     if captions is None:
         return Captions({}, "own")
     if isinstance(captions, (str, os.PathLike)):

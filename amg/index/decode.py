@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ IMAGE_SUFFIXES = tuple(suffix for suffixes in RASTER_FORMATS.values() for suffix
 RUNS_PROGRAMS = ("EPS", "PDF", "WMF")
 
 FRAMES, FRAME_FILES = "frames after the first, left out", "files with frames after the first"
+MOST_PIXELS = 1 << 25  # 100 MB of uint8, 400 MB of float32
+REDUCED = "larger than 33 megapixels, reduced"
 FRAMES_DAMAGED = "later frames are damaged and not counted"
 HIGH_BYTES = "16-bit colour read by its high bytes alone"
 BITS_TAG, PLANAR_TAG = 258, 284  # of TIFF
@@ -49,6 +52,11 @@ _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 class UnreadableImage(ValueError):
     """One image cannot be decoded; the build skips it or stops, as its `on_error` says."""
+
+
+class MissingImage(UnreadableImage):
+    """An image that others speak of (a failed download, a name in a table) and that is not there: counted as
+    skipped, never an error."""
 
 
 class Picture(NamedTuple):
@@ -91,14 +99,22 @@ def open_picture(content: bytes, name: str = "") -> Any:
     return image_module.open(io.BytesIO(content), formats=formats)
 
 
-def decode_image(content: bytes, name: str = "", background: str | None = "white") -> Picture:
-    """Encoded image bytes → Picture, as to_picture() makes it. Raises UnreadableImage."""
+def decode_image(
+    content: bytes, name: str = "", background: str | None = "white", least: int | None = None
+) -> Picture:
+    """Encoded image bytes → Picture, as to_picture() makes it. Raises UnreadableImage.
+
+    least: so many pixels a side are enough: a JPEG is decoded at the smallest of its reduced sizes (a half, a
+    quarter, an eighth) that has them.
+    """
     image_module = import_pil()
     if content.lstrip()[:4] == b"%!PS" or content.startswith((b"\xc5\xd0\xd3\xc6", b"%PDF")):
         raise UnreadableImage("PostScript or PDF, which is not read: another program would have to draw it")
     try:
         with open_picture(content, name) as picture:
-            return to_picture(picture, background)
+            reduced = _draft(picture, least)
+            made = to_picture(picture, background)
+            return made._replace(notes=(*made.notes, Note(REDUCED))) if reduced else made
     except UnreadableImage:
         raise
     except image_module.UnidentifiedImageError as error:
@@ -116,7 +132,8 @@ def to_picture(picture: Any, background: str | None = "white") -> Picture:
     background were built). 16 bits a channel become 8 by the file's own range: values up to 2^k − 1 for the
     smallest k of 8, 10, 12, 14, 16 are shifted right by k − 8, so that a 12-bit scan in a 16-bit file keeps
     its brightness and scans of one depth keep theirs relative to each other; a full 16-bit range loses its
-    low byte. Integers outside 16 bits and float pixels have no known range. Raises UnreadableImage.
+    low byte. Integers outside 16 bits and float pixels have no known range. A picture of more than
+    MOST_PIXELS is reduced, and noted. Raises UnreadableImage.
     """
     if picture.format in RUNS_PROGRAMS:
         raise UnreadableImage(f"{picture.format} is not read: another program would have to draw it")
@@ -131,7 +148,37 @@ def to_picture(picture: Any, background: str | None = "white") -> Picture:
         raise
     except Exception as error:  # PIL decodes lazily: a damaged file shows here, in many types
         raise UnreadableImage(str(error) or type(error).__name__) from error
-    return Picture(channels.permute(2, 0, 1).contiguous(), tuple(notes))
+    channels = channels.permute(2, 0, 1)
+    if channels[0].numel() > MOST_PIXELS:
+        channels, notes = _reduced(channels), [*notes, Note(REDUCED)]
+    return Picture(channels.contiguous(), tuple(notes))
+
+
+def _draft(picture: Any, least: int | None) -> bool:
+    """Have a JPEG, not read yet, decoded at a reduced size: to be within MOST_PIXELS (True then), or because
+    `least` pixels a side are enough."""
+    if picture.format not in ("JPEG", "MPO"):
+        return False
+    width, height = picture.size
+    needed = 1
+    while width * height > MOST_PIXELS * needed**2 and needed < 8:
+        needed *= 2
+    scale = max(needed, 1 if least is None else min(width, height) // least)
+    if scale > 1:
+        picture.draft(picture.mode, (max(width // scale, 1), max(height // scale, 1)))
+    return needed > 1
+
+
+def _reduced(channels: torch.Tensor) -> torch.Tensor:
+    """uint8 [3, H, W] by the means of squares of pixels, the smallest that bring it within MOST_PIXELS."""
+    step = math.ceil((channels[0].numel() / MOST_PIXELS) ** 0.5)
+    planes = [_block_means(plane, step) for plane in channels]
+    return torch.stack(planes)
+
+
+def _block_means(plane: torch.Tensor, step: int) -> torch.Tensor:
+    means = torch.nn.functional.avg_pool2d(plane[None].float(), step, ceil_mode=True, count_include_pad=False)
+    return means[0].round().to(torch.uint8)
 
 
 def _read_channels(picture: Any) -> tuple[torch.Tensor, torch.Tensor | None, list[Note]]:

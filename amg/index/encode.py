@@ -12,6 +12,8 @@ from amg.index.errors import EmbedderMismatch
 from amg.index.store import EmbedderRecord
 from amg.index.usable import directions, require_directions
 
+MOST_SQUARES = 16
+
 
 class Embedder(Protocol):
     """float [B, 3, H, W] in [0, 1] → [B, dimension]; `sha` is of the weights, `preprocessing` optional."""
@@ -56,6 +58,21 @@ def resize_images(images: torch.Tensor, size: tuple[int, int] | None) -> torch.T
     if size is None or tuple(images.shape[-2:]) == size:
         return images
     return interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def is_long(height: int, width: int) -> bool:
+    """Whether a picture is so long that to scale its short side up may make a giant of it."""
+    return max(height, width) > MOST_SQUARES * min(height, width)
+
+
+def resize_to_embed(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """[B, 3, H, W] as an embedder gets it: resize_images(), and of what is more than MOST_SQUARES times as
+    long as wide the long side squeezed to that, so that scaling the short side up stays bounded."""
+    images = resize_images(images, size)
+    height, width = images.shape[-2:]
+    if not is_long(height, width):
+        return images
+    return resize_images(images, (min(height, MOST_SQUARES * width), min(width, MOST_SQUARES * height)))
 
 
 def unit_vectors(images: torch.Tensor, embedder: Any) -> torch.Tensor:

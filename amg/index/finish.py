@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from amg.index.coverage import SkippedFile, make_coverage
 from amg.index.decode import DEPTH_RULE
 from amg.index.guard import SKETCH
 from amg.index.journal import Journal, read_logs
@@ -30,6 +31,7 @@ from amg.index.store import (
     write_manifest,
 )
 
+SKIPPED_KEPT = 100  # names in the manifest
 CODE_BLOCK_VALUES = 1 << 22
 
 
@@ -50,25 +52,32 @@ def finish_index(journal: Journal, plan: BuildPlan, passed_over: Tally) -> None:
     _write_meta(partial, state.shards, folding)
     names = [ROWS_FILE[plan.dtype], META, GUARD, *_write_codes(journal, plan.metric)]
     names += journal.members.finish(partial)
-    skipped, notes = tuple(_skipped(partial, state.shards)), _tally_notes(partial, state.shards)
+    notes, skipped = _tally_notes(partial, state.shards), SkippedFile()
+    first: list[Skipped] = []
+    for entry in _skipped(partial, state.shards):
+        skipped.add(entry.position, entry.id, entry.reason)
+        first += [entry] if len(first) < SKIPPED_KEPT else []
+    skipped.write(partial)
+    images = state.position - sum(skipped.counts.values())
     assert state.dimension is not None
     manifest = Manifest(
         metric=plan.metric,
         dimension=state.dimension,
         count=state.kept,
-        images=state.position - len(skipped),
+        images=images,
         dtype=plan.dtype,
         image_size=state.image_size,
         embedder=plan.record,
         preprocessing=_describe(plan),
         near_duplicate=plan.near_duplicate,
-        skipped=skipped,
+        skipped=tuple(first),
         files={name: file_record(partial / name) for name in sorted(names)},
         guard=SKETCH,
         background=plan.background,
         passed_over=passed_over.counts,
         notes=notes.counts,
         examples={**passed_over.examples, **notes.examples},
+        coverage=make_coverage(state.kept, images - state.kept, skipped.counts),
     )
     write_manifest(partial, manifest)
     journal.clear()
@@ -77,6 +86,7 @@ def finish_index(journal: Journal, plan: BuildPlan, passed_over: Tally) -> None:
 def _describe(plan: BuildPlan) -> str:
     steps = ["RGB", f"transparent over {plan.background}", DEPTH_RULE, "first frame"]
     if plan.size is not None:
+        steps.append(f"JPEG at the smallest of its sizes of {plan.least} or more")
         steps.append(f"bilinear antialiased to {plan.size[0]}x{plan.size[1]}")
     if plan.record is None:
         steps.append("uint8, CHW")

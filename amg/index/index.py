@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from amg.embed.precision import full_precision
-from amg.index.encode import check_embedder, embedded_directions, resize_images
+from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
 from amg.index.errors import IndexBuildError
 from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Alike, Guard, map_guard
@@ -98,17 +98,24 @@ class Index:
         resume: bool = True,
         on_error: str = "skip",
         background: str = "white",
+        image_column: str | None = None,
     ) -> Index:
         """Build an index of `images` at `path` and open it; streams, resumes after a kill.
 
-        images: a folder (recursive, links followed, pictures told by content: decode.RASTER_FORMATS), a
-        Parquet file or a folder of them (a struct {bytes, path} or binary column), an iterable of PIL images,
-        uint8 [N, 3, H, W], or float [N, 3, H, W] in [0, 1]. What is passed over, skipped or changed (first
-        frames, 16 bits, bad caption bytes) is counted in the manifest: passed_over, skipped, notes.
+        images: a folder (recursive, links followed) of pictures, told by content (decode.RASTER_FORMATS), tar
+        files (WebDataset), Parquet or Arrow files (a struct {bytes, path} or binary column), or any of these
+        together, as img2dataset and Hugging Face write them; one such file; `{000..009}.tar`; a .npy file; a
+        JSONL, CSV or text file that lists paths; a list of all these; a dataset or an iterable of PIL images,
+        tensors, arrays, bytes, paths, dicts or (image, caption) pairs of these; uint8 [N, 3, H, W] or float
+        [N, 3, H, W] in [0, 1]; or an array uint8 [N, H, W, 3]. docs/training-sets.md has all. What is passed
+        over, skipped or changed (first frames, 16 bits, bad caption bytes) is counted in the manifest:
+        passed_over, skipped, notes; coverage says what share of the pictures is indexed.
         captions: a list as long as images, a dict {path or id: caption}, a .json file of one, a JSONL path
-        ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), a
-        Parquet column name, or None (name.png.txt or name.txt beside name.png). Of a list of captions for one
-        image (or a Parquet column of lists) the first that is not empty is taken.
+        ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), the name
+        of a column, field or key, or None: what comes with the images (name.png.txt or name.txt beside
+        name.png, metadata.jsonl, a column, field or key caption, text or prompt). Of a list of captions for
+        one image (or a column of lists) the first that is not empty is taken. image_column: which column or
+        key holds the pictures, where several could.
         embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.
         size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where
@@ -116,7 +123,7 @@ class Index:
         near_duplicate: exact copies are always folded into one row with a count; near copies too, at cosine
         ≥ 0.98 or RMS pixel distance ≤ 0.02 on [0, 1] (True), at another threshold (a float), or not (False).
         A folded row keeps its first image and the most frequent caption.
-        on_error: an unreadable image is "skip"ped and listed in manifest.skipped, or "raise"s.
+        on_error: an unreadable image is "skip"ped, counted and named in skipped.jsonl, or "raise"s.
         background: "white", "black" or "#rrggbb", which transparent images (and queries) are shown over.
         resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
         """
@@ -127,7 +134,9 @@ class Index:
             raise IndexBuildError(
                 f"`path` must be a str or path that says where the index is to be written, got {path!r}"
             )
-        plan = make_plan(embedder, ids, size, dtype, batch_size, near_duplicate, on_error, background)
+        plan = make_plan(
+            embedder, ids, size, dtype, batch_size, near_duplicate, on_error, background, image_column
+        )
         build_index(images, captions, Path(path), plan, progress=progress, resume=resume)
         return Index.open(path, embedder)
 
@@ -230,6 +239,11 @@ class Index:
         return self.manifest.count
 
     @property
+    def coverage(self) -> float:
+        """Share of the training images seen that are in the index, as rows or folded into one, in [0, 1]."""
+        return self.manifest.covered.share
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) of a pixel index, None under an embedder."""
         return self.manifest.image_size if self.metric == "nl2" else None
@@ -291,16 +305,16 @@ class Index:
             raise ValueError(
                 f"`images` must be float [B, 3, H, W] in [0, 1], got {list(images.shape)} {images.dtype}"
             )
-        images = resize_images(images.float(), self.manifest.image_size)
+        images = images.float()
         if self.metric == "nl2":
-            return images.flatten(1)
+            return resize_images(images, self.manifest.image_size).flatten(1)
         if self.embedder is None:
             expected = self.manifest.embedder
             raise ValueError(
                 f"{self.path} was opened without an embedder and can only be searched with vectors: pass "
                 f"{expected.name if expected else 'its embedder'!r} to Index.open(path, embedder)"
             )
-        return embedded_directions(images, self.embedder)
+        return embedded_directions(resize_to_embed(images, self.manifest.image_size), self.embedder)
 
     @full_precision()
     def nearest(self, vectors: torch.Tensor) -> Nearest:

@@ -32,6 +32,14 @@ class Tally:
         if len(named) < NAMED:
             named.append(where)
 
+    def join(self, other: Tally, label: str) -> None:
+        """Add what another counted, its names with a label and a slash before them where there is one."""
+        for what, count in other.counts.items():
+            self.counts[what] = self.counts.get(what, 0) + count
+            named = self.examples.setdefault(what, [])
+            names = [f"{label}/{name}" if label else name for name in other.examples[what]]
+            named += names[: NAMED - len(named)]
+
 
 def pack_notes(notes: Iterable[Note]) -> str | None:
     """Notes as one string for a build's log, None for none."""

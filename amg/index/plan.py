@@ -21,12 +21,13 @@ from amg.index.decode import check_background
 from amg.index.encode import embedder_record
 from amg.index.errors import IndexBuildError
 from amg.index.fold import DEFAULT_NEAR_DUPLICATE, FoldRule
-from amg.index.guard import SKETCH
-from amg.index.images import ImageSource
+from amg.index.guard import SKETCH, SKETCH_SIDE
+from amg.index.sources.source import ImageSource
 from amg.index.store import DTYPES, EmbedderRecord
 
 SHARD_IMAGES = 1024
 SHARD_BYTES = 1 << 25
+BATCH_BYTES = 1 << 28  # of float32 pixels that an embedder gets at once, unless one picture has more
 MOST_BATCH, MOST_PIXELS = 1 << 20, 1 << 14  # a batch; height and width
 
 
@@ -44,12 +45,18 @@ class BuildPlan:
     on_error: str
     ids: list[str] | None
     background: str
+    image_column: str | None = None
 
     def shard_images(self, dimension: int) -> int:
         """Images in a shard: whole batches, so that a resumed build embeds the same; ≤ 32 MiB of rows."""
         row_bytes = dimension * torch.empty((), dtype=DTYPES[self.dtype]).element_size()
         most = min(SHARD_IMAGES, SHARD_BYTES // row_bytes)
         return max(1, most // self.batch_size) * self.batch_size
+
+    @property
+    def least(self) -> int | None:
+        """Pixels a side of which a picture has enough to be resized well, None where its size is kept."""
+        return None if self.size is None else 2 * max(*self.size, SKETCH_SIDE)
 
     def fold_rule(self, image_size: tuple[int, int] | None) -> FoldRule:
         """What counts as a duplicate; image_size is that of the rows of a pixel index."""
@@ -73,10 +80,11 @@ class BuildPlan:
             "size": None if self.size is None else list(self.size),
             "dtype": self.dtype,
             "batch_size": self.batch_size,
-            "shard": [SHARD_IMAGES, SHARD_BYTES],
+            "shard": [SHARD_IMAGES, SHARD_BYTES, BATCH_BYTES],
             "near_duplicate": self.near_duplicate,
             "guard": SKETCH,
             "background": self.background,
+            "image_column": self.image_column,
         }
 
 
@@ -89,11 +97,14 @@ def make_plan(
     near_duplicate: float | bool,
     on_error: str,
     background: str,
+    image_column: str | None = None,
 ) -> BuildPlan:
     """Check the arguments that need no image. Raises IndexBuildError, TypeError for the embedder."""
     metric = "nl2" if embedder is None else "cosine"
     if dtype not in ("float16", "float32"):
         raise IndexBuildError(f'`dtype` must be "float16" or "float32", got {dtype!r}')
+    if image_column is not None and not isinstance(image_column, str):
+        raise IndexBuildError(f"`image_column` must be the name of a column or None, got {image_column!r}")
     if on_error not in ("skip", "raise"):
         raise IndexBuildError(f'`on_error` must be "skip" or "raise", got {on_error!r}')
     return BuildPlan(
@@ -107,6 +118,7 @@ def make_plan(
         on_error=on_error,
         ids=_check_ids(ids),
         background=check_background(background),
+        image_column=image_column,
     )
 
 

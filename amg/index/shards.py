@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 from amg.index.captions import Captions
-from amg.index.decode import Picture, UnreadableImage
-from amg.index.encode import resize_images, unit_vectors
+from amg.index.decode import MissingImage, Picture, UnreadableImage
+from amg.index.encode import MOST_SQUARES, is_long, resize_images, resize_to_embed, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH, sketch
-from amg.index.images import TrainingImage
 from amg.index.journal import LogEntry
-from amg.index.notes import pack_notes
-from amg.index.plan import BuildPlan
+from amg.index.notes import Note, pack_notes
+from amg.index.plan import BATCH_BYTES, BuildPlan
+from amg.index.sources.source import TrainingImage
 from amg.index.store import DTYPES
+from amg.index.text import Caption
+
+SQUEEZED = f"more than {MOST_SQUARES} times as long as wide, squeezed to that for the embedder"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,21 @@ class Shard:
     entries: list[LogEntry]
     last_digest: str
     all_digest: str
+
+
+@dataclass
+class _Draft:
+    """A shard that is being read. waiting: ids and pixels (or pixel rows) of the next batch; bytes: of these
+    as float32."""
+
+    rows: list[torch.Tensor] = field(default_factory=list)
+    guard: list[torch.Tensor] = field(
+        default_factory=lambda: [torch.empty(0, SKETCH_LENGTH, dtype=SKETCH_DTYPE)]
+    )
+    entries: list[LogEntry] = field(default_factory=list)
+    waiting: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    bytes: int = 0
+    digest: str = ""
 
 
 class ShardReader:
@@ -51,34 +69,42 @@ class ShardReader:
 
     def read(self) -> Shard | None:
         """The next shard, None at the end. Raises IndexBuildError."""
-        rows: list[torch.Tensor] = []
-        guard: list[torch.Tensor] = [torch.empty(0, SKETCH_LENGTH, dtype=SKETCH_DTYPE)]
-        entries: list[LogEntry] = []
-        digest = ""
-        while len(entries) < self._shard_images():
-            window = list(islice(self.stream, self.plan.batch_size))
-            if not window:
+        draft = _Draft()
+        while len(draft.entries) < self._shard_images():
+            before = len(draft.entries)
+            for image in islice(self.stream, self.plan.batch_size):
+                self._add(image, draft)
+            self._encode(draft)
+            if len(draft.entries) == before:
                 break
-            loaded = [self._load(image) for image in window]
-            entries += [self._entry(image, picture) for image, picture in zip(window, loaded, strict=True)]
-            for picture in loaded:
-                digest = content_digest(picture if isinstance(picture, str) else picture.pixels)
-                self.all_digest = chain_digest(self.all_digest, digest)
-            readable = [picture.pixels for picture in loaded if not isinstance(picture, str)]
-            if readable:
-                rows.append(self._encode(readable, entries[-len(window) :]))
-                guard += [sketch(to_float(pixels)[None]) for pixels in readable]
             if self.bar is not None:
-                self.bar.update(len(window))
+                self.bar.update(len(draft.entries) - before)
+        entries = draft.entries
         if not entries:
             return None
-        if not rows and self.image_size is None and self.plan.embedder is None:
+        if not draft.rows and self.image_size is None and self.plan.embedder is None:
             raise IndexBuildError(
                 f"`images`: none of the first {len(entries)} could be read "
                 f"(first: {entries[0].id}: {entries[0].reason})"
             )
-        vectors = torch.cat(rows) if rows else self._no_rows()
-        return Shard(vectors, torch.cat(guard), entries, digest, self.all_digest)
+        vectors = torch.cat(draft.rows) if draft.rows else self._no_rows()
+        return Shard(vectors, torch.cat(draft.guard), entries, draft.digest, self.all_digest)
+
+    def _add(self, image: TrainingImage, draft: _Draft) -> None:
+        """One image: its log entry, digest and sketch, and its pixels for the next batch; those waiting are
+        embedded first where it would have them exceed BATCH_BYTES."""
+        picture = self._load(image)
+        draft.entries.append(self._entry(image, picture))
+        draft.digest = content_digest(picture.pixels if isinstance(picture, Picture) else str(picture))
+        self.all_digest = chain_digest(self.all_digest, draft.digest)
+        if not isinstance(picture, Picture):
+            return
+        draft.guard.append(sketch(to_float(picture.pixels)[None]))
+        prepared = self._prepare(picture.pixels, draft.entries[-1].id)
+        if draft.bytes + 4 * prepared.numel() > BATCH_BYTES:
+            self._encode(draft)
+        draft.waiting.append((draft.entries[-1].id, prepared))
+        draft.bytes += 4 * prepared.numel()
 
     def _shard_images(self) -> int:
         known = self.plan.embedder is not None or self.image_size is not None
@@ -94,35 +120,52 @@ class ShardReader:
     def _no_rows(self) -> torch.Tensor:
         return torch.empty(0, self.dimension(), dtype=DTYPES[self.plan.dtype])
 
-    def _load(self, image: TrainingImage) -> Picture | str:
-        """Its picture, or why there are none."""
+    def _load(self, image: TrainingImage) -> Picture | UnreadableImage:
+        """Its picture, or why there is none."""
         try:
-            return image.load()
+            picture = image.load()
         except UnreadableImage as error:
-            if self.plan.on_error == "raise":
+            if self.plan.on_error == "raise" and not isinstance(error, MissingImage):
                 raise IndexBuildError(f"`images`: {image.source} cannot be read: {error}") from error
-            return str(error)
+            return error
+        if self.plan.embedder is None or not is_long(*(self.plan.size or picture.pixels.shape[1:])):
+            return picture
+        return picture._replace(notes=(*picture.notes, Note(SQUEEZED)))
 
-    def _entry(self, image: TrainingImage, picture: Picture | str) -> LogEntry:
+    def _entry(self, image: TrainingImage, picture: Picture | UnreadableImage) -> LogEntry:
         ids = self.plan.ids
         if ids is not None and image.position >= len(ids):
             raise IndexBuildError(
                 f"`ids` do not match `images`: {len(ids)} ids, image {image.position} has none"
             )
         name = image.id if ids is None else ids[image.position]
-        caption = self.captions.of(image, name)
-        reason, notes = (picture, ()) if isinstance(picture, str) else (None, picture.notes)
+        caption = Caption() if isinstance(picture, MissingImage) else self.captions.of(image, name)
+        reason, notes = (None, picture.notes) if isinstance(picture, Picture) else (str(picture), ())
         packed = pack_notes((*notes, *caption.notes))
         return LogEntry(image.position, name, image.source, caption.text, -1, reason, packed)
 
-    def _encode(self, images: list[torch.Tensor], entries: list[LogEntry]) -> torch.Tensor:
-        names = [entry.id for entry in entries if entry.reason is None]
+    def _prepare(self, pixels: torch.Tensor, name: str) -> torch.Tensor:
+        """[3, H, W] → what waits for its batch: a row of a pixel index, or what the embedder is to get."""
         if self.plan.embedder is None:
-            return torch.stack([self._pixel_row(*pair) for pair in zip(images, names, strict=True)])
+            return self._pixel_row(pixels, name)
+        size = self.plan.size
+        if (size is None or tuple(pixels.shape[1:]) == size) and not is_long(*pixels.shape[1:]):
+            return pixels
+        return resize_to_embed(to_float(pixels)[None], size)[0]
+
+    def _encode(self, draft: _Draft) -> None:
+        """Rows out of what waits."""
+        waiting, draft.waiting, draft.bytes = draft.waiting, [], 0
+        if not waiting:
+            return
+        pixels = [prepared for _, prepared in waiting]
+        if self.plan.embedder is None:
+            draft.rows.append(torch.stack(pixels))
+            return
         try:
-            return self._embed(images)
+            draft.rows.append(self._embed(pixels))
         except ValueError as error:
-            raise IndexBuildError(f"{error} (images {names[0]} to {names[-1]})") from error
+            raise IndexBuildError(f"{error} (images {waiting[0][0]} to {waiting[-1][0]})") from error
 
     def _pixel_row(self, image: torch.Tensor, name: str) -> torch.Tensor:
         """[3, H, W] → uint8 [3 * H * W] at the size of the index."""
@@ -144,14 +187,16 @@ class ShardReader:
     def _embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         """[3, H, W] each → unit rows [n, D]; images of one size go through the embedder together."""
         embedder = self.plan.embedder
-        groups: dict[tuple[int, ...] | None, list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for at, image in enumerate(images):
-            groups.setdefault(tuple(image.shape) if self.plan.size is None else None, []).append(at)
+            groups.setdefault(tuple(image.shape), []).append(at)
         rows = torch.empty(len(images), embedder.dimension, dtype=DTYPES[self.plan.dtype])
-        for members in groups.values():
-            resized = [resize_images(to_float(images[at])[None], self.plan.size) for at in members]
-            batch = torch.cat(resized).to(getattr(embedder, "device", None) or "cpu")
-            rows[members] = unit_vectors(batch, embedder).to("cpu", rows.dtype)
+        for shape, members in groups.items():
+            batch = torch.empty(len(members), *shape, dtype=torch.float32)
+            for slot, at in enumerate(members):
+                batch[slot] = to_float(images[at])
+            place = getattr(embedder, "device", None) or "cpu"
+            rows[members] = unit_vectors(batch.to(place), embedder).to("cpu", rows.dtype)
         return rows
 
 

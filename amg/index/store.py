@@ -5,6 +5,7 @@ rows.u8               [count, 3 * H * W] pixels in CHW order (metric "nl2")
 codes.i8              [count, dimension] int8 codes of the rows        } optional, cosine only
 codes.scales.f32      [count] one scale per row                       }
 codes.errors.f32      [count] norm of each row's rounding error       }
+skipped.jsonl         the first 1,000 images that were skipped, with the reason; none where there are none
 meta.parquet          id, caption, count, source, caption_count: one line per row
 guard.f16             [count + M, 2048] sketches of the rows' pictures, then of M folded ones, see guard.py
 members.rows.i64      [M] the row that each of these was folded into           } where M > 0
@@ -18,12 +19,14 @@ import hashlib
 import json
 import os
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from amg.index.coverage import Coverage, make_coverage
 from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
 from amg.index.fields import read_fields
@@ -72,7 +75,8 @@ class EmbedderRecord:
 class Manifest:
     """What an index holds and how it was made; contains no time, so equal builds give equal bytes.
 
-    count: rows after folding. images: training images folded into them. skipped: unreadable images.
+    count: rows after folding. images: training images folded into them. skipped: the first unreadable images
+    (in indexes without `coverage` all of them). coverage: what became of all images seen.
     near_duplicate: fold threshold (cosine similarity, or RMS distance on [0, 1] for pixels), None if off.
     preprocessing: what happened to an image before it became a row (or entered the embedder). passed_over:
     how many entries of the source were not taken for images, by reason. notes: how many images something
@@ -99,6 +103,15 @@ class Manifest:
     guard: str | None = None
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     background: str | None = None
+    coverage: Coverage | None = None
+
+    @property
+    def covered(self) -> Coverage:
+        """The coverage, of indexes of earlier versions too."""
+        if self.coverage is not None:
+            return self.coverage
+        reasons = Counter(entry.reason for entry in self.skipped)
+        return make_coverage(self.count, self.images - self.count, dict(reasons))
 
     @property
     def rows_file(self) -> str:
@@ -196,6 +209,11 @@ def _check_values(manifest: Manifest) -> None:
     for name, value in least.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+    coverage = manifest.coverage
+    if coverage is not None and coverage != make_coverage(
+        coverage.indexed, coverage.folded, coverage.skipped
+    ):
+        raise ValueError(f"`coverage` must have the sum in `seen`, and the share of it, got {coverage}")
     if strange := [name for name in manifest.files if os.path.basename(name) != name]:
         raise ValueError(f"`files` must name no file outside the index, got {strange[0]!r}")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
+from amg.index.coverage import warn_of_gaps
 from amg.pipelines.denoiser import is_latent
 from amg.pipelines.explain import explained
 from amg.pipelines.families import family_of
@@ -113,6 +114,7 @@ def protect(
     if config.active and (is_latent(pipe) if ours else family_of(pipe) is not None):
         warn_without_captions(index, protection.ordinary.bank)
     carry_over(_protect_like)
+    warn_of_gaps((index, *also))
     guarded: Any = _protected(_plain(type(pipe)))
     pipe.__class__ = guarded  # nothing can fail from here on: the new protection takes the old one's place
     pipe._amg_protection = protection

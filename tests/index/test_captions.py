@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amg.index import Index, IndexBuildError
-from amg.index.listing import BESIDE
+from amg.index.sources.listing import BESIDE
 from amg.index.text import (
     CONTROL,
     HALF_PAIR,
@@ -183,7 +183,7 @@ def test_caption_columns_of_every_sensible_type(tmp_path, pictures, kind):
 )
 def test_other_caption_columns_are_refused_by_name_before_reading(tmp_path, pictures, values, monkeypatch):
     table = parquet(tmp_path / "t.parquet", pictures[:2], pyarrow.array(values))
-    monkeypatch.setattr("amg.index.images.read_group", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("amg.index.sources.table.read_group", lambda *_: pytest.fail("read"))
     refuse(tmp_path, r"column 'text'.*text, integers or lists of text.*t\.parquet it holds", table, "text")
     refuse(tmp_path, "column 'image', which holds the images", table, "image")
 

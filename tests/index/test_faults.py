@@ -88,7 +88,8 @@ def test_mixed_sizes(tmp_path):
         (torch.zeros(4, 3, 8, 8).numpy(), "got ndarray"),
         (7, "got int"),
         ({"a": 1}, "got dict"),
-        ([torch.zeros(3, 8, 8)], "item 0 is a Tensor"),
+        ([torch.zeros(3, 8, 8, dtype=torch.int64)], r"item 0 is \[3, 8, 8\] torch.int64"),
+        ([object()], "item 0 is a object"),
         ([], "empty"),
     ],
 )

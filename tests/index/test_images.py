@@ -13,7 +13,7 @@ import torch
 
 from amg.index import Index, IndexBuildError
 from amg.index.decode import FRAME_FILES, FRAMES, HIGH_BYTES, RASTER_FORMATS, RUNS_PROGRAMS, open_picture
-from amg.index.listing import BESIDE, HIDDEN, OWN, SEEN, SPECIAL, VECTOR, list_folder
+from amg.index.sources.listing import BESIDE, HIDDEN, OWN, SEEN, SPECIAL, VECTOR, list_folder
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_listed_is_a_skipped_entry(tmp_path, folder, mon
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr("amg.index.listing.os.scandir", refusing)
+    monkeypatch.setattr("amg.index.sources.listing.os.scandir", refusing)
     found = list_folder(folder).pictures
     assert found[-1][:3] == ("b", 0, "a folder that cannot be listed: Permission denied") and len(found) == 4
 

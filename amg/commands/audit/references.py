@@ -57,7 +57,7 @@ def of_index(index: Any) -> References:
 def of_path(path: Path) -> References:
     """A folder of images, a Parquet file or a folder of them, as `amg index build` takes them."""
     from amg.index.decode import UnreadableImage
-    from amg.index.images import open_source
+    from amg.index.sources import open_source
 
     source = open_source(path)
 

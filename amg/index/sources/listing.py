@@ -1,18 +1,22 @@
-"""What a folder holds: the pictures to index, told by their content, and what is passed over, counted."""
+"""What a folder holds: pictures, tables and archives, told by their content; the rest is counted."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from amg.index.claim import MARKER, is_marked
+from amg.index.coverage import SKIPPED
 from amg.index.decode import IMAGE_SUFFIXES
 from amg.index.errors import IndexBuildError, IndexFault
 from amg.index.notes import Tally
+from amg.index.sources.source import Found
+from amg.index.sources.tape import is_tar
 from amg.index.store import MANIFEST, read_manifest
 
 HIDDEN, BESIDE = "hidden, or the system's own", "captions beside a picture"
@@ -26,7 +30,10 @@ UNREAD = (
     ".orf .rw2 .raf .pef .srw .x3f .3fr .iiq .erf .mrw .kdc"
 )
 KINDS = {
-    "text or tables": ".txt .json .jsonl .csv .tsv .xml .yaml .yml .md .rst .html .htm .log .ini .toml .py",
+    "text or tables": (
+        ".txt .caption .json .jsonl .csv .tsv .xml .yaml .yml .md .rst .html .htm .log .ini .toml .py"
+    ),
+    "class labels": ".cls",
     "arrays or weights": ".npy .npz .pt .pth .ckpt .safetensors .pkl .h5 .hdf5 .arrow .feather .mat .bin",
     "archives, not opened": ".zip .tar .gz .tgz .bz2 .xz .zst .7z .rar .tfrecord .mdb .lmdb",
     "video or sound": ".mp4 .m4v .mov .avi .webm .mkv .mpg .mpeg .mp3 .wav .flac",
@@ -34,6 +41,11 @@ KINDS = {
 }
 UNREAD_SUFFIXES = frozenset(UNREAD.split())
 KIND_OF = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes.split()}
+PICTURE = "picture"
+SIDECARS = (".txt", ".caption", ".json")  # the preferred ones first
+TABLES = (".parquet", ".arrow", ".feather")
+ARCHIVES = (".tar", ".tgz", ".gz", ".tbz2", ".bz2", ".txz", ".xz")
+METADATA = ("metadata.jsonl", "metadata.csv")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 SIGNATURE_BYTES = 64
 _RASTER = re.compile(
@@ -48,23 +60,16 @@ _UNREAD = re.compile(
 _VECTOR = re.compile(rb"\s*%!PS|\xc5\xd0\xd3\xc6|%PDF|\s*<svg|\xd7\xcd\xc6\x9a", re.DOTALL)
 
 
-class Found(NamedTuple):
-    """A file: its path in the folder, size in bytes, why it cannot be read where that shows, and when it was
-    last written (ns)."""
-
-    name: str
-    size: int
-    fault: str | None = None
-    written: int = 0
-
-
 class Listing(NamedTuple):
-    """Pictures and Parquet files in path order, what is neither, by reason, and pictures' captions."""
+    """Pictures, Parquet and Arrow files, and tar archives in path order; what is none of them, by reason;
+    pictures' captions; and files called metadata, which may be tables of captions."""
 
     pictures: list[Found]
     tables: list[Found]
+    archives: list[Found]
     passed_over: Tally
     captions: dict[str, Found]
+    metadata: list[Found]
 
 
 def list_folder(folder: Path) -> Listing:
@@ -79,10 +84,11 @@ def list_folder(folder: Path) -> Listing:
     walk.visit("", os.path.realpath(folder))
     for name in walk.links:  # grows while it is walked
         walk.visit(name, os.path.realpath(folder / name))
-    pictures, tables = (
-        sorted(found, key=lambda file: file.name.split("/")) for found in (walk.pictures, walk.tables)
+    pictures, tables, archives, metadata = (
+        sorted(found, key=lambda file: file.name.split("/"))
+        for found in (walk.pictures, walk.tables, walk.archives, walk.metadata)
     )
-    return Listing(pictures, tables, walk.passed_over, walk.captions())
+    return Listing(pictures, tables, archives, walk.passed_over, walk.captions(), metadata)
 
 
 class _Walk:
@@ -90,6 +96,8 @@ class _Walk:
         self.folder = folder
         self.pictures: list[Found] = []
         self.tables: list[Found] = []
+        self.archives: list[Found] = []
+        self.metadata: list[Found] = []
         self.texts: list[Found] = []
         self.no_files: list[Found] = []  # called like a caption file
         self.links: list[str] = []
@@ -122,7 +130,7 @@ class _Walk:
                 if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                     self.passed_over.add(HIDDEN, child)
                     continue
-                if entry.name.lower().endswith(".txt") and not _is_file(entry):
+                if entry.name.lower().endswith(SIDECARS[0]) and not _is_file(entry):
                     self.no_files.append(Found(child, 0))
                 if entry.is_dir(follow_symlinks=False):
                     below.append((child, entry.path))
@@ -154,44 +162,68 @@ class _Walk:
                 self.pictures.append(Found(name, 0, fault))
 
     def _sort_in(self, file: Found, suffix: str, path: str) -> None:
-        if suffix == ".parquet":
+        def read() -> bytes:
+            with open(path, "rb", buffering=0) as content:
+                return content.read(SIGNATURE_BYTES)
+
+        name = os.path.basename(file.name).lower()
+        if suffix in TABLES:
             self.tables.append(file)
             return
-        fault = f"{suffix} is not read: {REMEDY}" if suffix in UNREAD_SUFFIXES else None
-        if suffix in IMAGE_SUFFIXES or fault:
+        kind, fault = look(name, read)
+        if kind == PICTURE:
             self.pictures.append(file._replace(fault=fault))
-            return
-        with open(path, "rb", buffering=0) as content:
-            signature = content.read(SIGNATURE_BYTES)
-        if _RASTER.match(signature):
-            self.pictures.append(file)
-        elif _UNREAD.match(signature):
-            self.pictures.append(file._replace(fault=f"a format that is not read: {REMEDY}"))
-        elif _VECTOR.match(signature):
-            self.passed_over.add(VECTOR, file.name)
-        elif suffix == ".txt":
+        elif name in METADATA:
+            self.metadata.append(file)
+        elif suffix in SIDECARS and kind != VECTOR:
             self.texts.append(file)
+        elif suffix in ARCHIVES and is_tar(path):
+            self.archives.append(file)
         else:
-            self.passed_over.add(KIND_OF.get(suffix, NO_PICTURE), file.name)
+            self.passed_over.add(kind, file.name)
 
     def captions(self) -> dict[str, Found]:
-        """The caption file of each picture that has one: a.png.txt, else a.txt, for a.png; also .TXT.
-
-        Once all pictures are known, these are told from other text.
-        """
-        texts: dict[str, Found] = {}
-        for text in sorted(self.texts + self.no_files, key=lambda text: (_is_lower(text.name), text.name)):
-            texts[text.name[: -len(".txt")]] = text  # of a.TXT and a.txt the latter
-        captions: dict[str, Found] = {}
-        for picture in self.pictures:
-            for stem in (picture.name, os.path.splitext(picture.name)[0]):
-                if stem in texts:
-                    captions[picture.name] = texts[stem]
-                    break
+        """The caption file of each picture that has one, once all pictures are known."""
+        captions = pair_captions([picture.name for picture in self.pictures], self.texts + self.no_files)
         used = {text.name for text in captions.values()}
         for text in self.texts:
             self.passed_over.add(BESIDE if text.name in used else KIND_OF[".txt"], text.name)
         return captions
+
+
+def look(name: str, read: Callable[[], bytes]) -> tuple[str, str | None]:
+    """What a file or a member of an archive is: (PICTURE, why it cannot be read) or (why it is none, None).
+
+    name: in lower case; read(): its first SIGNATURE_BYTES, asked for only where the suffix does not tell.
+    """
+    suffix = os.path.splitext(name)[1]
+    if suffix in UNREAD_SUFFIXES:
+        return PICTURE, f"{suffix} is not read: {REMEDY}"
+    if suffix in IMAGE_SUFFIXES:
+        return PICTURE, None
+    signature = read()
+    if _RASTER.match(signature):
+        return PICTURE, None
+    if _UNREAD.match(signature):
+        return PICTURE, f"a format that is not read: {REMEDY}"
+    return VECTOR if _VECTOR.match(signature) else KIND_OF.get(suffix, NO_PICTURE), None
+
+
+def pair_captions(pictures: list[str], texts: list[Found]) -> dict[str, Found]:
+    """The caption file of each picture that has one: a.png.txt, else a.txt, for a.png, also .TXT; else
+    a.caption, else a.json."""
+    by_stem: dict[tuple[str, str], Found] = {}
+    for text in sorted(texts, key=lambda text: (text.name.endswith(SIDECARS), text.name)):
+        stem, suffix = os.path.splitext(text.name)
+        by_stem[stem, suffix.lower()] = text  # of a.TXT and a.txt the latter
+    captions: dict[str, Found] = {}
+    for picture in pictures:
+        stems = (picture, os.path.splitext(picture)[0])
+        keys = ((stem, suffix) for suffix in SIDECARS for stem in stems)
+        found = next((by_stem[key] for key in keys if key in by_stem), None)
+        if found is not None:
+            captions[picture] = found
+    return captions
 
 
 def _names_of_ours(directory: Path, names: set[str]) -> set[str]:
@@ -200,12 +232,8 @@ def _names_of_ours(directory: Path, names: set[str]) -> set[str]:
         return names
     if MANIFEST in names:
         with suppress(IndexFault):
-            return {MANIFEST, *read_manifest(directory).files}
+            return {MANIFEST, SKIPPED, *read_manifest(directory).files}
     return set()
-
-
-def _is_lower(name: str) -> bool:
-    return name.endswith(".txt")
 
 
 def _is_file(entry: os.DirEntry) -> bool:
