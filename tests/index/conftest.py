@@ -1,5 +1,8 @@
 """A deterministic embedder and small, distinct pictures."""
 
+import filecmp
+import io
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,3 +53,64 @@ def folder(tmp_path: Path, pictures: torch.Tensor) -> Path:
         if at % 2 == 0:
             file.with_suffix(".txt").write_text(f"picture {at}\n")
     return root
+
+
+@pytest.fixture
+def png():
+    """A picture [3, H, W] as the bytes of a PNG, or of another format that loses nothing."""
+    image_module = pytest.importorskip("PIL.Image")
+
+    def encoded(picture: torch.Tensor, kind: str = "PNG") -> bytes:
+        content = io.BytesIO()
+        image_module.fromarray(picture.permute(1, 2, 0).numpy()).save(content, kind)
+        return content.getvalue()
+
+    return encoded
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Build a pixel index of something, each under a name of its own."""
+    from amg.index import Index
+
+    count = itertools.count()
+
+    def build(images, captions=None, embedder=None, **options) -> Index:
+        path = options.pop("path", tmp_path / f"made-{next(count)}.amg")
+        return Index.build(images, captions, embedder, path, progress=False, **options)
+
+    return build
+
+
+@pytest.fixture
+def interrupted_twice(monkeypatch):
+    """Build something in shards of four, stopped after each of the first two, and once more to the end; the
+    same undisturbed: the two indexes are the same, byte for byte."""
+    import amg.index.journal as journal
+    from amg.index import Index
+
+    def build(open_images, directory: Path, **options) -> Index:
+        monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 4)
+        options = {"progress": False, "batch_size": 2, **options}
+        whole, killed = directory / "whole.amg", directory / "killed.amg"
+        Index.build(open_images(), path=whole, **options)
+        for shards in (1, 2):
+            with monkeypatch.context() as patch:
+                commit = journal.Journal.commit
+
+                def stopping(self, *arguments, commit=commit, shards=shards):
+                    commit(self, *arguments)
+                    if self.state.shards == shards:
+                        raise KeyboardInterrupt
+
+                patch.setattr(journal.Journal, "commit", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    Index.build(open_images(), path=killed, **options)
+            assert not killed.exists()
+        Index.build(open_images(), path=killed, **options)
+        names = sorted(file.name for file in whole.iterdir())
+        assert names == sorted(file.name for file in killed.iterdir())
+        assert filecmp.cmpfiles(whole, killed, names, shallow=False)[0] == names
+        return Index.open(killed, verify=True)
+
+    return build

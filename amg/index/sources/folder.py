@@ -10,7 +10,7 @@ from amg.index.errors import IndexBuildError
 from amg.index.sources.columns import Table
 from amg.index.sources.listing import KIND_OF, Listing
 from amg.index.sources.metadata import Metadata, add_records
-from amg.index.sources.records import caption_in, read_records, read_table_records
+from amg.index.sources.records import caption_in, read_records, read_table_records, record_of
 from amg.index.sources.source import Decoding, Fields, Found, TrainingImage, identity_of, loader
 from amg.index.sources.status import failed
 from amg.index.text import Caption, make_caption, plain_name, read_sidecar
@@ -97,9 +97,6 @@ def _key(name: str) -> str:
 
 def _of_json(content: Caption, where: str) -> Caption:
     """The caption in a JSON file beside a picture; one that is not JSON, or has none, is none."""
-    try:
-        record = next(read_records((content.text or "").encode(), where, where))
-    except (IndexBuildError, StopIteration):
-        return Caption()
-    value = caption_in(record, None)
+    record = record_of((content.text or "").encode(), where)
+    value = None if record is None else caption_in(record, None)
     return Caption() if value is None else make_caption(value, where)

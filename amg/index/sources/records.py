@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from amg.index.errors import IndexBuildError
 from amg.index.sources.columns import open_table, read_group
-from amg.index.sources.source import CAPTION_FIELDS
+from amg.index.sources.source import CAPTION_FIELDS, PATH_FIELDS
 from amg.index.text import decode_text
 
 csv.field_size_limit(1 << 24)
@@ -95,16 +95,32 @@ def _of_jsonl(text: str, where: str) -> Iterator[Record]:
 
 
 def _of_json(text: str, where: str) -> Iterator[Record]:
-    """A list of objects, or an object {path: caption}; else lines."""
+    """A list of objects, an object {path: caption}, or one as of COCO's captions; else lines."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         yield from _of_jsonl(text, where)
         return
     if isinstance(whole, Mapping):
-        whole = [{"path": path, "caption": caption} for path, caption in whole.items()]
+        whole = _of_object(whole)
     for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
         yield _record(value, f"{where}[{number}]")
+
+
+def _of_object(whole: Mapping) -> list[Mapping]:
+    if any(name in whole for name in PATH_FIELDS) and not isinstance(whole.get("images"), list):
+        return [whole]
+    images, annotations = whole.get("images"), whole.get("annotations")
+    if not isinstance(images, list):
+        return [{"path": path, "caption": caption} for path, caption in whole.items()]
+    captions: dict[Any, list[Any]] = {}
+    for annotation in annotations if isinstance(annotations, list) else []:
+        if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    return [
+        {**image, "caption": captions.get(image.get("id"))} if isinstance(image, Mapping) else image
+        for image in images
+    ]
 
 
 def _record(value: Any, where: str) -> Record:
@@ -113,6 +129,15 @@ def _record(value: Any, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise IndexBuildError(f"`images`: {where} must be an object with a path, got {type(value).__name__}")
     return Record({str(key).lower(): inner for key, inner in value.items()}, where)
+
+
+def record_of(content: bytes, where: str) -> Record | None:
+    """The object in a JSON file beside a picture, None where it holds none."""
+    try:
+        value = json.loads(decode_text(content)[0])
+    except (ValueError, RecursionError):
+        return None
+    return _record(value, where) if isinstance(value, Mapping) else None
 
 
 def caption_in(record: Record, field: str | None) -> Any:

@@ -28,7 +28,7 @@ from amg.index.sources.listing import (
     look,
 )
 from amg.index.sources.metadata import Metadata, read_metadata
-from amg.index.sources.records import Record, caption_in, read_records
+from amg.index.sources.records import caption_in, record_of
 from amg.index.sources.source import Decoding, Fields, Found, TrainingImage, identity_of, lost
 from amg.index.sources.status import failed
 from amg.index.sources.tape import DAMAGED, NO_END, Member, Tape, members
@@ -131,13 +131,14 @@ class _Contents:
         self.archive, self.tape, self.fields, self.passed_over = archive, tape, fields, passed_over
         self.seen_fields: set[str] = set()
         self.held: list[Member] = []
-        self.texts: dict[str, bytes | Note] = {}
-        self.text_of: dict[int, dict[str, str]] = {}  # of each run: names by what follows the key
+        self.texts: list[tuple[str, bytes | Note]] = []
+        self.text_of: dict[int, dict[str, int]] = {}  # of each run: texts by what follows the key
+        self.text_named: dict[str, int] = {}
         self.run_of: list[int] = []
         self.links: list[Member] = []
         self.metadata: list[tuple[str, bytes]] = []
         self.faults: list[Held] = []
-        self.used: set[str] = set()
+        self.used: set[int] = set()
 
     def pictures(self) -> list[Held]:
         """The pictures in order, then what is wrong with the archive, then what was never downloaded."""
@@ -149,8 +150,8 @@ class _Contents:
         ]
         pictures += self._linked(pictures)
         pictures = _told_apart(pictures)
-        for name in self.texts:
-            self.passed_over.add(BESIDE if name in self.used else KIND_OF[".txt"], self._at(name))
+        for number, (name, _) in enumerate(self.texts):
+            self.passed_over.add(BESIDE if number in self.used else KIND_OF[".txt"], self._at(name))
         if self.archive.status is not None:
             present = {key_of(held.name)[0].rpartition("/")[2] for held in pictures}
             pictures += [
@@ -215,11 +216,13 @@ class _Contents:
         if base in METADATA:
             self.metadata.append((member.name, self._text(member, 1 << 30)))
             return
-        if member.size > MOST_BYTES:
-            self.texts[member.name] = Note(TOO_LARGE, self._at(member.name))
-        else:
-            self.texts[member.name] = self._text(member, MOST_BYTES)
-        self.text_of.setdefault(run, {})[rest] = member.name
+        large = member.size > MOST_BYTES
+        content = Note(TOO_LARGE, self._at(member.name)) if large else self._text(member, MOST_BYTES)
+        number = len(self.texts)
+        self.texts.append((member.name, content))
+        self.text_of.setdefault(run, {})[rest] = number
+        stem, suffix = os.path.splitext(member.name)
+        self.text_named.setdefault(stem + suffix.lower(), number)
 
     def _text(self, member: Member, most: int) -> bytes:
         try:
@@ -239,19 +242,19 @@ class _Contents:
         order += [
             f"{rest}{suffix}".lstrip(".") for suffix in SIDECARS for rest in (key_of(name)[1], stem, "")
         ]
-        names = [own[rest] for rest in order if rest in own]
-        outer = (name, os.path.splitext(name)[0])
-        names += [top + suffix for suffix in SIDECARS for top in outer if top + suffix in self.texts]
-        for text in dict.fromkeys(names):
-            caption = self._read_text(text)
+        texts = [own[rest] for rest in order if rest in own]
+        outer = [top + suffix for suffix in SIDECARS for top in (name, os.path.splitext(name)[0])]
+        texts += [self.text_named[name] for name in outer if name in self.text_named]
+        for text in dict.fromkeys(texts):
+            caption = self._read_text(*self.texts[text])
             if caption is not None:
                 self.used.add(text)
                 return caption
         return None
 
-    def _read_text(self, name: str) -> Caption | None:
+    def _read_text(self, name: str, content: bytes | Note) -> Caption | None:
         """The caption in a text or JSON member, None where it holds none."""
-        content, where = self.texts[name], self._at(name)
+        where = self._at(name)
         rest, field = key_of(name)[1], self.fields.caption
         if isinstance(content, Note):
             return Caption(notes=(content,))
@@ -267,9 +270,8 @@ class _Contents:
         )
 
     def _of_json(self, content: bytes, where: str) -> Caption | None:
-        try:
-            record: Record = next(read_records(content, "x.json", where))
-        except (IndexBuildError, StopIteration):
+        record = record_of(content, where)
+        if record is None:
             return None
         self.seen_fields |= set(record.values)
         value: Any = caption_in(record, self.fields.caption)
