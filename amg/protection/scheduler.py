@@ -21,6 +21,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
+from amg.index.coverage import warn_of_gaps
 from amg.promise import check
 from amg.protection.fused import Call, Run, advance, begun, follow
 from amg.protection.guide import Guide
@@ -60,6 +61,7 @@ class AMGScheduler:
         neighbour_output: Callable[[Tensor, Any, list[int], Sequence[str]], Tensor] | None = None,
     ):
         config = usable(index, config)
+        warn_of_gaps((index,))
         self.scheduler, self.index = scheduler, index
         self.amg_config = replace(config, c2=config.c2 if neighbour_output else 0.0)
         self._neighbour_output = neighbour_output

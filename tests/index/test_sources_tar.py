@@ -1,4 +1,4 @@
-"""Pictures in tar archives: WebDataset's shards, as its own writer makes them, and the odd ones people have."""
+"""Pictures in tar archives: WebDataset shards as its own writer makes them, and the odd ones people have."""
 
 import gzip
 import io

@@ -200,6 +200,7 @@ def _of_mapping(item: Mapping, number: int, fields: Fields) -> tuple[Any, Any]:
     else:
         keys = [named[name] for name in KEYS if name in named and _encoded(item[named[name]]) is not None]
         keys = keys or [key for key in item if _is_drawn(_encoded(item[key]))]
+        keys = keys or [named[name] for name in KEYS if name in named and _is_empty(item[named[name]])]
     if not keys:
         raise _unlike(item, number)
     if fields.caption is not None and fields.caption not in item:
@@ -239,6 +240,11 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return value.get("bytes") or value.get("path")
     return value if _is_picture(value) or _is_batch(value) else None
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a picture could be where there is none: nothing, or a struct {bytes, path} of nothing."""
+    return value is None or (isinstance(value, Mapping) and bool(value.keys() & {"bytes", "path"}))
 
 
 def _is_batch(value: Any) -> bool:
