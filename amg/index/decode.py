@@ -160,10 +160,13 @@ def _draft(picture: Any, least: int | None) -> bool:
     if picture.format not in ("JPEG", "MPO"):
         return False
     width, height = picture.size
-    needed = 1
+    needed, scale = 1, 8
     while width * height > MOST_PIXELS * needed**2 and needed < 8:
         needed *= 2
-    scale = max(needed, 1 if least is None else min(width, height) // least)
+    enough = 1 if least is None else min(width, height) // least
+    while scale > 1 and (scale > enough or width % scale or height % scale):
+        scale //= 2  # where a block is not whole, the picture would be stretched a little
+    scale = max(scale, needed)
     if scale > 1:
         picture.draft(picture.mode, (max(width // scale, 1), max(height // scale, 1)))
     return needed > 1

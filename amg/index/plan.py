@@ -56,7 +56,7 @@ class BuildPlan:
     @property
     def least(self) -> int | None:
         """Pixels a side of which a picture has enough to be resized well, None where its size is kept."""
-        return None if self.size is None else 2 * max(*self.size, SKETCH_SIDE)
+        return None if self.size is None else 4 * max(*self.size, SKETCH_SIDE)
 
     def fold_rule(self, image_size: tuple[int, int] | None) -> FoldRule:
         """What counts as a duplicate; image_size is that of the rows of a pixel index."""

@@ -638,8 +638,10 @@ def test_a_column_of_lists_is_no_image_column_and_its_type_is_named(tmp_path):
 
 
 def test_an_index_within_its_own_folder_is_passed_over(tmp_path, folder, pictures):
+    (folder / "bad.png").write_bytes(b"?")  # an index that has a list of what was skipped
     for name in ("i.amg", "b/other"):
         index = build(folder, path=folder / name)
+        assert (index.path / "skipped.jsonl").is_file()
         assert index.ids == ["a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"]
     save(pictures[9], folder / "i.amg" / "mine.png")  # not of the index
     index = build(folder, path=tmp_path / "j")

@@ -31,10 +31,8 @@ LISTS = {
         }
     ),
     "csv": 'path,n,caption\nb/3.png,1,"a ""dog"""\na/0.png,2,"two, cats"\na/2.png,3,ümlaut\n',
-    "tsv": "caption\tfilename\n"
-    + "".join(f"{text}\t{name}\n" for name, text in PAIRS)
-    .replace('"', '""')
-    .replace('a ""dog""', '"a ""dog"""'),
+    "tsv": 'caption\tfilename\n"a ""dog"""\tb/3.png\ntwo, cats\ta/0.png\nümlaut\ta/2.png\n',
+    "semicolon.csv": 'file;caption\nb/3.png;"a ""dog"""\na/0.png;two, cats\na/2.png;ümlaut\n',
     "bare.csv": 'b/3.png,"a ""dog"""\na/0.png,"two, cats"\n\na/2.png,ümlaut\n',
 }
 

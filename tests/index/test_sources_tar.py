@@ -273,6 +273,16 @@ def test_a_picture_that_is_damaged_is_skipped_and_the_archive_read_on(tmp_path, 
         make(path, on_error="raise")
 
 
+def test_archives_are_told_by_content_and_dangling_ones_are_skipped(tmp_path, folder, pictures, png, make):
+    write(folder / "shard", {"9.png": png(pictures[9])})
+    write(folder / "shard.dat", {"8.png": png(pictures[8])}, "w:gz")
+    (folder / "zeros").write_bytes(bytes(2048))
+    (folder / "gone.tar").symlink_to("nowhere.tar")
+    index = make(folder)
+    assert index.ids[6:] == ["shard/9.png", "shard.dat/8.png"] and index.coverage == 8 / 9
+    assert reasons(index) == {"gone.tar": DANGLING} and index.manifest.passed_over["no picture"] == 1
+
+
 def test_pictures_and_archives_in_one_folder(tmp_path, folder, pictures, png, make):
     write(folder / "more.tar", {"9.png": png(pictures[9])})
     index = make(folder)

@@ -11,7 +11,7 @@ from amg.index.errors import IndexBuildError
 from amg.index.sources.source import CAPTION_FIELDS, IMAGE_FIELDS
 from amg.index.store import import_parquet
 
-BUFFER_BYTES, BATCH_ROWS = 1 << 20, 16  # a row group may hold gigabytes of pictures
+BUFFER_BYTES, BATCH_ROWS = 1 << 20, 4  # a row group may hold gigabytes of pictures
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def open_table(file: Path) -> Table:
         return _open_arrow(file)
     parquet = import_parquet()
     try:
-        opened = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES)
+        opened = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except Exception as error:  # pyarrow raises many types on damaged files
         raise IndexBuildError(f"`images`: {file} cannot be read as Parquet ({error})") from error
     groups = tuple(opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups))

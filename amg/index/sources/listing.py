@@ -156,7 +156,7 @@ class _Walk:
         except OSError as error:
             dangling = isinstance(error, FileNotFoundError) and entry.is_symlink()
             fault = DANGLING if dangling else error.strerror or type(error).__name__
-            if suffix in KIND_OF:
+            if suffix in KIND_OF and suffix not in (*ARCHIVES, *TABLES):
                 self.passed_over.add(f"{KIND_OF[suffix]}: {fault}", name)
             else:
                 self.pictures.append(Found(name, 0, fault))
@@ -177,7 +177,7 @@ class _Walk:
             self.metadata.append(file)
         elif suffix in SIDECARS and kind != VECTOR:
             self.texts.append(file)
-        elif suffix in ARCHIVES and is_tar(path):
+        elif (suffix in ARCHIVES and is_tar(path)) or (kind == NO_PICTURE and is_tar(path, empty=False)):
             self.archives.append(file)
         else:
             self.passed_over.add(kind, file.name)

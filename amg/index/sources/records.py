@@ -36,7 +36,7 @@ def read_records(content: bytes, name: str, where: str) -> Iterator[Record]:
     suffix = Path(name).suffix.lower()
     text = decode_text(content)[0]
     if suffix in (".csv", ".tsv"):
-        return _of_csv(text, "\t" if suffix == ".tsv" else ",", where)
+        return _of_csv(text, _delimiter(text, suffix), where)
     if suffix == ".txt":
         return _of_lines(text, where)
     if suffix == ".json":
@@ -71,6 +71,18 @@ def _of_csv(text: str, delimiter: str, where: str) -> Iterator[Record]:
             yield Record(dict(zip(header, cells, strict=False)), f"{where}:{rows.line_num}")
     except csv.Error as error:
         raise IndexBuildError(f"`images`: {where}:{rows.line_num} is not valid CSV ({error})") from error
+
+
+def _delimiter(text: str, suffix: str) -> str:
+    """What the cells are divided by: what the suffix says, unless the first line has a path's column under
+    another one alone."""
+    first = text.partition("\n")[0].strip().lower()
+    usual = "\t" if suffix == ".tsv" else ","
+    for delimiter in (usual, ";", "\t", ",", "|"):
+        cells = {cell.strip(" \"'\r") for cell in first.split(delimiter)}
+        if len(cells) > 1 and cells & {*PATH_FIELDS}:
+            return delimiter
+    return usual
 
 
 def _is_header(cells: list[str]) -> bool:

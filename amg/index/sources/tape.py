@@ -69,13 +69,13 @@ def _open_plain(path: Path) -> Any:
     return open(path, "rb")
 
 
-def is_tar(path: str | os.PathLike) -> bool:
-    """Whether a file begins as a tar archive does, under its compression; an empty archive too."""
+def is_tar(path: str | os.PathLike, empty: bool = True) -> bool:
+    """Whether a file begins as a tar archive does, under its compression; empty: one without members too."""
     try:
         with _opener(Path(path))(path) as file:
             head = file.read(BLOCK)
         if len(head) == BLOCK and not any(head):
-            return True
+            return empty
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
         return True
     except DAMAGED:
