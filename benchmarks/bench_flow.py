@@ -42,9 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--images", type=int, default=48, help="memorised prompts, and half as many ordinary"
-    )
+    parser.add_argument("--images", type=int, default=48, help="memorised prompts, and half as many ordinary")
     parser.add_argument("--work", type=Path, default=Path("demo"), help="folder of the index")
     parser.add_argument("--csv", type=Path, default=RESULTS / "flow.csv")
     parser.add_argument("--sheet", type=Path, help="a PNG of the first sixteen of each level")
