@@ -8,7 +8,8 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from amg.pipelines.families import family_of
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
 from amg.pipelines.pictures import require_no_others, to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
-from amg.pipelines.supported import is_ours, level_of, require_supported
+from amg.pipelines.supported import is_ours, level_of, network_of, require_supported
 from amg.promise import decode
 from amg.protection.carry import carry_over
 from amg.protection.deliver import deliver
@@ -35,8 +36,24 @@ from amg.protection.watch import Watched
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
 
-# one call of a pipeline at a time: its scheduler and its hook are of one call
+# one call at a time of a pipeline, its scheduler and its network, which other pipelines may share: what is
+# installed there is of one call
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _alone(pipe: Any) -> Iterator[None]:
+    """Wait until no other call uses a pipeline, its scheduler or its network."""
+    shared = (
+        pipe,
+        getattr(pipe, "scheduler", None),
+        network_of(pipe),
+    )  # in one order, so that none waits for ever
+    with ExitStack() as held:
+        for one in shared:
+            if one is not None:
+                held.enter_context(_LOCKS.setdefault(one, threading.RLock()))
+        yield
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,7 @@ def _protected(kind: type) -> type:
                 "to `amg.protect`"
             )
         protection: Protection = self._amg_protection
-        with _LOCKS.setdefault(self, threading.RLock()):
+        with _alone(self):
             for index in (protection.index, *protection.also):
                 index.seal.check()  # before any work, and before a truncated map is touched
             if not is_ours(self):

@@ -94,6 +94,30 @@ def test_two_threads_are_served_one_after_the_other(name, tmp_path):
     assert len(found) == 4 and all(torch.equal(images, plain) for images in found)
 
 
+def test_two_pipelines_that_share_scheduler_and_network_in_two_threads(tmp_path):
+    """Attack 18: nothing is left behind, and no call meets another's hook."""
+    pipe, call = pipelines_tiny.build("sd")
+    _, edit_call = pipelines_tiny.build("sd_img2img")
+    plain = drawn(pipe, call).images
+    protected(pipe, index_of(noise(60, plain), tmp_path), guard_threshold=None, **PLANTED)
+    edit = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    edit.set_progress_bar_config(disable=True)
+    edited = drawn(edit, edit_call).images
+    assert edit.scheduler is pipe.scheduler and edit.unet is pipe.unet
+    found = {"made": [], "edited": []}
+    made = lambda: found["made"].append(drawn(pipe, call).images)  # noqa: E731
+    other = lambda: found["edited"].append(drawn(edit, edit_call).images)  # noqa: E731
+    threads = [threading.Thread(target=target) for _ in range(3) for target in (made, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found["made"]) == len(found["edited"]) == 3
+    assert all(torch.equal(images, plain) for images in found["made"])
+    assert all(torch.equal(images, edited) for images in found["edited"])
+    assert "step" not in vars(pipe.scheduler)
+
+
 @pytest.mark.parametrize("maker", ["class", "auto"])
 def test_from_pipe_carries_the_protection_over(maker, tmp_path):
     """FIELD 15, attack 9."""
