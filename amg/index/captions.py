@@ -15,9 +15,11 @@ from typing import Any
 from amg.index.errors import IndexBuildError
 from amg.index.notes import Note
 from amg.index.sources.open import root_of
-from amg.index.sources.source import ImageSource, TrainingImage
+from amg.index.sources.records import Record, caption_in, read_records
+from amg.index.sources.source import CAPTION_FIELDS, PATH_FIELDS, ImageSource, TrainingImage
 from amg.index.text import NOT_UTF8, Caption, decode_text, encoding_of, make_caption
 
+CAPTION_FILES = (".jsonl", ".json", ".csv", ".tsv")
 NAME = "file or id"  # the key of a dict
 KEYS = {"file": str, "id": str, "index": int}  # of a JSONL line; the first that fits the images is taken
 
@@ -96,9 +98,8 @@ class Captions:
 def caption_column(images: Any, captions: Any) -> str | None:
     """The column, field or key that `captions` names, None where it is no str, a JSON or JSONL path or
     absent."""
-    if not isinstance(captions, str) or captions.endswith((".jsonl", ".json")) or Path(captions).is_file():
-        return None
-    return captions
+    named = isinstance(captions, str) and not captions.endswith(CAPTION_FILES)
+    return captions if named and not Path(captions).is_file() else None
 
 
 def read_captions(captions: Any, images: Any = None) -> Captions:
@@ -159,7 +160,34 @@ def _read_file(path: Path, folder: str | None) -> Captions:
             record = None  # lines, perhaps
         if isinstance(record, dict) and "caption" not in record:
             return _from_mapping(record, f"`captions`: {path}", folder, whole)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _read_cells(path, folder)
     return _read_lines(path, folder)
+
+
+def _read_cells(path: Path, folder: str | None) -> Captions:
+    """Captions out of a CSV or TSV file with a column of paths or ids."""
+    content = path.read_bytes()
+    _, whole = decode_text(content)
+    table: dict[str, Any] = {}
+    for record in _rows(content, path):
+        name = record.first((*PATH_FIELDS, "id"), str)
+        if name is None or not any(key in record.values for key in CAPTION_FIELDS):
+            raise IndexBuildError(
+                f"`captions`: {record.where} must have a path or id and a caption, its columns are "
+                f"{', '.join(record.values)}"
+            )
+        if name in table:
+            raise IndexBuildError(f"`captions`: {record.where} repeats {name!r}")
+        table[name] = caption_in(record, None)
+    return _from_mapping(table, f"`captions`: {path}", folder, whole)
+
+
+def _rows(content: bytes, path: Path) -> Iterator[Record]:
+    try:
+        yield from read_records(content, path.name, str(path))
+    except IndexBuildError as error:
+        raise IndexBuildError(str(error).replace("`images`", "`captions`", 1)) from error
 
 
 def _read_lines(path: Path, folder: str | None) -> Captions:

@@ -13,6 +13,7 @@ import numpy as np
 
 from amg.index.coverage import SkippedFile, make_coverage
 from amg.index.decode import DEPTH_RULE
+from amg.index.encode import MOST_SQUARES
 from amg.index.guard import SKETCH
 from amg.index.journal import Journal, read_logs
 from amg.index.notes import Tally, unpack_notes
@@ -91,7 +92,12 @@ def _describe(plan: BuildPlan) -> str:
     if plan.record is None:
         steps.append("uint8, CHW")
     else:
-        steps += ["[0, 1]", f"{plan.record.name}: {plan.record.preprocessing or 'own'}", f"unit {plan.dtype}"]
+        steps += [
+            "[0, 1]",
+            f"squeezed to {MOST_SQUARES}:1 where longer",
+            f"{plan.record.name}: {plan.record.preprocessing or 'own'}",
+            f"unit {plan.dtype}",
+        ]
     return ", ".join(steps)
 
 

@@ -194,3 +194,54 @@ def test_other_files_are_refused_by_name(tmp_path, make):
         make(tmp_path / "x.zip")
     with pytest.raises(IndexBuildError, match="does not exist"):
         make("pipe:curl http://x/{0..3}.tar")
+
+
+def test_a_parquet_file_of_paths_is_a_list(folder, pictures, make):
+    import pyarrow.parquet
+
+    columns = {"image_path": NAMES, "n": [1, 2, 3], "caption": TEXTS}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "l.parquet")
+    index = make(folder / "l.parquet")
+    assert torch.equal(index.rows, pictures[ORDER].flatten(1))
+    assert index.captions == TEXTS and index.ids == NAMES
+
+
+def test_paths_as_windows_writes_them(folder, pictures, make):
+    (folder / "l.csv").write_text("path,caption\r\na\\0.png,zero\r\nb\\3.png,three\r\n")
+    assert torch.equal(make(folder / "l.csv").rows, pictures[[0, 3]].flatten(1))
+
+
+def test_a_pattern_of_names(folder, pictures, make):
+    assert torch.equal(make(f"{folder}/*/[1-4].png").rows, pictures[1:5].flatten(1))
+    with pytest.raises(IndexBuildError, match="does not exist"):
+        make(f"{folder}/*.jpg")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_captions_in_cells(folder, make, kind):
+    names = ["a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png"]
+    comma = "," if kind == "csv" else "\t"
+    path = folder.parent / f"c.{kind}"
+    path.write_text("\ufefffile,caption\n".replace(",", comma) + "".join(f"{n}{comma}c {n}\n" for n in names))
+    assert make(folder, str(path)).captions == [f"c {name}" for name in names]
+    path.write_text("file,n\na/0.png,3\n".replace(",", comma))
+    with pytest.raises(
+        IndexBuildError, match=rf"`captions`: .*c\.{kind}:2 must have a path or id and a caption"
+    ):
+        make(folder, str(path))
+
+
+def test_sixteen_bit_arrays_are_scaled(make):
+    depth = (numpy.arange(64).reshape(8, 8) * 60).astype("uint16")
+    expected = torch.from_numpy((depth >> 4).astype("uint8")).expand(3, 8, 8)
+    assert torch.equal(make([depth]).rows[0], expected.flatten())
+
+
+def test_a_damaged_table_among_pictures_is_a_skipped_entry(folder, make):
+    (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "old.feather").write_bytes(b"FEA1 and no more")
+    index = make(folder)
+    assert index.count == 6 and index.coverage == 6 / 8
+    assert "cut.parquet cannot be read as Parquet" in index.manifest.skipped[0].reason
+    with pytest.raises(IndexBuildError, match=r"cut\.parquet cannot be read"):
+        make(folder, on_error="raise")

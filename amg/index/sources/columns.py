@@ -29,39 +29,49 @@ class Table:
 
 
 def open_table(file: Path) -> Table:
-    """A Parquet or Arrow file, its rows not read. Raises IndexBuildError."""
+    """What a Parquet or Arrow file holds; it is opened again to be read, as there may be thousands of them.
+    Raises IndexBuildError."""
     if file.suffix.lower() in (".arrow", ".feather"):
         return _open_arrow(file)
-    parquet = import_parquet()
     try:
-        opened = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        with _parquet(file) as opened:
+            sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            schema = opened.schema_arrow
     except Exception as error:  # pyarrow raises many types on damaged files
         raise IndexBuildError(f"`images`: {file} cannot be read as Parquet ({error})") from error
-    groups = tuple(opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups))
 
     def batches(group: int, columns: list[str]) -> Iterator[Any]:
-        return opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
+        with _parquet(file) as opened:
+            yield from opened.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=columns)
 
-    return Table(file, opened.schema_arrow, groups, batches)
+    return Table(file, schema, tuple(sizes), batches)
+
+
+def _parquet(file: Path) -> Any:
+    return import_parquet().ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def _open_arrow(file: Path) -> Table:
-    """An Arrow file, of either kind, mapped. `datasets` writes the kind without an index."""
-    import pyarrow
-
+    """An Arrow file, of either kind, mapped; one group. `datasets` writes the kind without an index."""
     try:
-        mapped = pyarrow.memory_map(str(file))
-        start = mapped.read(6)
-        mapped.seek(0)
-        reader = pyarrow.ipc.open_file(mapped) if start == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
-        held = reader.read_all().to_batches()
+        held = _arrow(file)
     except Exception as error:  # pyarrow raises many types on damaged files
         raise IndexBuildError(f"`images`: {file} cannot be read as Arrow ({error})") from error
 
-    def batches(group: int, columns: list[str]) -> Iterator[Any]:
-        yield held[group].select(columns)
+    def batches(_: int, columns: list[str]) -> Iterator[Any]:
+        yield from _arrow(file).select(columns).to_batches()
 
-    return Table(file, reader.schema, tuple(batch.num_rows for batch in held), batches)
+    return Table(file, held.schema, (held.num_rows,), batches)
+
+
+def _arrow(file: Path) -> Any:
+    import pyarrow
+
+    mapped = pyarrow.memory_map(str(file))
+    start = mapped.read(6)
+    mapped.seek(0)
+    opened = pyarrow.ipc.open_file(mapped) if start == b"ARROW1" else pyarrow.ipc.open_stream(mapped)
+    return opened.read_all()
 
 
 def image_column(table: Table, named: str | None = None) -> str:

@@ -125,7 +125,8 @@ def _of_array(value: Any, position: int, decoding: Decoding) -> Picture:
     import numpy as np
 
     array = np.asarray(value)
-    drawn = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    colour = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
+    drawn = colour or (array.ndim == 2 and array.dtype in (np.uint8, np.uint16))
     if drawn and 0 not in array.shape:
         return to_picture(import_pil().fromarray(array), decoding.background)
     if array.ndim == 3 and array.shape[2] == 1:

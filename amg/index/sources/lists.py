@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from amg.index.errors import IndexBuildError
 from amg.index.notes import Tally
 from amg.index.sources.listing import DANGLING
-from amg.index.sources.records import caption_in, read_records
+from amg.index.sources.records import caption_in, read_records, read_table_records
 from amg.index.sources.source import (
     PATH_FIELDS,
     Decoding,
@@ -67,9 +67,11 @@ def open_files(paths: Sequence[Path], names: Sequence[str], decoding: Decoding) 
 
 def open_list(path: Path, decoding: Decoding, fields: Fields) -> ListSource:
     """The pictures that a list names, relative to where it lies. Raises IndexBuildError where it is none."""
-    listed = [
-        _listed(path, record, fields) for record in read_records(path.read_bytes(), path.name, path.name)
-    ]
+    if path.suffix.lower() == ".parquet":
+        records = read_table_records(path, path.name)
+    else:
+        records = read_records(path.read_bytes(), path.name, path.name)
+    listed = [_listed(path, record, fields) for record in records]
     if not listed:
         raise IndexBuildError(f"`images` is empty: {path} lists no pictures")
     source = ListSource("list", listed, decoding)
@@ -79,8 +81,8 @@ def open_list(path: Path, decoding: Decoding, fields: Fields) -> ListSource:
 
 def _listed(path: Path, record: Any, fields: Fields) -> Listed:
     names = PATH_FIELDS if fields.image is None else (fields.image.lower(),)
-    name = record.first(names, str)
-    if name is None:
+    given = record.first(names, str, bytes)
+    if given is None:
         raise IndexBuildError(
             f"`images`: {record.where} must have the path of a picture under one of {', '.join(names)}; "
             f"it has {', '.join(map(str, record.values))}"
@@ -89,11 +91,14 @@ def _listed(path: Path, record: Any, fields: Fields) -> Listed:
         raise IndexBuildError(
             f"`captions` names {fields.caption!r}; {record.where} has {', '.join(record.values)}"
         )
+    name = os.fsdecode(given)
     value = caption_in(record, fields.caption)
     caption = Caption() if value is None else make_caption(value, record.where)
     if name.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
         return Listed(path, Found(name, 0, URL), caption)
     place = path.parent / name.removeprefix("file://")
+    if "\\" in name and not os.path.lexists(place):  # a list from Windows
+        place = path.parent / name.replace("\\", "/")
     return Listed(place, _look(place, name), caption)
 
 

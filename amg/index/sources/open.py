@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sized
@@ -16,11 +17,11 @@ from amg.index.notes import Tally
 from amg.index.sources.columns import Table, image_columns, open_table, text_columns
 from amg.index.sources.folder import FolderSource
 from amg.index.sources.items import ItemSource
-from amg.index.sources.listing import KIND_OF, PICTURE, SIGNATURE_BYTES, Listing, list_folder, look
+from amg.index.sources.listing import KIND_OF, PICTURE, SIGNATURE_BYTES, TABLES, Listing, list_folder, look
 from amg.index.sources.lists import open_files, open_list
 from amg.index.sources.records import LISTS
 from amg.index.sources.several import Joined
-from amg.index.sources.source import Decoding, Fields, Found, ImageSource, found
+from amg.index.sources.source import PATH_FIELDS, Decoding, Fields, Found, ImageSource, found
 from amg.index.sources.table import TableSource, arrow_names, is_status_table
 from amg.index.sources.tape import is_tar
 from amg.index.sources.tar import Archive, TarSource, expand_braces
@@ -155,6 +156,8 @@ def _open_path(path: Path, decoding: Decoding, fields: Fields) -> ImageSource:
     if path.is_file():
         return _open_file(path, decoding, fields)
     expanded = expand_braces(os.fspath(path))
+    if glob.has_magic(os.fspath(path)) and (matching := sorted(glob.glob(os.fspath(path), recursive=True))):
+        return _open_several([Path(name) for name in matching], decoding, fields)
     if expanded == [os.fspath(path)]:
         raise IndexBuildError(f"`images` is a path that does not exist: {path}")
     lost = [name for name in expanded if not os.path.exists(name)]
@@ -169,7 +172,9 @@ def _open_path(path: Path, decoding: Decoding, fields: Fields) -> ImageSource:
 def _open_file(path: Path, decoding: Decoding, fields: Fields) -> ImageSource:
     suffix = path.suffix.lower()
     alone = [found(path, path.name)]
-    if suffix in (".parquet", ".arrow", ".feather"):
+    if suffix == ".parquet" and _is_list(open_table(path), fields):
+        return open_list(path, decoding, fields)
+    if suffix in TABLES:
         return TableSource(path.parent, alone, decoding, fields)
     if _is_picture(path):
         return open_files([path], [path.name], decoding)
@@ -182,6 +187,12 @@ def _open_file(path: Path, decoding: Decoding, fields: Fields) -> ImageSource:
     if suffix in LISTS:
         return open_list(path, decoding, fields)
     raise IndexBuildError(f"`images` must be {ACCEPTED}, got the file {path}")
+
+
+def _is_list(table: Table, fields: Fields) -> bool:
+    """Whether a table has paths of pictures and no pictures."""
+    names = PATH_FIELDS if fields.image is None else (fields.image,)
+    return not image_columns(table) and any(text_columns(table, name) for name in names)
 
 
 def _status_beside(tar: Path) -> Table | None:
@@ -202,6 +213,7 @@ class _Tables:
         self.statuses: dict[str, Table] = {}
         self.files: list[Found] = []  # of the latter two
         self.unfit: list[Found] = []
+        self.broken: list[Found] = []
         saved: dict[str, set[str] | None] = {}
         for file in listing.tables:
             top, _, base = file.name.rpartition("/")
@@ -213,7 +225,11 @@ class _Tables:
             self._sort_in(folder, file)
 
     def _sort_in(self, folder: Path, file: Found) -> None:
-        table = open_table(folder / file.name)
+        try:
+            table = open_table(folder / file.name)
+        except IndexBuildError as error:
+            self.broken.append(file._replace(fault=str(error).removeprefix("`images`: ")))
+            return
         if image_columns(table):
             self.pictures.append(file)
         elif is_status_table(table):
@@ -231,7 +247,9 @@ def _open_folder(folder: Path, decoding: Decoding, fields: Fields) -> ImageSourc
     listing = list_folder(folder)
     passed_over = Tally()
     tables = _Tables(folder, listing, passed_over)
-    holds = [bool(listing.pictures or tables.named), bool(listing.archives), bool(tables.pictures)]
+    pictures = sorted([*listing.pictures, *tables.broken], key=lambda file: file.name.split("/"))
+    listing = listing._replace(pictures=pictures)
+    holds = [bool(pictures or tables.named), bool(listing.archives), bool(tables.pictures)]
     if not any(holds) and not tables.statuses:
         if not tables.unfit:
             raise _without_images(folder, listing)

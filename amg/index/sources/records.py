@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amg.index.errors import IndexBuildError
-from amg.index.sources.columns import open_table, read_group
+from amg.index.sources.columns import image_columns, open_table, read_group
 from amg.index.sources.source import CAPTION_FIELDS, PATH_FIELDS
 from amg.index.text import decode_text
 
@@ -47,7 +47,7 @@ def read_records(content: bytes, name: str, where: str) -> Iterator[Record]:
 def read_table_records(file: Path, where: str) -> Iterator[Record]:
     """The rows of a Parquet file without pictures; text as bytes."""
     table = open_table(file)
-    names = [name for name in table.schema.names if name.lower() != "image"]
+    names = [name for name in table.schema.names if name not in image_columns(table)]
     row = 0
     for group, size in enumerate(table.groups):
         for offset, record in read_group(table, group, names, 0):

@@ -247,7 +247,7 @@ class _Contents:
         texts += [self.text_named[name] for name in outer if name in self.text_named]
         for text in dict.fromkeys(texts):
             caption = self._read_text(*self.texts[text])
-            if caption is not None:
+            if caption is not None and (caption.text is not None or caption.notes):
                 self.used.add(text)
                 return caption
         return None
