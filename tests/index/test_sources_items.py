@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from amg.index import IndexBuildError
+from amg.index.sources.items import OTHERS
 
 pytest.importorskip("pyarrow")
 PIL = pytest.importorskip("PIL.Image")
@@ -169,3 +170,10 @@ def test_a_dict_of_datasets(pictures, make):
     parts = {name: Numbered(pictures, ITEMS["label"][0]) for name in ("train", "test")}
     index = make(parts)
     assert index.count == COUNT and index.counts.tolist() == [2] * COUNT and index.ids[0] == "train/0"
+
+
+def test_pictures_beside_the_one_that_is_taken_are_counted(pictures, make):
+    views = [to_pil(picture) for picture in pictures[:6]]
+    index = make([(views[0], views[1], "a"), {"image": views[2], "mask": views[3]}, (views[4], 1)])
+    assert torch.equal(index.rows, pictures[[0, 2, 4]].flatten(1)) and index.captions == ["a", None, None]
+    assert index.manifest.passed_over == {OTHERS: 2}

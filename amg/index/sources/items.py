@@ -30,6 +30,7 @@ TAKEN = (
     "PIL images, uint8 or float tensors [3, H, W], uint8 arrays [H, W, 3], encoded bytes, paths, dicts of "
     "one of these (and a caption), or pairs (image, caption or label)"
 )
+OTHERS = "pictures of an item beside the one that was taken"
 KEYS = (*IMAGE_FIELDS, "pixel_values")
 
 
@@ -56,8 +57,10 @@ class ItemSource:
         return TrainingImage(0, "0", "iterable#0", Caption(), functools.partial(lost, "not drawn yet"))
 
     def read(self, start: int) -> Iterator[TrainingImage]:
-        position = 0
+        position, self.passed_over = 0, Tally()
         for number, item in enumerate(self._items()):
+            if (drawn := _drawn_in(item)) > 1:
+                self.passed_over.add(OTHERS, f"iterable#{number}", drawn - 1)
             for value, caption in _pictures(item, number, self.fields):
                 if position >= start:
                     yield self._image(position, value, caption)
@@ -137,6 +140,12 @@ def _of_array(value: Any, position: int, decoding: Decoding) -> Picture:
             f"item {position} is {list(array.shape)} {array.dtype}"
         )
     return _of_tensor(torch.from_numpy(np.ascontiguousarray(array)), position)
+
+
+def _drawn_in(item: Any) -> int:
+    """How many PIL images an item has: masks, control images, other views."""
+    values = item.values() if isinstance(item, Mapping) else item if isinstance(item, (list, tuple)) else ()
+    return sum(isinstance(value, import_pil().Image) for value in values)
 
 
 def _pictures(item: Any, number: int, fields: Fields) -> Iterator[tuple[Any, Any]]:

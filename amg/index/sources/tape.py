@@ -96,11 +96,11 @@ def members(tape: Tape) -> Iterator[Member]:
                 if not info.isdir():
                     yield _member(info)
             end = archive.offset
+            after = _after_end(tape, end)
         except DAMAGED as error:
             at = start if archive is None else archive.offset
             yield Member("", at, 0, fault=f"the archive is damaged or cut short after byte {at:,}: {error}")
             return
-        after = _after_end(tape, end)
         if isinstance(after, str):
             yield Member("", end, 0, fault=after)
             return
