@@ -28,6 +28,7 @@ _BOMS = (  # that of UTF-32 begins as that of UTF-16 does
 )
 _LOW = bytes({*range(0x20)} - {*b"\t\n\r"})
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others stand for bytes of a file's name
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -108,8 +109,11 @@ def encoding_of(content: bytes) -> str:
 
 
 def plain_name(name: str | bytes) -> str:
-    """A file name that can be stored: bytes that are not UTF-8 become U+FFFD."""
-    return (name if isinstance(name, bytes) else os.fsencode(name)).decode("utf-8", errors="replace")
+    """A file name that can be stored: bytes that are not UTF-8, and halves of surrogate pairs, become
+    U+FFFD."""
+    if isinstance(name, str):
+        name = os.fsencode(_NO_BYTE.sub("\ufffd", name))
+    return name.decode("utf-8", errors="replace")
 
 
 def read_sidecar(text: Path, root: Path, name: str) -> Caption:

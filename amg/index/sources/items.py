@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,11 +92,20 @@ def _by_number(images: Any) -> bool:
     return ordered and not isinstance(images, (list, tuple)) and not hasattr(images, "__iter__")
 
 
+class Encoded(NamedTuple):
+    """A struct {bytes, path}: an encoded picture, and what it was called."""
+
+    content: bytes
+    name: str
+
+
 def _loader(value: Any, position: int, decoding: Decoding) -> Callable[[], Picture]:
     if isinstance(value, UnreadableImage):
         return functools.partial(lost, str(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return functools.partial(_decode, bytes(value), decoding)
+        value = Encoded(bytes(value), "")
+    if isinstance(value, Encoded):
+        return functools.partial(_decode, value, decoding)
     if isinstance(value, (str, os.PathLike)):
         return loader(Path(value), Found(os.fspath(value), 0), decoding)
     if isinstance(value, torch.Tensor):
@@ -106,8 +115,8 @@ def _loader(value: Any, position: int, decoding: Decoding) -> Callable[[], Pictu
     return functools.partial(to_picture, value, decoding.background)
 
 
-def _decode(content: bytes, decoding: Decoding) -> Picture:
-    return decode_image(content, "", decoding.background, decoding.least)
+def _decode(value: Encoded, decoding: Decoding) -> Picture:
+    return decode_image(value.content, value.name, decoding.background, decoding.least)
 
 
 def _of_tensor(value: torch.Tensor, position: int) -> Picture:
@@ -152,7 +161,8 @@ def _pictures(item: Any, number: int, fields: Fields) -> Iterator[tuple[Any, Any
     """The pictures of one item, with the captions that come with them."""
     value, caption = _split(item, number, fields)
     batched = getattr(value, "ndim", 0) == 4 and hasattr(value, "shape")
-    if not batched and isinstance(value, (list, tuple)) and value and all(map(_is_picture, value)):
+    several = isinstance(value, (list, tuple)) and not isinstance(value, Encoded)
+    if not batched and several and value and all(map(_is_picture, value)):
         batched = True
     if not batched:
         yield value, caption
@@ -248,7 +258,8 @@ def _caption(value: Any) -> Any:
 def _encoded(value: Any) -> Any:
     """What is drawn or decoded of a value: the bytes or the path of a struct {bytes, path}, or itself."""
     if isinstance(value, Mapping):
-        return value.get("bytes") or value.get("path")
+        content, path = value.get("bytes"), value.get("path")
+        return Encoded(content, str(path or "")) if content else path
     return value if _is_picture(value) or _is_batch(value) else None
 
 

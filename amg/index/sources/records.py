@@ -124,7 +124,10 @@ def _of_object(whole: Mapping) -> list[Mapping]:
         return [whole]
     images, annotations = whole.get("images"), whole.get("annotations")
     if not isinstance(images, list):
-        return [{"path": path, "caption": caption} for path, caption in whole.items()]
+        return [
+            {**value, "path": path} if isinstance(value, Mapping) else {"path": path, "caption": value}
+            for path, value in whole.items()
+        ]
     captions: dict[Any, list[Any]] = {}
     for annotation in annotations if isinstance(annotations, list) else []:
         if isinstance(annotation, Mapping) and isinstance(annotation.get("caption"), str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ def identity_of(kind: str, files: Iterable[Found]) -> str:
     for at, file in enumerate(files):
         lost = f" {file.fault}" if file.missing else ""
         line = f"{file.name}\0{file.size} {file.written}{lost}"
-        digest.update(os.fsencode(f"\n{line}" if at else line))
+        digest.update((f"\n{line}" if at else line).encode(errors="surrogatepass"))
     return f"{kind} {digest.hexdigest()}"
 
 
