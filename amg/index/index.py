@@ -102,20 +102,17 @@ class Index:
     ) -> Index:
         """Build an index of `images` at `path` and open it; streams, resumes after a kill.
 
-        images: a folder (recursive, links followed) of pictures, told by content (decode.RASTER_FORMATS), tar
-        files (WebDataset), Parquet or Arrow files (a struct {bytes, path} or binary column), or any of these
-        together, as img2dataset and Hugging Face write them; one such file; `{000..009}.tar`; a .npy file; a
-        JSONL, CSV or text file that lists paths; a list of all these; a dataset or an iterable of PIL images,
-        tensors, arrays, bytes, paths, dicts or (image, caption) pairs of these; uint8 [N, 3, H, W] or float
-        [N, 3, H, W] in [0, 1]; or an array uint8 [N, H, W, 3]. docs/training-sets.md has all. What is passed
-        over, skipped or changed (first frames, 16 bits, bad caption bytes) is counted in the manifest:
-        passed_over, skipped, notes; coverage says what share of the pictures is indexed.
+        images: a folder (recursive, links followed) of pictures told by content, tar (WebDataset), Parquet or
+        Arrow files, as img2dataset and Hugging Face write them too; one such file; `{000..009}.tar`; a .npy
+        file; a JSONL, CSV or text file of paths; a list of these; a dataset or iterable of PIL images,
+        tensors, arrays, bytes, paths, dicts or pairs of these; uint8 [N, 3, H, W] or float [N, 3, H, W] in
+        [0, 1]; an array uint8 [N, H, W, 3]: docs/training-sets.md. What is passed over, skipped or changed is
+        counted in the manifest: passed_over, skipped, notes; coverage: the share that is indexed.
         captions: a list as long as images, a dict {path or id: caption}, a .json file of one, a JSONL path
         ({"file" | "id" | "index": …, "caption": …}; of several keys the first that fits the images), the name
         of a column, field or key, or None: what comes with the images (name.png.txt or name.txt beside
-        name.png, metadata.jsonl, a column, field or key caption, text or prompt). Of a list of captions for
-        one image (or a column of lists) the first that is not empty is taken. image_column: which column or
-        key holds the pictures, where several could.
+        name.png, metadata.jsonl, a column, field or key caption, text or prompt). Of several captions the
+        first that is not empty is taken. image_column: which column or key holds the pictures.
         embedder: None for a pixel index (metric "nl2", uint8 rows), else see encode.Embedder ("cosine").
         ids: one distinct name per image; by default the path, or the position.
         size: (H, W) or an int, images (and later queries) are resized to it; a pixel index needs it where

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amg.index import IndexBuildError
-from amg.index.sources.open import CACHES, NO_IMAGES
+from amg.index.sources.directory import CACHES, NO_IMAGES
 from amg.index.sources.table import OTHER_COLUMNS
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -177,3 +177,33 @@ def test_pictures_beside_the_one_that_is_taken_are_counted(pictures, make):
     index = make([(views[0], views[1], "a"), {"image": views[2], "mask": views[3]}, (views[4], 1)])
     assert torch.equal(index.rows, pictures[[0, 2, 4]].flatten(1)) and index.captions == ["a", None, None]
     assert index.manifest.passed_over == {OTHERS: 2}
+
+
+def test_rows_of_paths(folder, pictures, make):
+    rows = [{"caption": f"c{at}", "file_name": str(folder / "a" / f"{at}.png")} for at in range(3)]
+    pandas = pytest.importorskip("pandas")
+    for images in (rows, pandas.DataFrame(rows)):
+        index = make(images)
+        assert torch.equal(index.rows, pictures[:3].flatten(1)) and index.captions == ["c0", "c1", "c2"]
+
+
+def test_what_webdataset_yields(tmp_path, pictures, png, make):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for at in range(6):
+            writer.write({"__key__": str(at), "png": png(pictures[at]), "txt": TEXTS[at]})
+    shards = webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False)
+    for images in (shards, shards.decode("pil"), shards.decode("torchrgb").to_tuple("png", "txt")):
+        index = make(images)
+        assert torch.equal(index.rows, pictures[:6].flatten(1)) and index.captions == TEXTS[:6]
+
+
+def test_pictures_that_were_opened_are_not_kept_in_memory(folder, pictures, make):
+    opened = [PIL.open(folder / "a" / f"{at}.png") for at in range(3)]
+    index = make(opened)
+    assert torch.equal(index.rows, pictures[:3].flatten(1))
+    assert all(image.tile for image in opened), "still as they were given"
+    opened[1].load()
+    opened[2] = opened[2].rotate(90)
+    turned = [pictures[0], pictures[1], pictures[2].rot90(1, (1, 2))]
+    assert torch.equal(make(opened).rows, torch.stack(turned).flatten(1))

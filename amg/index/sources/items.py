@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from amg.index.decode import Picture, UnreadableImage, decode_image, import_pil, to_picture
+from amg.index.decode import RASTER_FORMATS, Picture, UnreadableImage, decode_image, import_pil, to_picture
 from amg.index.errors import IndexBuildError
 from amg.index.notes import Tally
 from amg.index.sources.source import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
+    PATH_FIELDS,
     Decoding,
     Fields,
     Found,
@@ -112,7 +113,19 @@ def _loader(value: Any, position: int, decoding: Decoding) -> Callable[[], Pictu
         return functools.partial(_of_tensor, value, position)
     if hasattr(value, "__array__") and not isinstance(value, import_pil().Image):
         return functools.partial(_of_array, value, position, decoding)
+    file = _unread_file(value)
+    if file is not None:
+        return loader(file, Found(os.fspath(file), 0), decoding)
     return functools.partial(to_picture, value, decoding.background)
+
+
+def _unread_file(picture: Any) -> Path | None:
+    """The file of a PIL image that was opened and not read: to read it there would keep its pixels with the
+    caller, who may have a list of thousands."""
+    name = getattr(picture, "filename", "")
+    fresh = getattr(picture, "tile", None) and not getattr(picture, "decoderconfig", ())
+    known = picture.format in RASTER_FORMATS and isinstance(name, str) and os.path.isfile(name)
+    return Path(name) if fresh and known and picture.tell() == 0 else None
 
 
 def _decode(value: Encoded, decoding: Decoding) -> Picture:
@@ -220,6 +233,7 @@ def _of_mapping(item: Mapping, number: int, fields: Fields) -> tuple[Any, Any]:
     else:
         keys = [named[name] for name in KEYS if name in named and _encoded(item[named[name]]) is not None]
         keys = keys or [key for key in item if _is_drawn(_encoded(item[key]))]
+        keys = keys or [named[name] for name in PATH_FIELDS if isinstance(item.get(named.get(name)), str)]
         keys = keys or [named[name] for name in KEYS if name in named and _is_empty(item[named[name]])]
     if not keys:
         raise _unlike(item, number)

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 
-from amg.index.decode import RASTER_FORMATS
 from amg.index.errors import IndexBuildError
-from amg.index.notes import Tally
 from amg.index.sources.columns import Table, image_columns, open_table, text_columns
-from amg.index.sources.folder import FolderSource
+from amg.index.sources.directory import open_folder
 from amg.index.sources.items import ItemSource
-from amg.index.sources.listing import KIND_OF, PICTURE, SIGNATURE_BYTES, TABLES, Listing, list_folder, look
+from amg.index.sources.listing import PICTURE, SIGNATURE_BYTES, TABLES, look
 from amg.index.sources.lists import open_files, open_list
 from amg.index.sources.records import LISTS
 from amg.index.sources.several import Joined
-from amg.index.sources.source import PATH_FIELDS, Decoding, Fields, Found, ImageSource, found
-from amg.index.sources.table import TableSource, arrow_names, is_status_table
+from amg.index.sources.source import PATH_FIELDS, Decoding, Fields, ImageSource, found
+from amg.index.sources.table import TableSource, is_status_table
 from amg.index.sources.tape import is_tar
 from amg.index.sources.tar import Archive, TarSource, expand_braces
 from amg.index.sources.tensor import ArraySource, TensorSource, open_array
@@ -33,7 +31,6 @@ ACCEPTED = (
     "JSONL or CSV list of paths, a list of these, a dataset or an iterable of images, a uint8 tensor "
     "[N, 3, H, W] or a float tensor [N, 3, H, W] in [0, 1], or a uint8 array [N, H, W, 3]"
 )
-CACHES, NO_IMAGES = "caches of datasets", "tables without pictures"
 
 
 def open_source(
@@ -56,6 +53,8 @@ def open_source(
         return _open_path(_checked(images), decoding, fields)
     if isinstance(images, (list, tuple)) and images and all(map(is_path, images)):
         return _open_several([_checked(path) for path in images], decoding, fields)
+    if hasattr(images, "iloc") and hasattr(images, "to_dict"):  # a DataFrame, of which only its names iterate
+        images = images.to_dict("records")
     splits = _splits(images)
     if splits is not None:
         parts = [ItemSource(split, decoding, fields) for split in splits.values()]
@@ -93,7 +92,7 @@ def _root(path: str) -> str:
 
 
 def _is_array(images: Any) -> bool:
-    return hasattr(images, "__array__") and hasattr(images, "shape") and not hasattr(images, "column_names")
+    return hasattr(images, "__array__") and hasattr(images, "shape") and hasattr(images, "dtype")
 
 
 def _splits(images: Any) -> dict | None:
@@ -152,7 +151,7 @@ def _is_picture(path: Path) -> bool:
 
 def _open_path(path: Path, decoding: Decoding, fields: Fields) -> ImageSource:
     if path.is_dir():
-        return _open_folder(path, decoding, fields)
+        return open_folder(path, decoding, fields)
     if path.is_file():
         return _open_file(path, decoding, fields)
     expanded = expand_braces(os.fspath(path))
@@ -202,101 +201,3 @@ def _status_beside(tar: Path) -> Table | None:
         return None
     table = open_table(file)
     return table if is_status_table(table) and not image_columns(table) else None
-
-
-class _Tables:
-    """The Parquet and Arrow files of a folder, by what they are for."""
-
-    def __init__(self, folder: Path, listing: Listing, passed_over: Tally):
-        self.pictures: list[Found] = []
-        self.named: dict[str, Table] = {}
-        self.statuses: dict[str, Table] = {}
-        self.files: list[Found] = []  # of the latter two
-        self.unfit: list[Found] = []
-        self.broken: list[Found] = []
-        saved: dict[str, set[str] | None] = {}
-        for file in listing.tables:
-            top, _, base = file.name.rpartition("/")
-            if base.lower().endswith(".arrow"):
-                names = saved.setdefault(top, arrow_names(folder / top))
-                if base not in names if names is not None else base.startswith("cache-"):
-                    passed_over.add(CACHES, plain_name(file.name))
-                    continue
-            self._sort_in(folder, file)
-
-    def _sort_in(self, folder: Path, file: Found) -> None:
-        try:
-            table = open_table(folder / file.name)
-        except IndexBuildError as error:
-            self.broken.append(file._replace(fault=str(error).removeprefix("`images`: ")))
-            return
-        if image_columns(table):
-            self.pictures.append(file)
-        elif is_status_table(table):
-            self.statuses[os.path.splitext(file.name)[0]] = table
-            self.files.append(file)
-        elif text_columns(table, "file_name"):
-            self.named[file.name] = table
-            self.files.append(file)
-        else:
-            self.unfit.append(file)
-
-
-def _open_folder(folder: Path, decoding: Decoding, fields: Fields) -> ImageSource:
-    """All that a folder holds, of whatever kinds: pictures, then archives, then tables."""
-    listing = list_folder(folder)
-    passed_over = Tally()
-    tables = _Tables(folder, listing, passed_over)
-    pictures = sorted([*listing.pictures, *tables.broken], key=lambda file: file.name.split("/"))
-    listing = listing._replace(pictures=pictures)
-    holds = [bool(pictures or tables.named), bool(listing.archives), bool(tables.pictures)]
-    if not any(holds) and not tables.statuses:
-        if not tables.unfit:
-            raise _without_images(folder, listing)
-        tables.pictures, tables.unfit, holds = (
-            tables.unfit,
-            [],
-            [False, False, True],
-        )  # it says what they lack
-    for file in tables.unfit:
-        passed_over.add(NO_IMAGES, plain_name(file.name))
-    parts: list[ImageSource] = []
-    of_tars = {name: tables.statuses.pop(name) for name in _stems(listing) if name in tables.statuses}
-    if holds[0] or tables.statuses:
-        parts.append(_open_pictures(folder, listing, tables, decoding, fields, alone=sum(holds) == 1))
-    else:
-        passed_over.join(listing.passed_over, "")
-        for file in listing.metadata:
-            passed_over.add(KIND_OF[".txt"], plain_name(file.name))
-    if holds[1]:
-        archives = [Archive(file, folder / file.name, of_tars.get(_stem(file))) for file in listing.archives]
-        parts.append(TarSource(archives, tables.files, decoding, fields))
-    if holds[2]:
-        parts.append(TableSource(folder, tables.pictures, decoding, fields))
-    return Joined(parts, passed_over=passed_over)
-
-
-def _open_pictures(
-    folder: Path, listing: Listing, tables: _Tables, decoding: Decoding, fields: Fields, alone: bool
-) -> FolderSource:
-    """The pictures of a folder; where it holds other kinds too, a named column may be theirs alone."""
-    known = listing.metadata or tables.named or alone
-    fields = fields if known else fields._replace(caption=None)
-    return FolderSource(folder, listing, tables.named, tables.statuses, tables.files, decoding, fields)
-
-
-def _stem(file: Found) -> str:
-    top, slash, base = file.name.rpartition("/")
-    return f"{top}{slash}{base.split('.')[0]}"
-
-
-def _stems(listing: Listing) -> list[str]:
-    return [_stem(file) for file in listing.archives]
-
-
-def _without_images(folder: Path, listing: Listing) -> IndexBuildError:
-    rest = "; ".join(f"{what}: {count}" for what, count in listing.passed_over.counts.items()) or "nothing"
-    return IndexBuildError(
-        f"`images` is a folder without images: {folder} (formats read: {' '.join(RASTER_FORMATS)}, in files, "
-        f"tar, Parquet and Arrow files; it holds {rest})"
-    )
