@@ -14,6 +14,7 @@ import argparse
 import csv
 import dataclasses
 import itertools
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -171,7 +172,7 @@ def detectors(index: Any, prompts: list[str]) -> list[dict[str, Any]]:
             "x0_hat": auc(similarity, labels),
         }
         found["m_t"] = auc(gap, labels)
-        found["move"] = auc(-moved[step - 1], labels) if step else float("nan")
+        found["move"] = auc(-moved[step - 1], labels) if step else math.nan
         rows.append({k: f"{v:.3f}" if isinstance(v, float) else v for k, v in found.items()})
     return rows
 
