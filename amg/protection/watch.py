@@ -30,6 +30,7 @@ from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions, Denoiser
 from amg.pipelines.denoiser import captions_of
 from amg.pipelines.families import Family
+from amg.promise import past_first_checkpoint
 from amg.protection.catch_up import Run
 from amg.protection.guide import Guide
 from amg.protection.halves import Call, Halves, Unknown, asked, halves_of, require_proved, told
@@ -225,7 +226,7 @@ class Watch:
         self.run = Run(guide, pristine(scheduler), self.step_arguments, found)
         self.run = replace(self.run, guide=replace(guide, config=self._acting()))
         for flight in self.flights if one.attempt else ():
-            flight.despecified_until = _first_checkpoint(self.config, self.run.count)
+            flight.despecified_until = past_first_checkpoint(self.config, self.run.count)
 
     def _acting(self) -> AMGConfig:
         """The config of this call: samples are only sent back where they can be."""
@@ -290,10 +291,6 @@ def nobody(*_: Any, **__: Any) -> Tensor:
 def _without_halves(guide: Guide) -> Guide:
     """Guidance that asks nothing of the network."""
     return replace(guide, config=replace(guide.config, gradient="frozen"))
-
-
-def _first_checkpoint(config: AMGConfig, total: int) -> int:
-    return round(min(config.rewind_at or (0.5,)) * (total - 1)) + 1
 
 
 class RecordingHook(ModelHook):  # type: ignore[misc]
