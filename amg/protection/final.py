@@ -45,7 +45,12 @@ class Held(NamedTuple):
         return check(images, self.index, self.config, self.also)
 
     def verdicts(self, made: Made) -> list[Verdict]:
-        """Verdicts on what a call made, with what happened to its samples."""
+        """Verdicts on what a call made, with what happened to its samples; looked at once."""
+        if made.verdicts is None:
+            made.verdicts = self._verdicts(made)
+        return made.verdicts
+
+    def _verdicts(self, made: Made) -> list[Verdict]:
         if len(made.flights) != len(made.images):
             return self.check(made.pictures)
         pictures = to_tensor(made.pictures)
@@ -59,6 +64,7 @@ class Made:
 
     def __init__(self, result: Any, watch: Watch | None = None):
         self.result = result
+        self.verdicts: list[Verdict] | None = None  # of these pictures, once they were looked at
         images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
         if images is None or len(images) == 0:
             raise TypeError(
@@ -128,8 +134,9 @@ def checked_call(
             f"got {LATENT!r}"
         )
     own = {row for name in GIVEN for row in _rows_of(held, arguments.get(name))}
-    if own and not held.config.block_input_copies:
-        held = held._replace(watched=None)  # what the user put in is nothing to push away from
+    if own and held.watched is not None and not held.config.block_input_copies:
+        # what the user put in is nothing to push away from
+        held = held._replace(watched=replace(held.watched, guides=False))
     draw = _Draw(pipe, call, held, args, kwargs, unnamed)
     asked = Asked(arguments, 0, bool(unnamed))
     made, verdicts, plain = _first(draw, held, asked)

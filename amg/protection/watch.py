@@ -44,7 +44,8 @@ DECODES = "its latents decode to its pictures"
 
 @dataclass(frozen=True)
 class Watched:
-    """What the calls of one protected pipeline have in common; `said`: what was said of it once."""
+    """What the calls of one protected pipeline have in common; guides: whether anything acts in them; said:
+    what was said of it once."""
 
     pipe: Any
     family: Family | None
@@ -53,6 +54,7 @@ class Watched:
     also: Sequence[Any]
     ordinary: Ordinary
     said: set[str] = field(default_factory=set)
+    guides: bool = True
 
     @property
     def network(self) -> Any:
@@ -67,7 +69,7 @@ class Watch:
         self.watched, self.one, self.config = watched, one, config
         self.family = watched.family
         self.level = "step" if self.family is None else "full"
-        if not config.active:
+        if not (config.active and watched.guides):
             self.level = "final"
         self.reason: str | None = None  # why the level is not the one hoped for
         self.calls: list[Call] = []

@@ -236,6 +236,8 @@ def test_a_picture_that_the_user_put_in_is_handed_out(tmp_path):
     out = drawn(pipe, call)
     assert torch.equal(out.images, plain)  # nothing pushes away from it
     assert all(verdict.from_input == verdict.memorized for verdict in out.amg)
+    latents = pipe(**call, generator=generators(), output_type="latent")  # checked all the same
+    assert len(latents.amg) == 2 and latents.images.shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["sd_img2img", "sd3", "flux_cfg", "pixart", "sdxl_inpaint", "zimage"])
