@@ -71,7 +71,9 @@ def add_sample(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd"
+        "model",
+        metavar="MODEL",
+        help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd, photos-flow",
     )
     parser.add_argument(
         "--index", type=Path, required=True, help="index of the training set (`amg index build`)"

@@ -47,7 +47,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or photos-ddpm, photos-sd")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a diffusers folder, or photos-ddpm, photos-sd, photos-flow"
+    )
     parser.add_argument("--index", type=Path, required=True, help="index of the training set, which guides")
     parser.add_argument(
         "--embedder",

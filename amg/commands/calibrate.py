@@ -26,7 +26,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd"
+        "model",
+        metavar="MODEL",
+        help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd, photos-flow",
     )
     lines = "one prompt a line, or JSONL with `caption`; class numbers for a class-conditional model"
     parser.add_argument("--ordinary", type=Path, required=True, help=f"ordinary prompts: {lines}")

@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
         "OUT.pairs until it is trained: the same command goes on where it stopped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a latent diffusers folder, or photos-sd")
+    parser.add_argument("model", metavar="MODEL", help="a latent diffusers folder, photos-sd or photos-flow")
     parser.add_argument("--index", type=Path, required=True, help="index of the training set")
     parser.add_argument(
         "--embedder", required=True, help="the teacher: photos, sscd:FILE, open_clip:MODEL:FILE"
@@ -215,8 +215,9 @@ def _generate(
     from amg.commands.calibrate import EVERY_STEP, UNGUIDED
     from amg.config import AMGConfig
     from amg.engine.drive import pristine
+    from amg.engine.level import levels as levels_of
     from amg.engine.sampler import Sampler
-    from amg.guidance.schedule import LEAST_ALPHA_BAR, levels_of
+    from amg.guidance.schedule import LEAST_ALPHA_BAR
 
     config = AMGConfig.preset("main").for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))

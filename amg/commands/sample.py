@@ -86,7 +86,7 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
     import diffusers
 
     from amg import zoo
-    from amg.pipelines.supported import require_folder, require_sampled
+    from amg.pipelines.supported import is_sd3, require_folder, require_sampled
 
     if model in zoo.MODELS:
         pipe = zoo.load(model, device)
@@ -101,6 +101,11 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
             raise ValueError(f"`--scheduler` must be one of {tuple(SCHEDULERS)}, got {scheduler!r}")
+        if is_sd3(pipe):
+            raise ValueError(
+                f"`--scheduler` must be left out for {type(pipe).__name__}, whose flow matching has its own, "
+                f"got {scheduler!r}"
+            )
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
     return pipe
 

@@ -7,6 +7,7 @@ import torch
 
 import amg
 from amg import zoo
+from amg.cli import main
 from amg.embed.photos import load_photos
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set
@@ -70,3 +71,18 @@ def test_no_copy_is_delivered(pipe, index, data, taker):
     kept = [row for row, verdict in enumerate(out.amg) if not verdict.memorized]
     assert len(kept) >= 3 and copies(out.images[kept]) == 0
     assert all(verdict.caption is not None for verdict in out.amg if not verdict.memorized)
+
+
+def test_the_commands_take_it_and_its_own_scheduler_alone(index, data, tmp_path, capsys):
+    given = ["--index", str(index.path), "--embedder", "photos", "--steps", "6"]
+    assert main(["sample", "photos-flow", *given, "--scheduler", "ddim", "--prompt", "a", "--out", "x"]) == 2
+    assert "`--scheduler` must be left out for StableDiffusion3Pipeline" in capsys.readouterr().err
+    student = tmp_path / "s.safetensors"
+    options = ["--images", "8", "--train-steps", "2", "--out", str(student)]
+    assert main(["distill", "photos-flow", *given, *options]) == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(memorised(data, 2)) + "\n")
+    out = ["--prompts", str(prompts), "--guidance-scale", "3", "--student", str(student), "--out"]
+    assert main(["sample", "photos-flow", *given, *out, str(tmp_path / "out")]) == 0
+    assert "2 images: " in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "1.png"]

@@ -46,7 +46,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_inputs(group: Any) -> None:
     group.add_argument(
-        "model", metavar="MODEL", help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd"
+        "model",
+        metavar="MODEL",
+        help="a diffusers folder, or a bundled model: photos-ddpm, photos-sd, photos-flow",
     )
     group.add_argument("--index", type=Path, required=True, help="index of the training set, which guides")
     group.add_argument(
