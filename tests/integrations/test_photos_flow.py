@@ -85,4 +85,4 @@ def test_the_commands_take_it_and_its_own_scheduler_alone(index, data, tmp_path,
     out = ["--prompts", str(prompts), "--guidance-scale", "3", "--student", str(student), "--out"]
     assert main(["sample", "photos-flow", *given, *out, str(tmp_path / "out")]) == 0
     assert "2 images: " in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["0.png", "1.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["000000.png", "000001.png"]
