@@ -16,10 +16,33 @@ from amg.index.sources.source import TrainingImage, found, identity_of
 from amg.index.text import Caption
 
 
-class TensorSource:
+class _Numbered:
+    """Pictures that are read by their number; `name` says of what."""
+
+    images: Any
+    name: str
+    passed_over: Tally
+
+    def first(self) -> TrainingImage:
+        return self._image(0)
+
+    def read(self, start: int) -> Iterator[TrainingImage]:
+        for position in range(start, len(self.images)):
+            yield self._image(position)
+
+    def _image(self, position: int) -> TrainingImage:
+        load = functools.partial(self._load, position)
+        return TrainingImage(position, str(position), f"{self.name}#{position}", Caption(), load)
+
+    def _load(self, position: int) -> Picture:
+        raise NotImplementedError
+
+
+class TensorSource(_Numbered):
     """A uint8 or float tensor [N, 3, H, W]."""
 
     identity_tells = False
+    name = "tensor"
 
     def __init__(self, images: torch.Tensor):
         if images.layout != torch.strided or images.is_meta:
@@ -40,17 +63,6 @@ class TensorSource:
         self.length: int | None = len(images)
         self.identity = f"tensor {list(images.shape)} {images.dtype}, every image compared"
         self.passed_over = Tally()
-
-    def first(self) -> TrainingImage:
-        return self._image(0)
-
-    def read(self, start: int) -> Iterator[TrainingImage]:
-        for position in range(start, len(self.images)):
-            yield self._image(position)
-
-    def _image(self, position: int) -> TrainingImage:
-        load = functools.partial(self._load, position)
-        return TrainingImage(position, str(position), f"tensor#{position}", Caption(), load)
 
     def _load(self, position: int) -> Picture:
         return Picture(in_range(self.images[position].cpu(), f"image {position}"))
@@ -75,7 +87,7 @@ def in_range(image: torch.Tensor, name: str) -> torch.Tensor:
     return image
 
 
-class ArraySource:
+class ArraySource(_Numbered):
     """A NumPy array uint8 or float [N, H, W, 3], or uint8 [N, H, W] of grey; of a .npy file it is mapped."""
 
     def __init__(self, images: Any, file: Path | None = None):
@@ -96,17 +108,6 @@ class ArraySource:
         if file is not None:
             self.identity = identity_of("array", [found(file, file.name)])
         self.passed_over = Tally()
-
-    def first(self) -> TrainingImage:
-        return self._image(0)
-
-    def read(self, start: int) -> Iterator[TrainingImage]:
-        for position in range(start, len(self.images)):
-            yield self._image(position)
-
-    def _image(self, position: int) -> TrainingImage:
-        load = functools.partial(self._load, position)
-        return TrainingImage(position, str(position), f"{self.name}#{position}", Caption(), load)
 
     def _load(self, position: int) -> Picture:
         import numpy as np
