@@ -25,15 +25,14 @@ def decoder(pipe: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], Tenso
 
 
 @torch.no_grad()
-def tried(decode: Callable[[Tensor], Tensor], sample: Tensor) -> Callable[[Tensor], Tensor]:
-    """The decoder, after it was asked once; `Unknown` where it gives no pictures."""
+def tried(decode: Callable[[Tensor], Tensor], sample: Tensor) -> None:
+    """Ask a decoder once; `Unknown` where it gives no pictures."""
     try:
         picture = decode(sample[:1])
     except Exception as error:
         raise Unknown(f"its latents {list(sample.shape)} cannot be decoded here: {error}") from error
     if picture.ndim != 4 or picture.shape[:2] != (1, 3):
         raise Unknown(f"its latents decode to {list(picture.shape)}, which is no picture")
-    return decode
 
 
 @torch.no_grad()

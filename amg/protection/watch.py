@@ -23,21 +23,18 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.engine.drive import Refused, pristine
-from amg.engine.level import Level, levels
+from amg.engine.drive import pristine
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary
-from amg.guidance.predict import Conditions, Denoiser
-from amg.pipelines.denoiser import captions_of
+from amg.guidance.predict import Conditions
 from amg.pipelines.families import Family
 from amg.promise import past_first_checkpoint
+from amg.protection.begin import acting, first_of, flights_of, guide_of, levels_of
 from amg.protection.catch_up import Run
-from amg.protection.guide import Guide
-from amg.protection.halves import Call, Halves, Unknown, asked, halves_of, require_proved, told
+from amg.protection.halves import Call, Halves, Unknown, halves_of, require_proved, told
 from amg.protection.hook import NAME, send_back
-from amg.protection.shown import decoder, require_alike, tried
+from amg.protection.shown import decoder, require_alike
 from amg.protection.tries import Stopped, Try
-from amg.similarity import judges_for, similarity_for
 
 DECODES = "its latents decode to its pictures"
 
@@ -102,8 +99,7 @@ class Watch:
         model_input = sample if scale == 1 else sample * scale
         if halves is None:
             halves = Halves(None, output, Conditions({}, None, {}))
-        guide = run.guide if self.level == "full" else _without_halves(run.guide)
-        found = guide(step, model_input, *halves, self.flights)
+        found = run.guide(step, model_input, *halves, self.flights)
         changed = found.changed.view(-1, *[1] * (output.ndim - 1)).to(output.device)
         return torch.empty_like(output).copy_(torch.where(changed, found.output.to(output), output))
 
@@ -189,66 +185,33 @@ class Watch:
         try:
             halves = halves_of(self.family, self.pipe, calls, sample)
             if self.run is None:
-                require_proved(halves, output, self._scale, self._rescale)
+                require_proved(halves, output, self.scale, self.rescale)
         except Unknown as reason:
             self._lose_halves(str(reason))
             return None
         return halves
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """s0 at this moment."""
         return 1.0 if self.family is None else self.family.scale_of(self.pipe, self.one.arguments)
 
     @property
-    def _rescale(self) -> float:
+    def rescale(self) -> float:
         return float(getattr(self.pipe, "_guidance_rescale", None) or 0.0)
 
     def _begin(self, output: Tensor, timestep: Any, sample: Tensor, halves: Halves | None) -> None:
         """At the first step: a flight per sample, the scheduler's levels, and an unstepped copy of it."""
-        if output.shape != sample.shape:
-            shapes = f"{list(output.shape)} for {list(sample.shape)}"
-            raise Unknown(f"its scheduler is given outputs of another shape than its samples, {shapes}")
         scheduler = self.pipe.scheduler
-        self.index = self.start = _first_of(scheduler, timestep)
-        try:
-            found = levels(scheduler)
-        except Refused as refused:
-            raise Unknown(str(refused)) from refused
+        self.index = self.start = first_of(scheduler, timestep)
+        found = levels_of(scheduler, output, sample)
         if halves is None or (halves.uncond is None and self.family is not None):
             self.level = "step"
         self.conditions = None if halves is None else halves.conditions
-        one = self.one
-        self.flights = [Flight.from_noise(row.float(), one.texts.get(at)) for at, row in enumerate(sample)]
-        for place, flight in enumerate(self.flights):
-            flight.retries = one.attempt
-            flight.caption = one.captions.get(place)
-            flight.evaluations = one.spent.get(place, 0)
-        guide = self._guide(found, sample)
-        self.run = Run(guide, pristine(scheduler), self.step_arguments, found)
-        self.run = replace(self.run, guide=replace(guide, config=self._acting()))
-        for flight in self.flights if one.attempt else ():
-            flight.despecified_until = past_first_checkpoint(self.config, self.run.count)
-
-    def _acting(self) -> AMGConfig:
-        """The config of this call: samples are only sent back where they can be."""
-        config = self.config
-        if not self.rewinds and not self.one.may_leave:
-            config = replace(config, max_rewinds=0)
-        if not self.rewinds and config.gradient == "full":
-            config = replace(config, gradient="frozen")
-        return config
-
-    def _guide(self, found: tuple[Level, ...], sample: Tensor) -> Guide:
-        watched = self.watched
-        captions = None if self.family is None else captions_of(self.pipe, self.one.arguments)
-        decode = tried(decoder(self.pipe, self.one.arguments), sample)
-        network = nobody if self.family is None else asked(self.family, self.forward)
-        denoiser = Denoiser(network, decode, found[0].kind, False, captions)
-        similarity = similarity_for(watched.index, denoiser)
-        judges = judges_for(watched.also, denoiser)
-        parts = (watched.index, similarity, denoiser, self._scale, self._rescale, judges, None, None)
-        return Guide(self.config, *parts, watched.ordinary)
+        guide = guide_of(self, found[0].kind, sample)
+        config = acting(self.config, self.rewinds, self.one.may_leave)
+        self.run = Run(replace(guide, config=config), pristine(scheduler), self.step_arguments, found)
+        self.flights = flights_of(self.one, sample, past_first_checkpoint(self.config, self.run.count))
 
     def _require_turn(self, timestep: Any) -> None:
         assert self.run is not None
@@ -258,7 +221,7 @@ class Watch:
 
     def _scaled(self, run: Run) -> Run:
         """`run` at this moment's guidance scale."""
-        scale = self._scale
+        scale = self.scale
         if scale == run.guide.guidance_scale:
             return run
         return replace(run, guide=replace(run.guide, guidance_scale=scale))
@@ -267,32 +230,11 @@ class Watch:
         self.family, self.conditions = None, None
         self.level, self.reason = "step", self.reason or reason
         if self.run is not None:
-            self.run = replace(self.run, guide=replace(self.run.guide, config=self._acting()))
+            config = acting(self.config, self.rewinds, self.one.may_leave)
+            self.run = replace(self.run, guide=replace(self.run.guide, config=config))
 
     def _give_up(self, reason: str) -> None:
         self.level, self.reason, self.flights = "final", reason, []
-
-
-def _first_of(scheduler: Any, timestep: Any) -> int:
-    """The step that a loop starts with, out of the scheduler's timesteps: not 0 where it starts late."""
-    begin = getattr(scheduler, "begin_index", None)
-    if begin is not None:
-        return int(begin)
-    known, t = torch.as_tensor(scheduler.timesteps).double(), float(torch.as_tensor(timestep).flatten()[0])
-    found = (known == t).nonzero().flatten().tolist()
-    if not found:
-        raise Unknown(f"it begins at {t:g}, which is none of its scheduler's timesteps")
-    return int(found[0])
-
-
-def nobody(*_: Any, **__: Any) -> Tensor:
-    """The network of a pipeline of no known family."""
-    raise RuntimeError("the network of an unknown pipeline cannot be asked")
-
-
-def _without_halves(guide: Guide) -> Guide:
-    """Guidance that asks nothing of the network."""
-    return replace(guide, config=replace(guide.config, gradient="frozen"))
 
 
 class RecordingHook(ModelHook):  # type: ignore[misc]
