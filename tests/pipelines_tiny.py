@@ -29,6 +29,13 @@ def _embeds(*shape, seed=7):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _masked(batch):
+    """T5's tokens of both prompts, with their masks."""
+    halves = {"": 7, "negative_": 8}
+    embeds = {f"{half}prompt_embeds": _embeds(batch, 4, 32, seed=seed) for half, seed in halves.items()}
+    return embeds | {f"{half}prompt_attention_mask": torch.ones(batch, 4) for half in halves}
+
+
 def _picture(seed=3):
     pixels = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray((pixels * 255).byte().numpy())
@@ -280,14 +287,7 @@ def pixart(batch):
         vae=_vae(4),
         **_none("text_encoder", "tokenizer"),
     )
-    call = {
-        "prompt_embeds": _embeds(batch, 4, 32),
-        "prompt_attention_mask": torch.ones(batch, 4),
-        "negative_prompt_embeds": _embeds(batch, 4, 32, seed=8),
-        "negative_prompt_attention_mask": torch.ones(batch, 4),
-        "negative_prompt": None,
-        "use_resolution_binning": False,
-    }
+    call = _masked(batch) | {"negative_prompt": None, "use_resolution_binning": False}
     return pipe, {**call, **SIZE}
 
 
@@ -316,12 +316,7 @@ def auraflow(batch):
         vae=_vae(4),
         **_none("text_encoder", "tokenizer"),
     )
-    call = {
-        "prompt_embeds": _embeds(batch, 4, 32),
-        "prompt_attention_mask": torch.ones(batch, 4),
-        "negative_prompt_embeds": _embeds(batch, 4, 32, seed=8),
-        "negative_prompt_attention_mask": torch.ones(batch, 4),
-    }
+    call = _masked(batch)
     return pipe, {**call, **SIZE}
 
 
@@ -364,14 +359,7 @@ def sana(batch):
         vae=vae,
         **_none("text_encoder", "tokenizer"),
     )
-    call = {
-        "prompt_embeds": _embeds(batch, 4, 32),
-        "prompt_attention_mask": torch.ones(batch, 4),
-        "negative_prompt_embeds": _embeds(batch, 4, 32, seed=8),
-        "negative_prompt_attention_mask": torch.ones(batch, 4),
-        "negative_prompt": None,
-        "use_resolution_binning": False,
-    }
+    call = _masked(batch) | {"negative_prompt": None, "use_resolution_binning": False}
     return pipe, {**call, "height": 32, "width": 32}
 
 
