@@ -9,9 +9,11 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cpu_level.h"
 #include "guided_step/guided_step.h"
+#include "near_pairs/near_pairs.h"
 #include "nl2/nl2.h"
 #include "top1_cosine/top1_cosine.h"
 
@@ -93,6 +95,28 @@ void nl2(Address queries, Address rows, Address value, Address row, Address dist
   amg::nl2(args);
 }
 
+// Every near pair: left, right, closeness, a tensor's worth each, copied into addresses that `allocate` gives for a number.
+void near_pairs(Address rows, Address others, Address sketches, Address codes, Address scales, Address errors,
+                const std::array<std::int64_t, 3>& sizes, int dtype, double reach, float least, bool earlier,
+                int num_threads, const py::function& allocate) {
+  const amg::PairArgs args{
+      pointer<const void>(rows),  pointer<const void>(others), pointer<const float>(sketches), pointer<const std::int8_t>(codes),
+      pointer<const float>(scales), pointer<const float>(errors), sizes[0],                      sizes[1],
+      sizes[2],                   static_cast<amg::DType>(dtype), reach,                       least,
+      earlier,                    num_threads};
+  std::vector<amg::NearPair> pairs;
+  {
+    py::gil_scoped_release release;
+    pairs = amg::near_pairs(args);
+  }
+  const auto [left, right, closeness] = allocate(pairs.size()).cast<std::array<Address, 3>>();
+  for (std::size_t at = 0; at < pairs.size(); ++at) {
+    pointer<std::int64_t>(left)[at] = pairs[at].left;
+    pointer<std::int64_t>(right)[at] = pairs[at].right;
+    pointer<float>(closeness)[at] = pairs[at].closeness;
+  }
+}
+
 // GCC has had this call of OpenMP 5.0 since version 9, and still calls itself 4.5.
 void release_threads() {
 #if defined(_OPENMP) && (_OPENMP >= 201811 || __GNUC__ >= 9)
@@ -110,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_cosine", &topk_cosine);
   m.def("encode_rows", &encode_rows);
   m.def("nl2", &nl2);
+  m.def("near_pairs", &near_pairs);
   m.def("release_threads", &release_threads);
 #ifdef _OPENMP
   m.attr("openmp") = true;

@@ -1,4 +1,4 @@
-"""Fused kernels of amg, each with a plain-torch reference: guided_step, top1_cosine, nl2.
+"""Fused kernels of amg, each with a plain-torch reference: guided_step, top1_cosine, nl2, near_pairs.
 
 Installed as `amg.kernels`. With the checkout as working directory, diffusers and transformers find this
 folder when they look for Hugging Face's package `kernels`: under that name it is empty, so that theirs
@@ -14,11 +14,13 @@ if __name__ != "kernels":
         PredictX0,
         coefficient_index,
     )
+    from .near_pairs.contract import NearPairs
     from .nl2.contract import NL2
     from .ops import (
         encode_rows,
         guided_step,
         guided_step_into,
+        near_pairs,
         nl2,
         predict_x0,
         top1_cosine,
@@ -32,6 +34,7 @@ if __name__ != "kernels":
         "STEP_COEFFICIENTS",
         "Codes",
         "GuidedStep",
+        "NearPairs",
         "PredictX0",
         "Top1",
         "TopK",
@@ -39,6 +42,7 @@ if __name__ != "kernels":
         "encode_rows",
         "guided_step",
         "guided_step_into",
+        "near_pairs",
         "nl2",
         "predict_x0",
         "release_threads",

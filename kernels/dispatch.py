@@ -15,11 +15,12 @@ FOLDERS = {
     "encode_rows": "top1_cosine",
     "topk_cosine": "top1_cosine",
     "nl2": "nl2",
+    "near_pairs": "near_pairs",
 }
 HALF_TO_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 COMPILED_DTYPES: dict[str, tuple[torch.dtype, ...]] = {  # of cpp and triton; the reference takes more
     **dict.fromkeys(("guided_step_into", "encode_rows", "topk_cosine"), HALF_TO_FLOAT),
-    "nl2": (torch.uint8, *HALF_TO_FLOAT),
+    **dict.fromkeys(("nl2", "near_pairs"), (torch.uint8, *HALF_TO_FLOAT)),
 }
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from .dispatch import choose
 from .guided_step import contract as step_contract
 from .guided_step.contract import GuidedStep, PredictX0, StepTensors
+from .near_pairs import contract as pairs_contract
+from .near_pairs.contract import NearPairs
 from .nl2 import contract as nl2_contract
 from .nl2.contract import NL2
 from .top1_cosine import contract as cosine_contract
@@ -187,6 +189,29 @@ def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl:
     """
     refuse_grad(queries, rows)
     return NL2(*torch.ops.amg.nl2(queries, rows, k, alpha, impl))
+
+
+def near_pairs(
+    rows: Tensor,
+    others: Tensor,
+    *,
+    sketches: Tensor,
+    codes: Codes,
+    least: float,
+    earlier: bool = False,
+    impl: str | None = None,
+) -> NearPairs:
+    """Every pair of rows [n, D] and others [m, D] of closeness ≥ least; the maths: near_pairs/README.md.
+
+    fp32, fp16 or bf16 unit rows: closeness is ⟨a, b⟩; uint8: −√mean((a − b)²) of bytes on [0, 1], so that
+    `least` is negative. sketches fp32 [n, 64] of the rows; codes: encode_rows() of the others' sketches
+    [m, 64]; a sketch may never lengthen a difference (‖Pa − Pb‖ ≤ ‖a − b‖, of bytes on [0, 1]); fewer
+    elements are padded with zeros. earlier: others are the rows, and only pairs with right < left are found.
+    On the CPU. ValueError on a wrong shape, dtype or device, and for a sketch that is not finite.
+    `impl`: "reference", "cpp" or None.
+    """
+    pairs_contract.check_pairs(rows, others, sketches, codes)
+    return choose("near_pairs", rows, impl)(rows, others, sketches, codes, least, earlier)
 
 
 def nobody_listens(tensor: Tensor) -> bool:

@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 LEVELS = ("scalar", "avx2", "avx512")
-FILES = [f"tests/kernels/test_{name}.py" for name in ("guided_step", "top1_cosine", "nl2", "hammer")]
+NAMES = ("guided_step", "top1_cosine", "nl2", "near_pairs", "hammer")
+FILES = [f"tests/kernels/test_{name}.py" for name in NAMES]
 SELECTION = [*FILES, "-q", "-m", "not slow and not gpu", "-k", "not reference and not triton"]
 # A fault must reach the terminal in the sanitizer's own words.
 SELECTION += ["--capture=sys", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
