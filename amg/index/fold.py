@@ -1,7 +1,6 @@
 """Duplicates: which images of a shard become rows, and which fold into a row that is already there.
 
-Exact, though short: an orthogonal projection P never lengthens a vector, ‖P(a − b)‖ ≤ ‖a − b‖, so a pair
-whose sketches Pa, Pb lie farther apart than the threshold does so in full. Survivors are measured in full.
+Complete and exact: amg.kernels.near_pairs finds every pair within the threshold.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from hashlib import blake2b
 
 import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
+from torch import Tensor
+
+from amg.index.sketches import RowSketches, Sketcher
+from amg.kernels import NearPairs, near_pairs
 
 DEFAULT_NEAR_DUPLICATE = {"cosine": 0.98, "nl2": 0.02}
-SKETCH_GRID = 4
-SKETCH_COSINE = 64
-KEPT_BLOCK = 4096
-PAIR_BLOCK_VALUES = 1 << 22
-PART_STRIDE = 16
+FOLD_BLOCK = 1024  # images that are compared with one another at once
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,6 @@ class FoldRule:
     image_size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs within the threshold, left ascending, then right: indices [p], [p] and closeness [p] fp32."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    closeness: torch.Tensor
-
-
 def row_hashes(rows: torch.Tensor) -> np.ndarray:
     """A 64-bit content hash of each stored row [n, D]."""
     raw = rows.contiguous().numpy()
@@ -47,191 +36,127 @@ def row_hashes(rows: torch.Tensor) -> np.ndarray:
 
 
 class HashTable:
-    """Row numbers by content hash: two sorted arrays, 16 bytes a row."""
+    """Row numbers by content hash: sorted runs, each longer than all after it; 16 bytes a row."""
 
     def __init__(self) -> None:
-        self.hashes = np.empty(0, dtype=np.uint64)
-        self.rows = np.empty(0, dtype=np.int64)
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Row of each hash [n], −1 where unknown."""
-        if not len(self.hashes):
-            return np.full(len(hashes), -1, dtype=np.int64)
-        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        return np.where(self.hashes[place] == hashes, self.rows[place], -1)
+        """Row of each hash [n], −1 where unknown; of several rows the first."""
+        found = np.full(len(hashes), -1, dtype=np.int64)
+        for known, rows in reversed(self.runs):
+            place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            found = np.where(known[place] == hashes, rows[place], found)
+        return found
 
     def add(self, hashes: np.ndarray, first_row: int) -> None:
         """Rows first_row, first_row + 1, … with these hashes [n]."""
-        merged = np.concatenate([self.hashes, hashes])
-        rows = np.concatenate([self.rows, np.arange(first_row, first_row + len(hashes))])
-        order = np.argsort(merged, kind="stable")
-        self.hashes, self.rows = merged[order], rows[order]
+        if not len(hashes):
+            return
+        rows = np.arange(first_row, first_row + len(hashes))
+        while self.runs and len(self.runs[-1][0]) <= len(hashes):
+            known, of_known = self.runs.pop()
+            hashes, rows = np.concatenate([known, hashes]), np.concatenate([of_known, rows])
+        order = np.argsort(hashes, kind="stable")
+        self.runs.append((hashes[order], rows[order]))
 
 
-def sketch_dimension(dimension: int, rule: FoldRule) -> int:
-    """Length of a sketch."""
-    if rule.image_size is None:
-        return min(SKETCH_COSINE, dimension)
-    return 3 * min(SKETCH_GRID, rule.image_size[0]) * min(SKETCH_GRID, rule.image_size[1])
+@dataclass(frozen=True)
+class Closest:
+    """Of each of n images the closest row within the threshold: closeness [n] fp32 and row [n], −1: none."""
+
+    closeness: np.ndarray
+    row: np.ndarray
+
+    def or_nearer(self, other: Closest) -> Closest:
+        """The closer of the two, and of equal ones this one."""
+        nearer = other.closeness > self.closeness
+        return Closest(
+            np.where(nearer, other.closeness, self.closeness), np.where(nearer, other.row, self.row)
+        )
 
 
-def sketch_rows(rows: torch.Tensor, rule: FoldRule) -> torch.Tensor:
-    """Rows [n, D] → sketches [n, d ≤ 64] fp32: block means of pixels, a fixed rotation of embeddings."""
-    if rule.image_size is None:
-        return rows.float() @ _rotation(rows.shape[1])
-    step = max(1, PAIR_BLOCK_VALUES // rows.shape[1])
-    return torch.cat([_block_means(block, rule.image_size) for block in rows.split(step)])
+def closest(pairs: NearPairs, count: int, first_row: int) -> Closest:
+    """The closest row of each of `count` images, of equal ones the lowest; others are rows first_row, …"""
+    left, right, close = (part.numpy() for part in pairs)
+    order = np.lexsort((right, -close, left))
+    image, at = np.unique(left[order], return_index=True)
+    found = Closest(np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64))
+    found.closeness[image], found.row[image] = close[order[at]], first_row + right[order[at]]
+    return found
 
 
-def _block_means(rows: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """Orthonormal coordinates of a 4x4 grid of cells a channel; what the cells do not cover is dropped."""
-    height, width = image_size
-    grid = (min(SKETCH_GRID, height), min(SKETCH_GRID, width))
-    cell = (height // grid[0], width // grid[1])
-    pixels = rows.view(len(rows), 3, height, width)[:, :, : grid[0] * cell[0], : grid[1] * cell[1]]
-    means = adaptive_avg_pool2d(pixels.float() / 255 - 0.5, grid)
-    return means.flatten(1) * (cell[0] * cell[1]) ** 0.5
+@dataclass
+class Shard:
+    """The images of a shard that are not exact copies, as they are folded: rows [n, D], sketches [n, 64] and
+    their codes; kept: which of them became rows so far, first_row the first one's number."""
+
+    rows: Tensor
+    sketches: RowSketches
+    first_row: int
+    kept: list[int]
+
+    def fold(self, block: range, old: Tensor, of_old: RowSketches, least: float) -> list[int]:
+        """The row of each image of a block, given rows `old` [first_row, D] and those kept so far."""
+        rows, sketches = self.rows[block.start : block.stop], self.sketches.part(block)
+        near = _pairs(rows, sketches, old, of_old, least)
+        found = closest(near, len(rows), 0)
+        near = _pairs(rows, sketches, self.rows[self.kept], self.sketches.chosen(self.kept), least)
+        found = found.or_nearer(closest(near, len(rows), self.first_row))
+        return self._greedy(block, found, _pairs(rows, sketches, rows, sketches, least, earlier=True))
+
+    def _greedy(self, block: range, found: Closest, links: NearPairs) -> list[int]:
+        """In order: an image goes to the closest row there is, or becomes one."""
+        left, right, close = (part.numpy() for part in links)
+        ends = np.searchsorted(left, np.arange(len(block) + 1))
+        assigned: list[int] = []
+        new_row = np.full(len(block), -1, dtype=np.int64)  # of the images of the block that became rows
+        for at, (closeness, row) in enumerate(zip(found.closeness.tolist(), found.row.tolist(), strict=True)):
+            some = slice(ends[at], ends[at + 1])
+            for earlier, link in zip(right[some].tolist(), close[some].tolist(), strict=True):
+                if new_row[earlier] >= 0 and link > closeness:
+                    closeness, row = link, int(new_row[earlier])
+            if row < 0:
+                row = self.first_row + len(self.kept)
+                new_row[at] = row
+                self.kept.append(block.start + at)
+            assigned.append(row)
+        return assigned
 
 
-def _rotation(dimension: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (dimension, min(SKETCH_COSINE, dimension))
-    gaussian = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return torch.linalg.qr(gaussian).Q
-
-
-def _squared_limit(rule: FoldRule, dimension: int) -> float:
-    """Largest squared distance of a pair within the threshold, with room for fp16 norms and fp32 sums."""
-    assert rule.threshold is not None
-    if rule.metric == "cosine":
-        return 2 - 2 * rule.threshold + 4e-3
-    return dimension * (rule.threshold**2 + 1e-5)
-
-
-def closeness(left: torch.Tensor, right: torch.Tensor, rule: FoldRule) -> torch.Tensor:
-    """Pair by pair [p, D] × [p, D] → [p] fp32: the cosine, or minus the RMS distance."""
-    if rule.metric == "cosine":
-        return (left.float() * right.float()).sum(1)
-    return -((left.float() - right.float()) / 255).square().mean(1).sqrt()
-
-
-def near_pairs(
-    rows: torch.Tensor,
-    sketches: torch.Tensor,
-    others: torch.Tensor,
-    other_sketches: torch.Tensor,
-    rule: FoldRule,
-) -> Pairs:
-    """Pairs of rows [n, D] and others [m, D] within the rule's threshold."""
-    assert rule.threshold is not None
-    norms = sketches.square().sum(1)[:, None] + other_sketches.square().sum(1)[None, :]
-    squared = torch.addmm(norms, sketches, other_sketches.T, alpha=-2)
-    left, right = (squared <= _squared_limit(rule, rows.shape[1])).nonzero(as_tuple=True)
-    if rule.metric == "nl2":
-        left, right = _near_in_part(rows, others, left, right, rule)
-    step = max(1, PAIR_BLOCK_VALUES // rows.shape[1])
-    measured = [
-        closeness(rows[left[at : at + step]], others[right[at : at + step]], rule)
-        for at in range(0, len(left), step)
-    ]
-    close = torch.cat(measured) if measured else torch.empty(0, dtype=torch.float32)
-    within = close >= (rule.threshold if rule.metric == "cosine" else -rule.threshold)
-    return Pairs(left[within], right[within], close[within])
-
-
-def _near_in_part(
-    rows: torch.Tensor, others: torch.Tensor, left: torch.Tensor, right: torch.Tensor, rule: FoldRule
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs within the limit over every 16th pixel alone: noise, whose sketches are all alike, ends here."""
-    some, part = rows[:, ::PART_STRIDE], others[:, ::PART_STRIDE]
-    limit = 255**2 * _squared_limit(rule, rows.shape[1])
-    step = max(1, PAIR_BLOCK_VALUES // some.shape[1])
-    near = [
-        (some[i].float() - part[j].float()).square().sum(1) <= limit
-        for i, j in zip(left.split(step), right.split(step), strict=True)
-    ]
-    within = torch.cat(near)
-    return left[within], right[within]
-
-
-def closest_kept(
-    rows: torch.Tensor,
-    sketches: torch.Tensor,
-    kept: torch.Tensor,
-    kept_sketches: torch.Tensor,
-    rule: FoldRule,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row [n, D] the closest kept row within the threshold: closeness [n], row [n] (−1: none)."""
-    best = torch.full((len(rows),), -torch.inf, dtype=torch.float32)
-    best_row = torch.full((len(rows),), -1, dtype=torch.int64)
-    for start in range(0, len(kept), KEPT_BLOCK):
-        block = slice(start, start + KEPT_BLOCK)
-        pairs = near_pairs(rows, sketches, kept[block], kept_sketches[block], rule)
-        for left, right, close in zip(
-            pairs.left.tolist(), pairs.right.tolist(), pairs.closeness.tolist(), strict=True
-        ):
-            if close > best[left].item():  # ascending order: ties stay with the lowest row
-                best[left], best_row[left] = close, start + right
-    return best, best_row
+def _pairs(
+    rows: Tensor, sketches: RowSketches, others: Tensor, of_others: RowSketches, least: float, **options: bool
+) -> NearPairs:
+    return near_pairs(rows, others, sketches=sketches.sketches, codes=of_others.codes, least=least, **options)
 
 
 def fold_shard(
-    rows: torch.Tensor,
-    sketches: torch.Tensor | None,
-    duplicate_of: np.ndarray,
-    kept: torch.Tensor,
-    kept_sketches: torch.Tensor | None,
-    rule: FoldRule,
+    rows: Tensor, duplicate_of: np.ndarray, old: Tensor, sketcher: Sketcher, rule: FoldRule
 ) -> tuple[list[int], list[int]]:
     """Assign each image of a shard to a row, in order: an old row, an earlier image's row, or a new one.
 
-    rows [n, D]: the shard; duplicate_of [n]: kept row with the same content (−1: none), or −2 − j where it
-    has the content of image j of this shard; kept [m, D]: rows so far. Returns (row of each image, images
-    that become rows m, m + 1, …).
+    rows [n, D]: the shard; duplicate_of [n]: old row with the same content (−1: none), or −2 − j where it
+    has the content of image j of this shard; old [m, D]: rows so far, all of which the sketcher has. Returns
+    (row of each image, images that become rows m, m + 1, …).
     """
-    fresh = [i for i, row in enumerate(duplicate_of.tolist()) if row == -1]
-    nearest, links = _near_of_fresh(rows, sketches, fresh, kept, kept_sketches, rule)
-    assigned: list[int] = []
-    new_rows: dict[int, int] = {}
-    for i, duplicate in enumerate(duplicate_of.tolist()):
-        if duplicate >= 0:
-            assigned.append(duplicate)
-        elif duplicate <= -2:
-            assigned.append(assigned[-2 - duplicate])
-        else:
-            close, row = nearest.get(i, (-torch.inf, -1))
-            for earlier, link in links.get(i, ()):
-                if earlier in new_rows and link > close:
-                    close, row = link, new_rows[earlier]
-            if row < 0:
-                row = new_rows[i] = len(kept) + len(new_rows)
-            assigned.append(row)
-    return assigned, list(new_rows)
+    fresh = np.flatnonzero(duplicate_of == -1)
+    assigned = duplicate_of.copy()
+    assigned[fresh], kept = _fold_fresh(rows[torch.from_numpy(fresh)], old, sketcher, rule)
+    for image in np.flatnonzero(duplicate_of <= -2).tolist():
+        assigned[image] = assigned[-2 - duplicate_of[image]]
+    return assigned.tolist(), fresh[kept].tolist()
 
 
-def _near_of_fresh(
-    rows: torch.Tensor,
-    sketches: torch.Tensor | None,
-    fresh: list[int],
-    kept: torch.Tensor,
-    kept_sketches: torch.Tensor | None,
-    rule: FoldRule,
-) -> tuple[dict[int, tuple[float, int]], dict[int, list[tuple[int, float]]]]:
-    """For each fresh image: its closest kept row, and every earlier fresh image within the threshold."""
-    if rule.threshold is None or not fresh:
-        return {}, {}
-    assert sketches is not None and kept_sketches is not None
-    some, short = rows[fresh], sketches[fresh]
-    best, best_row = closest_kept(some, short, kept, kept_sketches, rule)
-    nearest = {i: (best[at].item(), int(best_row[at])) for at, i in enumerate(fresh) if best_row[at] >= 0}
-    links: dict[int, list[tuple[int, float]]] = {}
-    pairs = near_pairs(some, short, some, short, rule)
-    for left, right, close in zip(
-        pairs.left.tolist(), pairs.right.tolist(), pairs.closeness.tolist(), strict=True
-    ):
-        if right < left:
-            links.setdefault(fresh[left], []).append((fresh[right], close))
-    return nearest, links
+def _fold_fresh(rows: Tensor, old: Tensor, sketcher: Sketcher, rule: FoldRule) -> tuple[list[int], list[int]]:
+    """The row of each of rows [n, D] that are no exact copies, and which of them become rows."""
+    if rule.threshold is None:
+        return list(range(len(old), len(old) + len(rows))), list(range(len(rows)))
+    least = rule.threshold if rule.metric == "cosine" else -rule.threshold
+    shard, assigned = Shard(rows, sketcher.sketch(rows), len(old), []), list[int]()
+    for start in range(0, len(rows), FOLD_BLOCK):
+        block = range(start, min(start + FOLD_BLOCK, len(rows)))
+        assigned += shard.fold(block, old, sketcher.known(), least)
+    return assigned, shard.kept
 
 
 def same_content(hashes: np.ndarray, rows: torch.Tensor, table: HashTable, kept: torch.Tensor) -> np.ndarray:

@@ -19,17 +19,10 @@ import torch
 
 from amg.index.errors import IndexBuildError
 from amg.index.fields import read_fields
-from amg.index.fold import (
-    FoldRule,
-    HashTable,
-    fold_shard,
-    row_hashes,
-    same_content,
-    sketch_dimension,
-    sketch_rows,
-)
+from amg.index.fold import FoldRule, HashTable, fold_shard, row_hashes, same_content
 from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH
 from amg.index.members import MemberLog, differing
+from amg.index.sketches import Sketcher
 from amg.index.store import (
     DTYPES,
     GUARD,
@@ -42,7 +35,7 @@ from amg.index.store import (
     write_atomically,
 )
 
-STATE, SHARDS, SKETCHES = "state.json", "shards", "sketches.f32"
+STATE, SHARDS = "state.json", "shards"
 HASH_BLOCK_BYTES = 1 << 26
 
 
@@ -136,7 +129,7 @@ class Journal:
         assert state.dimension is not None
         self.partial, self.state, self.rule = partial, state, rule
         self.dtype, self.dimension = DTYPES[dtype], state.dimension
-        self.rows_path, self.sketch_path = partial / ROWS_FILE[dtype], partial / SKETCHES
+        self.rows_path, self.sketcher = partial / ROWS_FILE[dtype], Sketcher(rule.image_size)
         self.guard_path = partial / GUARD
         self.members = MemberLog(partial, dtype, state.dimension, state.members)
         self.table = HashTable()
@@ -144,27 +137,25 @@ class Journal:
         self._cut_back()
 
     def _cut_back(self) -> None:
-        """Drop what lies beyond the state, and hash the rows that stay."""
+        """Drop what lies beyond the state, and hash and sketch the rows that stay."""
         row_bytes = self.dimension * torch.empty((), dtype=self.dtype).element_size()
         truncate(self.rows_path, self.state.kept * row_bytes)
         truncate(self.guard_path, self.state.kept * SKETCH_LENGTH * SKETCH_DTYPE.itemsize)
-        truncate(self.sketch_path, self.state.kept * 4 * sketch_dimension(self.dimension, self.rule))
         rows, step = self.rows(), max(1, HASH_BLOCK_BYTES // row_bytes)
         for start in range(0, self.state.kept, step):
-            self.table.add(row_hashes(rows[start : start + step]), start)
+            block = rows[start : start + step]
+            self.table.add(row_hashes(block), start)
+            self._sketch(block)
+
+    def _sketch(self, rows: torch.Tensor) -> None:
+        if self.rule.threshold is not None:
+            self.sketcher.keep(self.sketcher.sketch(rows).codes)
 
     def rows(self) -> torch.Tensor:
         """Rows kept so far [kept, D], memory-mapped."""
         if self.state.kept == 0:
             return torch.empty(0, self.dimension, dtype=self.dtype)
         return map_file(self.rows_path, self.dtype, self.state.kept, self.dimension)
-
-    def sketches(self) -> torch.Tensor:
-        """Sketches of the rows kept so far [kept, d] fp32, memory-mapped."""
-        width = sketch_dimension(self.dimension, self.rule)
-        if self.state.kept == 0:
-            return torch.empty(0, width, dtype=torch.float32)
-        return map_file(self.sketch_path, torch.float32, self.state.kept, width)
 
     def guard(self) -> torch.Tensor:
         """The guard's sketches of the rows kept so far [kept, 2048], memory-mapped."""
@@ -178,12 +169,11 @@ class Journal:
         """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
         whose reason is None; digests: of the last image and of all so far."""
         hashes, kept = row_hashes(rows), self.rows()
-        sketches = sketch_rows(rows, self.rule) if len(rows) else self.sketches()[:0]
         duplicate_of = same_content(hashes, rows, self.table, kept)
-        assigned, keep = fold_shard(rows, sketches, duplicate_of, kept, self.sketches(), self.rule)
+        assigned, keep = fold_shard(rows, duplicate_of, kept, self.sketcher, self.rule)
         append(self.rows_path, rows[keep])
         append(self.guard_path, guard[keep])
-        append(self.sketch_path, sketches[keep])
+        self._sketch(rows[keep])
         self._add_members(rows, guard, assigned, keep)
         row_of = iter(assigned)
         numbered = [
@@ -226,7 +216,6 @@ class Journal:
         (self.partial / STATE).unlink(missing_ok=True)
         for temporary in self.partial.glob(TEMPORARY + "*"):
             temporary.unlink()
-        self.sketch_path.unlink(missing_ok=True)
         self.members.clear()
         shutil.rmtree(self.partial / SHARDS)
 

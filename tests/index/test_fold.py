@@ -1,10 +1,12 @@
 """Streaming, sketched folding equals the brute-force greedy rule."""
 
+import numpy as np
 import pytest
 import torch
 
 from amg.index import Index
-from amg.index.fold import FoldRule, near_pairs, sketch_rows
+from amg.index.fold import HashTable
+from amg.index.sketches import Sketcher
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.filterwarnings("ignore:.*with fewer, its usual threshold")
@@ -35,7 +37,7 @@ def families(members: int, spread: float) -> torch.Tensor:
 @pytest.mark.parametrize("shard", [7, 64, 1024])
 def test_pixel_folding_is_greedy(tmp_path, monkeypatch, shard):
     monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", shard)
-    monkeypatch.setattr("amg.index.fold.KEPT_BLOCK", 11)
+    monkeypatch.setattr("amg.index.fold.FOLD_BLOCK", 11)
     images = families(15, 0.06)
     flat = images.flatten(1).double() / 255
     distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
@@ -60,21 +62,45 @@ def test_cosine_folding_is_greedy(tmp_path, monkeypatch, embedder, shard):
 @pytest.mark.parametrize("size", [(32, 32), (9, 13), (2, 3), (1, 1)])
 def test_a_pixel_sketch_never_exceeds_the_distance(size):
     rows = torch.randint(0, 256, (40, 3 * size[0] * size[1]), dtype=torch.uint8)
-    rule = FoldRule("nl2", 0.02, size)
     full = torch.cdist(rows.double() / 255, rows.double() / 255)
-    short = torch.cdist(*[sketch_rows(rows, rule).double()] * 2)
+    short = torch.cdist(*[Sketcher(size).sketch(rows).sketches.double()] * 2)
     assert (short <= full + 1e-5).all() and short.max() > 0.05 * full.max()
 
 
-@pytest.mark.parametrize("dimension", [16, 64, 512])
-def test_near_pairs_misses_none(dimension):
-    rows = torch.nn.functional.normalize(torch.randn(60, dimension), dim=1)
-    rows = torch.nn.functional.normalize(
-        rows.repeat(3, 1) + 0.15 * torch.randn(180, dimension) / dimension**0.5
-    )
-    rule = FoldRule("cosine", 0.97)
-    short = sketch_rows(rows, rule)
-    pairs = near_pairs(rows, short, rows, short, rule)
-    expected = (rows.double() @ rows.double().T >= 0.97).nonzero()
-    assert len(expected) > 180
-    assert torch.equal(torch.stack([pairs.left, pairs.right], 1), expected)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("first", "dimension"), [(1, 512), (30, 40), (200, 512), (2000, 96)])
+def test_a_sketch_of_vectors_never_exceeds_the_distance(first, dimension, dtype):
+    """Whatever rows decided on the axes, all rows are projected on the same; those that vary most first."""
+    spectrum = torch.arange(1, dimension + 1) ** -0.5
+    rows = torch.nn.functional.normalize(0.3 + torch.randn(2000, dimension) * spectrum, dim=1).to(dtype)
+    sketcher = Sketcher(None)
+    short = torch.cat([sketcher.sketch(part).sketches for part in (rows[:first], rows[first:])]).double()
+    chosen = torch.randint(2000, (2, 400))
+    full = (rows.double()[chosen[0]] - rows.double()[chosen[1]]).norm(dim=1)
+    apart = short[chosen[0]] - short[chosen[1]]
+    assert (apart.norm(dim=1) <= full * (1 + 1e-5) + 1e-6).all()
+    energy = apart.square().mean(0)
+    if first >= 200:
+        assert apart.norm(dim=1).mean() > 0.6 * full.mean() and energy[:16].sum() > 2 * energy[48:].sum()
+
+
+def test_a_sketcher_holds_what_was_kept():
+    sketcher, made = Sketcher(None), []
+    for count in (3, 1, 0, 700, 40):
+        made.append(sketcher.sketch(torch.randn(count, 70)))
+        sketcher.keep(made[-1].codes)
+    known = sketcher.known()
+    for at in range(3):
+        assert torch.equal(known.codes[at], torch.cat([part.codes[at] for part in made]))
+    assert len(known.sketches) == 0
+
+
+def test_a_hash_is_found_in_every_run_and_the_first_row_of_it():
+    rng, table, known = np.random.default_rng(0), HashTable(), np.empty(0, dtype=np.uint64)
+    for count in (5, 300, 0, 1, 1, 64, 1000, 7):
+        hashes = rng.integers(0, 700, count).astype(np.uint64)
+        table.add(hashes, len(known))
+        known = np.concatenate([known, hashes])
+    asked = rng.integers(0, 900, 500).astype(np.uint64)
+    expected = [int(np.flatnonzero(known == value)[0]) if value in known else -1 for value in asked]
+    assert table.find(asked).tolist() == expected and -1 in expected
