@@ -5,6 +5,7 @@ from importlib import metadata
 
 import torch
 
+from amg.extras import EXTRAS, NAMES
 from amg.kernels import extension
 
 OPTIONAL = (
@@ -66,9 +67,17 @@ def info_text() -> str:
         "Triton": facts["triton"],
         "faiss": facts["faiss"],
         "installed": ", ".join(f"{name} {version}" for name, version in packages.items() if version),
-        "missing": ", ".join(name for name, version in packages.items() if not version) or "nothing",
+        "missing": ", ".join(_missed(name) for name, version in packages.items() if not version) or "nothing",
     }
     return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def _missed(name: str) -> str:
+    """A package that is not there, with the extra that brings it, if one does."""
+    modules = {NAMES.get(module, module).lower(): extra for module, extra in EXTRAS.items()}
+    extra = modules.get(name, "faiss-gpu" if name == "faiss-gpu" else None)
+    extra = "faiss" if name == "faiss-cpu" else extra
+    return name if extra is None else f"{name} (pip install 'amg-sampler[{extra}]')"
 
 
 def device_name() -> str:

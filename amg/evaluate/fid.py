@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from amg.extras import needed
+
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -112,9 +114,6 @@ def _check(generated: torch.Tensor, reference: torch.Tensor, least: int) -> None
 
 
 def _metrics() -> Any:
-    try:
-        import torchmetrics.image.fid
-        import torchmetrics.image.kid
-    except ImportError as error:
-        raise ImportError("FID and KID need torchmetrics: pip install 'amg-sampler[metrics]'") from error
-    return torchmetrics.image
+    for name in ("fid", "kid"):
+        needed(f"torchmetrics.image.{name}", "FID and KID")
+    return needed("torchmetrics.image", "FID and KID")

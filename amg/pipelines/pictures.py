@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amg.extras import needed
+
+ORIENTATION = 0x0112  # the EXIF tag
+
 
 def to_tensor(images: Any) -> Tensor:
     """Pipeline output of any type (list of PIL, [B, H, W, 3] array, [B, 3, H, W] tensor) as float [B, 3, H,
@@ -30,11 +34,10 @@ def to_tensor(images: Any) -> Tensor:
 
 def _pixels_of(image: Any) -> Tensor:
     """uint8 [H, W, 3] of a PIL image that every viewer shows alike; ValueError for any other."""
-    from PIL import ExifTags, Image
-
+    Image = needed("PIL.Image", "a picture", "diffusers")
     if not isinstance(image, Image.Image):
         raise TypeError(f"`images` must hold PIL images to be checked, got {type(image).__name__}")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = image.getexif().get(ORIENTATION, 1)
     clear = "transparency" in image.info
     if image.mode not in ("RGB", "L") or clear or turned != 1:
         got = f"mode {image.mode}{', transparency' if clear else ''}, EXIF orientation {turned}"
@@ -69,8 +72,7 @@ def _shows(value: Any) -> bool:
 
 def to_pil(images: Tensor) -> list[Any]:
     """float [B, 3, H, W] in [0, 1] as 8-bit PIL images."""
-    from PIL import Image
-
+    Image = needed("PIL.Image", "a picture", "diffusers")
     array = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]
 

@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
+from amg.extras import needed
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary
@@ -35,6 +34,8 @@ from amg.protection.rewind import merge_history, rewound
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
 
+HOOKS = needed("diffusers.hooks", "`amg.protect`")
+UNETS = needed("diffusers.models.unets.unet_2d", "`amg.protect`")
 NAME = "anti-memorization guidance"
 
 
@@ -172,7 +173,7 @@ class Session:
         return self.config.guidance_scale if self.class_scale is None else float(self.class_scale)
 
 
-class RecordingHook(ModelHook):  # type: ignore[misc]
+class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
     """Records each U-Net call of a pipeline's loop, and gives later tries their captions."""
 
     def __init__(self, session: Session):
@@ -189,7 +190,7 @@ class RecordingHook(ModelHook):  # type: ignore[misc]
             session.forward = original
             session.begin(sample, guided, kwargs)
         if session.class_conditional:
-            return UNet2DOutput(session.predict_classes(sample, t))
+            return UNETS.UNet2DOutput(session.predict_classes(sample, t))
         kwargs, conditions = session.told(kwargs, guided)
         result = original(sample, t, **kwargs)
         # a copy: a loop may combine the halves in place, a compiled U-Net write its next output there
@@ -222,7 +223,7 @@ def send_back(
 @contextmanager
 def guided_call(session: Session) -> Iterator[Session]:
     """Install hook and wrapper for one call of the pipeline, and take both away again whatever happens."""
-    pipe, registry = session.pipe, HookRegistry.check_if_exists_or_initialize(session.pipe.unet)
+    pipe, registry = session.pipe, HOOKS.HookRegistry.check_if_exists_or_initialize(session.pipe.unet)
     registry.register_hook(RecordingHook(session), NAME)
     scheduler, original = pipe.scheduler, pipe.scheduler.step
     scheduler.step = _wrapped_step(session, scheduler, original)

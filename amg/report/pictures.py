@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 
+from amg.extras import needed
 from amg.report.content import Picture
 
 
@@ -45,10 +46,7 @@ def _array(picture: Picture) -> np.ndarray:
 
 
 def _png(array: np.ndarray) -> bytes:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("the report needs Pillow: pip install 'amg-sampler[report]'") from error
+    Image = needed("PIL.Image", "the report", "report")
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

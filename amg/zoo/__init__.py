@@ -42,8 +42,11 @@ def student_path(name: str) -> Path:
 
 
 def _pipeline_class(name: str) -> Any:
-    import diffusers
+    from amg.extras import needed, require
 
+    if name != "photos-ddpm":
+        require(["transformers"], f"the bundled model {name}", "demo")
+    diffusers = needed("diffusers", f"the bundled model {name}", "demo")
     return diffusers.DDPMPipeline if name == "photos-ddpm" else diffusers.StableDiffusionPipeline
 
 

@@ -7,7 +7,6 @@ so the training scripts, the index and the tests see the same pictures. Needs th
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from amg.extras import needed
 
 COPIES = 64
 SEED = 20240402
@@ -181,7 +182,7 @@ def load_photo(photo: Photo) -> Any:
             f"the photograph {photo.key!r} ships in `{package}`: pip install 'amg-sampler[demo]'"
         )
     path = Path(spec.origin).parent / inside
-    image_module = importlib.import_module("PIL.Image")
+    image_module = needed("PIL.Image", "a bundled photograph", "demo")
     if path.suffix != ".npz":
         return image_module.open(path).convert("RGB")
     with np.load(path) as arrays:
@@ -236,5 +237,5 @@ def _crop(source: Any, photo: Photo, size: int, generator: np.random.Generator) 
 
 
 def _resized(source: Any, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    image_module = importlib.import_module("PIL.Image")
+    image_module = needed("PIL.Image", "a bundled photograph", "demo")
     return np.asarray(source.resize((size, size), image_module.Resampling.LANCZOS, box=box))
