@@ -42,6 +42,7 @@ from amg.commands.sample import SCHEDULERS
 from amg.config import AMGConfig
 from amg.engine.sampler import Sampler
 from amg.evaluate.judges import luminance_correlation
+from amg.replacing import replacing
 from amg.verdict import Verdict
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import DUPLICATED, TrainingSet, training_set
@@ -154,10 +155,8 @@ def run(options: argparse.Namespace) -> None:
 def put(path: Path, line: Line) -> None:
     """Write one case's line in place of an earlier one of the same case."""
     kept = [one for one in read(path) if key_of(one) != key_of(line)]
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    append(partial, [*kept, line], COLUMNS)
-    partial.replace(path)
+    with replacing(path) as partial:
+        append(partial, [*kept, line], COLUMNS)
 
 
 def key_of(line: Line) -> tuple[str, str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from evidence.scores import (
 from protocol import RESULTS, ROOT, commit
 
 from amg.commands.demo import GUIDANCE_SCALES, open_index, open_pipeline
+from amg.replacing import replacing
 from amg.zoo.photos import training_set
 
 SEEN = (1, 2, 3, 5, 8, 10, 15, 20, 30)
@@ -155,14 +155,12 @@ def tally(jobs: Sequence[Job], kind: str, copies: Any) -> tuple[Any, ...]:
 
 def write(path: Path, lines: Iterator[Line]) -> None:
     """Write the table; a run replaces the last one."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for line in lines:
             writer.writerow(line)
             print(line["label"], line["signal"], line["seen"], line["auc"], line["tpr_at_1_fpr"], flush=True)
-    os.replace(partial, path)
 
 
 def read(path: Path) -> list[Line]:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from amg.replacing import replacing
+
 FORMAT, VERSION = "amg student", 1
 LIMITS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 SCALE = 4  # pixels per latent, each way
@@ -108,9 +110,8 @@ def save_student(student: Student, path: str | Path, report: Mapping[str, Any]) 
         **report,
     }
     weights = {name: tensor.half().contiguous() for name, tensor in student.state_dict().items()}
-    partial = Path(f"{path}.partial")
-    save_file(weights, partial, {FORMAT: json.dumps(described)})
-    partial.replace(path)
+    with replacing(Path(path)) as partial:
+        save_file(weights, partial, {FORMAT: json.dumps(described)})
 
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from amg.embed.network import Preprocess
+from amg.extras import needed
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,14 +50,10 @@ def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> ClipAli
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"`--clip` must be a folder with a transformers CLIP model, got {folder}")
-    try:
-        from transformers import CLIPModel, CLIPTokenizer
-    except ImportError as error:
-        raise ImportError(
-            "CLIP alignment needs transformers: pip install 'amg-sampler[diffusers]'"
-        ) from error
-    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    transformers = needed("transformers", "CLIP alignment")
+    model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+    model = model.eval().requires_grad_(False).to(device)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     def encode(images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)

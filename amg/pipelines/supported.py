@@ -74,8 +74,15 @@ def is_ours(pipe: Any) -> bool:
 
 
 def require_folder(folder: Path) -> None:
-    """TypeError, before any weights are read, for a folder that holds a pipeline of another class."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    """Before any weights are read: TypeError for a folder that holds a pipeline of another class, ValueError
+    for one that does not say of which."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`MODEL`: {path} is no JSON that can be read ({error})") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"`MODEL`: {path} must hold one object, got {type(index).__name__}")
     require_class([str(index.get("_class_name"))], "MODEL")
 
 

@@ -16,6 +16,7 @@ from amg.commands.calibrate import EVERY_STEP, UNGUIDED
 from amg.commands.demo import GUIDANCE_SCALES
 from amg.config import AMGConfig
 from amg.engine.sampler import Sampler
+from amg.replacing import replacing
 from amg.zoo.photos import PHOTOS, TrainingSet
 
 MODEL = "photos-sd"
@@ -124,10 +125,9 @@ def record(pipe: Any, index: Any, jobs: Sequence[Job], steps: int, folder: Path)
 
 
 def _keep(path: Path, batch: Sequence[Job], drawn: Generations) -> None:
-    partial = path.with_suffix(".tmp.npz")
     arrays = {name: value.numpy().astype(np.float32) for name, value in vars(drawn).items()}
-    np.savez_compressed(partial, jobs=[str(job) for job in batch], **arrays)
-    partial.replace(path)
+    with replacing(path) as partial:  # its name ends as that of `path`: numpy adds no second suffix
+        np.savez_compressed(partial, jobs=[str(job) for job in batch], **arrays)
 
 
 def _kept(path: Path, batch: Sequence[Job]) -> Generations:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from amg.replacing import replacing
+
 GRID, TEST, SECONDS = "mitigations_grid.csv", "mitigations.csv", "mitigations_seconds.csv"
 TIE = 1.0  # percentage points of the memorised share
 SHARE = "cosine > 0.5 %"
@@ -49,12 +51,10 @@ def _put(path: Path, new: Row, key: Sequence[str]) -> None:
     if not same:
         rows.append(new)
     columns = list(dict.fromkeys([*new, *(name for old in rows for name in old)]))
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as lines:
+    with replacing(path) as partial, partial.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def _text(value: Any) -> str:

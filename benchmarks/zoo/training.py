@@ -6,7 +6,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from amg.replacing import replacing
 
 
 def arguments(description: str, steps: int, batch: int, learning_rate: float) -> argparse.Namespace:
@@ -93,9 +94,8 @@ def _save(
         "seconds": seconds,
         "losses": losses,
     }
-    partial = args.work / "checkpoint.partial"
-    torch.save(state, partial)
-    os.replace(partial, args.work / "checkpoint.pt")
+    with replacing(args.work / "checkpoint.pt") as partial:
+        torch.save(state, partial)
     record = {
         "steps": step,
         "of": args.steps,
