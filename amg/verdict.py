@@ -5,8 +5,27 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
+
+METRIC_NAMES = {"cosine": "cosine", "nl2": "nL2"}
+SIGNALS = ("squared_gap", "inner_product", "squared_uncond", "squared_move")
+"""The free signals of a step: ‖ε_c − ε_u‖², ⟨ε_u, ε_c − ε_u⟩, ‖ε_u‖², and ‖x_{t−1} − x_t‖² (later tries of
+`protect` and `AMGScheduler` have no fourth); ε_c and ε_u are the network's outputs with the prompt and
+without it, x_t is the sample."""
+
+
+def similarity_text(metric: str, similarity: float) -> str:
+    """Sigma as people know the metric: cosine as it is, nL2 = -sigma; three decimals."""
+    value = -similarity if metric == "nl2" else similarity
+    return f"{value + 0.0:.3f}"
+
+
+def threshold_text(metric: str, threshold: float) -> str:
+    """The condition under which an image counts as memorised: "nL2 < 1.4" or "cosine > 0.5"."""
+    if metric == "nl2":
+        return f"nL2 < {-threshold:g}"
+    return f"{METRIC_NAMES.get(metric, metric)} > {threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -15,7 +34,7 @@ class TraceStep:
 
     `similarity` is sigma_t (cosine, or -nL2) and `threshold` is lambda_t; `similarity` and `neighbour` are
     None where the check was skipped. `terms` names what fired: "despecification", "deduplication",
-    "dissimilarity", "rewind". `signals` are the free signals of the fused step, in its order. `estimated`:
+    "dissimilarity", "rewind". `signals` are what the step knows for free, by name: `named`. `estimated`:
     similarity and neighbour are the student's, which sufficed.
     """
 
@@ -27,6 +46,21 @@ class TraceStep:
     terms: tuple[str, ...] = ()
     signals: tuple[float, ...] | None = None
     estimated: bool = False
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The free signals that were kept, by their names in `SIGNALS`; {} where none were."""
+        return dict(zip(SIGNALS, self.signals or (), strict=False))
+
+    def __repr__(self) -> str:
+        parts = [f"step={self.step}", f"t={self.t:g}"]
+        if self.similarity is not None:
+            parts += [f"similarity={self.similarity:.4f}", f"neighbour={self.neighbour}"]
+        parts.append(f"threshold={self.threshold:.4f}")
+        parts += [f"terms={self.terms}"] if self.terms else []
+        parts += [f"{name}={value:.4g}" for name, value in self.named.items()]
+        parts += ["estimated=True"] if self.estimated else []
+        return f"TraceStep({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -80,8 +114,8 @@ class Verdict:
     retries: int = 0
     blocked: bool = False
     evaluations: int = 0
-    trace: tuple[TraceStep, ...] = field(default=(), repr=False)
-    also: tuple[Verdict, ...] = field(default=(), repr=False)
+    trace: tuple[TraceStep, ...] = ()
+    also: tuple[Verdict, ...] = ()
     guard: GuardVerdict | None = None
     exhausted: bool = False
     level: str = "full"
@@ -92,10 +126,8 @@ class Verdict:
     @property
     def reason(self) -> str | None:
         """What says that the image is memorised, and of which training image; None where nothing does."""
-        if self.similarity > self.threshold and self.metric == "nl2":
-            return f"nl2 {-self.similarity:.3f} < {-self.threshold:g} to {self.neighbour.id!r}"
         if self.similarity > self.threshold:
-            return f"{self.metric} {self.similarity:.3f} > {self.threshold:g} to {self.neighbour.id!r}"
+            return f"{self._measured} to {self.neighbour.id!r}"
         if self.guard is not None and self.guard.memorized:
             guard = self.guard
             return f"guard {guard.similarity:.3f} > {guard.threshold:g} to {guard.neighbour.id!r}"
@@ -103,20 +135,43 @@ class Verdict:
             return f"too close at a checkpoint, and `max_evaluations` reached, to {self.neighbour.id!r}"
         return next((other.reason for other in self.also if other.reason), None)
 
+    @property
+    def _measured(self) -> str:
+        """Metric, similarity and which side of the threshold it is on: "nL2 0.900 < 1.4"."""
+        distance = self.metric == "nl2"
+        close, far = ("<", ">=") if distance else (">", "<=")
+        side = close if self.similarity > self.threshold else far
+        limit = -self.threshold if distance else self.threshold
+        name, value = (
+            METRIC_NAMES.get(self.metric, self.metric),
+            similarity_text(self.metric, self.similarity),
+        )
+        return f"{name} {value} {side} {limit:g}"
+
     def __str__(self) -> str:
-        """One line: what was found, and what was done about it. nL2 is shown as people write it, positive."""
-        value = abs(self.similarity) if self.metric == "nl2" else self.similarity
-        near = f"{self.metric} {value:.3f} to {self.neighbour.id!r}"
-        found = f"memorised: {self.reason}" if self.memorized else f"not memorised: {near}"
-        if self.guard is not None and not self.memorized:
-            found += f", guard {self.guard.similarity:.3f}"
-        done = [
-            f"{count} {what}"
-            for count, what in ((self.rewinds, "rewinds"), (self.retries, "retries"))
-            if count
-        ]
-        done += [what for what, said in (("blocked", self.blocked), ("from input", self.from_input)) if said]
-        return f"{', '.join([found, *done])} (level {self.level})"
+        """One line for people: whether it is a copy, why or of what it is nearest, and what became of it."""
+        if self.reason is None:
+            parts = [f"not memorised: {self._measured}, nearest {self.neighbour.id!r}"]
+        else:
+            parts = [f"memorised: {self.reason}"]
+        parts += ["blocked"] if self.blocked else []
+        parts += ["the caller put that picture in"] if self.from_input else []
+        for count, one, several in ((self.rewinds, "rewind", "rewinds"), (self.retries, "re-run", "re-runs")):
+            parts += [f"{count} {one if count == 1 else several}"] if count else []
+        parts += [f"{self.evaluations} evaluations"] if self.evaluations else []
+        parts += [f"level {self.level}"] if self.level != "full" else []
+        return plain("; ".join(parts))
+
+    def __repr__(self) -> str:
+        """The fields that say something, the trace by its length; nL2 as people write it."""
+        parts = [self._measured, f"row {self.neighbour.row} {self.neighbour.id!r}"]
+        if self.guard is not None:
+            parts.append(f"guard {self.guard.similarity:.3f} of {self.guard.threshold:g}")
+        told = ("memorized", "blocked", "rewinds", "retries", "evaluations", "exhausted", "from_input")
+        parts += [f"{name}={getattr(self, name)}" for name in told if getattr(self, name)]
+        parts += [f"level={self.level!r}"] if self.level != "full" else []
+        parts += [f"also {len(self.also)} more"] if self.also else []
+        return f"<Verdict: {', '.join([*parts, f'trace of {len(self.trace)} steps'])}>"
 
     def as_dict(self, trace: bool = True) -> dict[str, Any]:
         """The verdict as plain JSON values; `trace=False` leaves the per-step trace out."""
@@ -128,6 +183,11 @@ class Verdict:
         """The verdict that `as_dict` described. ValueError naming a field that is missing, unknown or of
         another type; those with a default may be missing, as in verdicts of earlier versions."""
         return _record(Verdict, values, "verdict")
+
+
+def plain(text: str) -> str:
+    """Text of somebody else's files on one line, fit for a terminal: what does not print is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}

@@ -31,11 +31,11 @@ def test_a_verdict_comes_back_as_it_was():
 
 def test_a_verdict_is_one_line_to_read_and_its_repr_leaves_the_trace_out():
     said = str(VERDICT)
-    assert said == "memorised: cosine 0.600 > 0.5 to 'a', 1 rewinds, 2 retries (level full)"
+    assert said == "memorised: cosine 0.600 > 0.5 to 'a'; 1 rewind; 2 re-runs; 40 evaluations"
     pixels = Verdict("nl2", -1.712, -1.4, NEAR, False, guard=GuardVerdict(0.25, 0.8, NEAR), level="step")
-    assert str(pixels) == "not memorised: nl2 1.712 to 'a', guard 0.250 (level step)"
+    assert str(pixels) == "not memorised: nL2 1.712 >= 1.4, nearest 'a'; level step"
     copy = Verdict("nl2", -0.3, -1.4, NEAR, True, blocked=True)
-    assert str(copy) == "memorised: nl2 0.300 < 1.4 to 'a', blocked (level full)"
+    assert str(copy) == "memorised: nL2 0.300 < 1.4 to 'a'; blocked"
     long = Verdict("cosine", 0.6, 0.5, NEAR, True, trace=STEPS * 500, also=(OTHER,) * 50)
     assert len(repr(long)) < 500
 
@@ -94,3 +94,68 @@ def test_a_field_that_is_missing_is_named(name):
     values = {key: value for key, value in described().items() if key != name}
     with pytest.raises(ValueError, match=f"`verdict` must have the field '{name}'"):
         Verdict.from_dict(values)
+
+
+def traced(steps, metric="cosine", similarity=0.2, threshold=0.5, **more):
+    trace = [TraceStep(n, 0.5, 0.1, 0.4, 7, (), (1.0, 2.0, 3.0, 4.0)) for n in range(steps)]
+    near = Neighbour(3, "a.png", "a cat")
+    more = {"memorized": similarity > threshold, **more}
+    return Verdict(metric, similarity, threshold, near, trace=tuple(trace), **more)
+
+
+SAID = {
+    "not memorised: cosine 0.200 <= 0.5, nearest 'a.png'; 60 evaluations": {"evaluations": 60},
+    "memorised: cosine 0.700 > 0.5 to 'a.png'; blocked; 1 rewind; 2 re-runs": {
+        "similarity": 0.7,
+        "blocked": True,
+        "rewinds": 1,
+        "retries": 2,
+    },
+    "not memorised: nL2 1.620 >= 1.4, nearest 'a.png'": {
+        "metric": "nl2",
+        "similarity": -1.62,
+        "threshold": -1.4,
+    },
+    "memorised: nL2 0.900 < 1.4 to 'a.png'": {"metric": "nl2", "similarity": -0.9, "threshold": -1.4},
+    "memorised: guard 0.900 > 0.8 to 'a'; 3 rewinds": {
+        "guard": GuardVerdict(0.9, 0.8, NEAR),
+        "memorized": True,
+        "rewinds": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_a_verdict_is_a_line_for_people(text):
+    verdict = traced(50, **SAID[text])
+    assert str(verdict) == text and f"{verdict}" == text
+    if verdict.metric == "nl2":
+        assert "-1" not in repr(verdict) and "-0" not in repr(verdict) and "-0" not in str(verdict.reason)
+
+
+def test_what_a_line_quotes_does_not_act_on_the_terminal():
+    near = Neighbour(0, "a\n\x1b[2Jb", None)
+    assert "\n" not in str(Verdict("cosine", 0.9, 0.5, near, True))
+    assert "\x1b" not in repr(Verdict("cosine", 0.9, 0.5, near, True))
+
+
+@pytest.mark.parametrize("steps", [0, 50, 1000])
+def test_a_verdicts_repr_is_short_and_says_how_long_its_trace_is(steps):
+    verdict = traced(steps, rewinds=2, evaluations=100, also=(OTHER,))
+    shown = repr(verdict)
+    assert len(shown) < 250 and f"trace of {steps} steps" in shown and "rewinds=2" in shown
+    assert repr([verdict] * 3).count("\n") == 0
+
+
+def test_a_steps_free_signals_have_names():
+    step = traced(1).trace[0]
+    assert step.named == {
+        "squared_gap": 1.0,
+        "inner_product": 2.0,
+        "squared_uncond": 3.0,
+        "squared_move": 4.0,
+    }
+    assert "squared_gap=1, inner_product=2, squared_uncond=3, squared_move=4" in repr(step)
+    three = TraceStep(0, 0.5, None, 0.4, None, (), (1.0, 2.0, 3.0))
+    assert [*three.named] == ["squared_gap", "inner_product", "squared_uncond"]
+    assert TraceStep(0, 0.5, None, 0.4, None).named == {}

@@ -7,21 +7,6 @@ from collections.abc import Sequence
 
 from amg.report.content import Cell, Table
 
-METRIC_NAMES = {"cosine": "cosine", "nl2": "nL2"}
-
-
-def similarity_text(metric: str, similarity: float) -> str:
-    """Sigma as people know the metric: cosine as it is, nL2 = -sigma; three decimals."""
-    value = -similarity if metric == "nl2" else similarity
-    return f"{value + 0.0:.3f}"
-
-
-def threshold_text(metric: str, threshold: float) -> str:
-    """The condition under which an image counts as memorised: "nL2 < 1.4" or "cosine > 0.5"."""
-    if metric == "nl2":
-        return f"nL2 < {-threshold:g}"
-    return f"{METRIC_NAMES.get(metric, metric)} > {threshold:g}"
-
 
 def share_text(count: int, total: int) -> str:
     """A share in percent: whole, one decimal below 10 and above 99, so that few is never none or all."""

@@ -8,18 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from amg.extras import needed
+from amg.replacing import replacing
 from amg.report.content import Report, Sample, Section
 from amg.report.histogram import Histogram, histogram
-from amg.report.numbers import (
-    METRIC_NAMES,
-    numeric_columns,
-    share_text,
-    similarity_text,
-    table_cells,
-    threshold_text,
-)
+from amg.report.numbers import numeric_columns, share_text, table_cells
 from amg.report.pictures import PictureStore
 from amg.report.traces import TraceStore, panel_data
+from amg.verdict import METRIC_NAMES, similarity_text, threshold_text
 
 
 def write(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -33,9 +29,8 @@ def write(report: Report, path: str | os.PathLike[str]) -> Path:
         target = target / "index.html"
     page = render(report)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    with replacing(target) as partial:
+        partial.write_text(page, encoding="utf-8")
     return target
 
 
@@ -73,10 +68,7 @@ def render(report: Report) -> str:
 
 
 def _environment() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("the report needs Jinja2: pip install 'amg-sampler[report]'") from error
+    jinja2 = needed("jinja2", "the report")
     folder = resources.files("amg.report")
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(

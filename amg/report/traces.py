@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from amg.report.content import Sample, Section
-from amg.report.numbers import METRIC_NAMES, similarity_text, threshold_text
 from amg.report.pictures import PictureStore
+from amg.verdict import METRIC_NAMES, similarity_text, threshold_text
 
 if TYPE_CHECKING:
     from amg.verdict import TraceStep, Verdict

@@ -1,7 +1,8 @@
 import pytest
 
 from amg.report import Table
-from amg.report.numbers import numeric_columns, share_text, similarity_text, table_cells, threshold_text
+from amg.report.numbers import numeric_columns, share_text, table_cells
+from amg.verdict import similarity_text, threshold_text
 
 
 def test_similarity_and_threshold_in_the_units_people_know():
