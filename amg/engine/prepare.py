@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.embed.precision import Modes
+from amg.engine.arguments import require_generator, require_request
 from amg.engine.drive import started
 from amg.engine.job import Job
 from amg.engine.look import Tools
@@ -139,6 +140,8 @@ def step_arguments(scheduler: Any, given: dict[str, Any]) -> dict[str, Any]:
 def prepare(source: Source, request: Request, generator: Any, late_at: float) -> Job:
     """Find a request to be in order, and draw its first noise. Errors: ValueError naming the argument,
     `Refused` for the scheduler."""
+    require_request(request)
+    require_generator(generator)
     steps, output_type = request.num_inference_steps, request.output_type
     if steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
@@ -211,10 +214,7 @@ def _noise(pipe: Any, request: Request, batch: int, generator: Any, device: torc
     """The first noise [batch, ...] of a request, as its pipeline would draw it, or the caller's."""
     network = network_of(pipe)
     shape = (batch, network.config.in_channels, *size_of(pipe, request.height, request.width))
-    if isinstance(generator, list) and len(generator) != batch:
-        raise ValueError(
-            f"`generator` must be one, or a list of {batch}, one per image, got {len(generator)}"
-        )
+    require_generator(generator, batch)
     dtype = weights_of(network)[0]
     if request.latents is None:
         return standard_normal(shape, generator, device, dtype)

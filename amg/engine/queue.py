@@ -26,6 +26,8 @@ class Queue:
 
     def __init__(self, max_images: int, max_pending: int):
         for name, value in (("max_batch", max_images), ("max_pending", max_pending)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer >= 1, got {value!r}")
             if value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}")
         self.max_images, self.max_pending = max_images, max_pending

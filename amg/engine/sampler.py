@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.arguments import require_request, require_seed
 from amg.engine.output import SamplerOutput
 from amg.engine.prepare import Source, prepare
 from amg.engine.queue import Queue
+from amg.extras import needed
 from amg.guidance.ordinary import warn_without_captions
 from amg.index.coverage import warn_of_gaps
 
@@ -166,6 +168,10 @@ class Sampler:
         (TimeoutError) leaves at the next step. What fails in a request is its own future's exception.
         RuntimeError after `close`. See docs/serving.md.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"`request` must be an amg.Request, got {request!r:.100}")
+        require_request(request)
+        require_seed(request.seed)
         start, deadline = time.monotonic(), request.deadline
         if deadline is not None and not deadline > 0:
             raise ValueError(f"`deadline` must be > 0 seconds or None, got {deadline}")
@@ -199,7 +205,6 @@ def _bar(total: int, shown: bool) -> Iterator[Any]:
     if not shown:
         yield None
         return
-    from tqdm.auto import tqdm
-
+    tqdm = needed("tqdm.auto", "progress=True", "diffusers").tqdm
     with tqdm(total=total) as bar:
         yield bar

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amg.config import AMGConfig
+from amg.config import PRESETS, AMGConfig
 from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
 from amg.index.store import MANIFEST
@@ -23,7 +24,9 @@ ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "
 def asked(config: AMGConfig | None) -> AMGConfig:
     """The config given, or the preset `main`; TypeError for anything else."""
     if config is not None and not isinstance(config, AMGConfig):
-        raise TypeError(f"`config` must be an AMGConfig or None, got {config!r}")
+        named = isinstance(config, str) and config in PRESETS
+        hint = f": give `AMGConfig.preset({config!r})`" if named else ""
+        raise TypeError(f"`config` must be an AMGConfig or None, got {config!r:.100}{hint}")
     return AMGConfig.preset("main") if config is None else config
 
 
@@ -34,13 +37,16 @@ def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
     one whose files are not what its manifest says.
     """
     if not isinstance(also, (tuple, list)):
-        raise TypeError(f"`also` must be a list of indexes, got {type(also).__name__}")
+        raise TypeError(f"`also` must be a list of indexes, got {also!r:.100}")
     for name, one in [("index", index), *((f"also[{n}]", one) for n, one in enumerate(also))]:
         if not all(hasattr(one, needed) for needed in ASKED_OF_AN_INDEX):
-            raise TypeError(f"`{name}` must be an amg.Index, got {type(one).__name__}")
+            path = isinstance(one, (str, os.PathLike))
+            hint = ": open it by `amg.Index.open(path, embedder)`" if path else ""
+            raise TypeError(f"`{name}` must be an amg.Index, got {one!r:.100}{hint}")
         if one.metric == "cosine" and one.embedder is None:
             raise ValueError(
-                f"`{name}` must have its embedder attached (`Index.open(path, embedder)`), got none"
+                f"`{name}` must have its embedder attached (`Index.open(path, embedder)`), got none for "
+                f"{one!r:.200}"
             )
         one.seal.check()
     return tuple(also)

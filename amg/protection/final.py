@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from amg.config import AMGConfig
+from amg.engine.arguments import images_of, require_generator
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, ordinary_caption
 from amg.pipelines.again import Asked
@@ -133,6 +134,7 @@ def checked_call(
             '`output_type` must give pictures at level "final", where latents cannot be checked, '
             f"got {LATENT!r}"
         )
+    require_generator(arguments.get("generator"), images_of(arguments))
     own = {row for name in GIVEN for row in _rows_of(held, arguments.get(name))}
     if own and held.watched is not None and not held.config.block_input_copies:
         # what the user put in is nothing to push away from

@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.arguments import images_of, require_generator
 from amg.guidance.gate import Gate
 from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.index.coverage import warn_of_gaps
@@ -259,6 +261,8 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     steps = bound.arguments.get("num_inference_steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral)):
+        raise TypeError(f"`num_inference_steps` must be an integer, got {steps!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     if bound.arguments.get("denoising_end") is not None:
@@ -266,6 +270,7 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "`denoising_end` must be None: what another pipeline is to finish cannot be checked, "
             f"got {bound.arguments['denoising_end']}"
         )
+    require_generator(bound.arguments.get("generator"), images_of(bound.arguments))
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
     protection.config.warn_without_guidance(scale, stacklevel=4)
     session.prompt = bound.arguments.get("prompt")

@@ -22,6 +22,7 @@ from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
 from amg.index.coverage import warn_of_gaps
+from amg.pipelines import identity
 from amg.promise import check
 from amg.protection.fused import Call, Run, advance, begun, follow
 from amg.protection.guide import Guide
@@ -276,10 +277,8 @@ class AMGScheduler:
 
 def usable(index: Any, config: AMGConfig | None) -> AMGConfig:
     """The config, for the index's metric. Errors: TypeError and ValueError, naming what cannot be."""
-    if not hasattr(index, "closest"):
-        raise TypeError(f"`index` must be an amg.Index, got {type(index).__name__}")
-    index.seal.check()
-    config = (config or AMGConfig.preset("main")).for_metric(index.metric)
+    identity.require_indexes(index, ())
+    config = identity.asked(config).for_metric(index.metric)
     if tuple(config.guidance_interval) != (0.0, 1.0):
         raise ValueError(
             "`guidance_interval` must be (0.0, 1.0): the loop has run the network for both halves when it "
