@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import amg
+from amg.commands.indexes import add_also
+from amg.commands.said import as_said, options_of
 from amg.config import PRESETS
+from amg.extras import told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,23 +44,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_embedder(commands)
     add_demo(commands)
     commands.add_parser("info", help="versions, device and which kernels run").set_defaults(run=_info)
-    arguments = parser.parse_args(argv)
+    return _ran(parser, parser.parse_args(argv))
+
+
+def _ran(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    options = arguments.said_as = options_of(parser, arguments)
     try:
-        with _warnings_in_a_line():
+        with _warnings_in_a_line(options):
             return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
-        print("amg: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = getattr(arguments, "interrupted", "nothing was written that is not whole")
+        print(f"\namg {arguments.command}: interrupted; {goes_on}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
-        print(f"amg {arguments.command}: {error}", file=sys.stderr)
+        print(f"amg {arguments.command}: {as_said(told(error), options)}", file=sys.stderr)
         return 2
 
 
 @contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
+def _warnings_in_a_line(options: Mapping[str, str]) -> Iterator[None]:
     """Warnings as the command line says things, without the place in the code."""
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"amg: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"amg: warning: {as_said(message, options)}\n"
     try:
         yield
     finally:
@@ -81,13 +89,7 @@ def add_sample(commands: Any) -> None:
     parser.add_argument(
         "--embedder", help="what made the index, if not pixels: photos, sscd:FILE, open_clip:MODEL:FILE"
     )
-    parser.add_argument(
-        "--also",
-        type=Path,
-        action="append",
-        default=[],
-        help="another index, of pixels or by the same embedder, for the final check",
-    )
+    add_also(parser, "for the final check")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="one prompt")
     what.add_argument("--prompts", type=Path, help="a file with one prompt a line, or JSONL with `caption`")
@@ -125,7 +127,7 @@ def add_sample(commands: Any) -> None:
         required=True,
         help="folder for PNGs and verdicts.jsonl; the same request goes on there, another one is refused",
     )
-    parser.set_defaults(run=_sample)
+    parser.set_defaults(run=_sample, interrupted="the same command goes on where it stopped")
 
 
 def add_demo(commands: Any) -> None:
@@ -141,7 +143,10 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--csv", type=Path, help="file to write the tables' rows to, replacing what it held")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(
+        run=_demo,
+        interrupted="the same command draws anew, on the indexes and the set-up that are there already",
+    )
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_whole_pictures_only(index, tmp_path, capsys, monkeyp
     from PIL import Image
 
     def save_until_full(image, path, **options):
-        if path.name.startswith("000001"):
+        if "000001" in path.name:
             path.write_bytes(b"half a picture")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(image, path, **options)

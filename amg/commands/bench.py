@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
         "(one condition, one step), and appends a line per contestant and batch size to a CSV.",
     )
     _add_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, interrupted="the lines of the batch sizes that are done are written")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Time what the command line asks for; returns the exit status. Each batch size is written when done."""
     from amg.commands.audit.plan import make_guidances
-    from amg.commands.sample import default_scale, open_index, open_model
+    from amg.commands.indexes import open_index
+    from amg.commands.sample import default_scale, open_model
     from amg.pipelines.supported import network_of
 
     sizes = arguments.batch_size or [1, 4]
@@ -182,10 +183,10 @@ def take_turns(
     contestants: Sequence[Contestant], size: int, rounds: int, counted: list[int], device: str
 ) -> None:
     """One untimed turn each, then `rounds` of timed ones in rotating order; round n has its own seeds."""
-    from tqdm import tqdm
+    from amg.commands.progress import bar
 
     cuda = torch.device(device).type == "cuda"
-    with tqdm(total=(rounds + 1) * len(contestants), desc=f"batch {size}", unit="turn") as bar:
+    with bar((rounds + 1) * len(contestants) * size, f"batch {size}") as shown:
         for number in range(-1, rounds):
             turn = number % len(contestants)
             for contestant in [*contestants[turn:], *contestants[:turn]]:
@@ -196,7 +197,7 @@ def take_turns(
                 if number >= 0:
                     contestant.seconds.append((time.perf_counter() - began) / size)
                     contestant.evaluations.append(counted[0] / size)
-                bar.update()
+                shown.update(size)
 
 
 def lines_of(

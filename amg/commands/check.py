@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from amg.commands.index import plain
+from amg.commands.indexes import add_also
 from amg.config import PRESETS, AMGConfig
-from amg.verdict import Verdict
+from amg.index.store import write_atomically
+from amg.verdict import METRIC_NAMES, Verdict, plain, similarity_text
 
 EXAMPLES = """examples:
   amg check out/*.png --index laion.amg --embedder sscd:sscd.safetensors
@@ -35,13 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--embedder", help="what made it: pixels (default), photos, sscd:FILE, open_clip:MODEL:FILE"
     )
-    parser.add_argument(
-        "--also",
-        type=Path,
-        action="append",
-        default=[],
-        help="another index, of pixels or by the same embedder, to hold them to",
-    )
+    add_also(parser, "to hold them to")
     parser.add_argument(
         "--preset", choices=tuple(PRESETS), default="main", help="whose thresholds (default main)"
     )
@@ -53,22 +48,22 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check what the command line names; returns the exit status."""
-    from amg.commands.sample import open_also, open_index
+    from amg.commands.indexes import open_also, open_index
     from amg.report.content import Table
     from amg.report.terminal import table_text
 
     files = list(_files(arguments.pictures))
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = open_also(arguments.also, arguments.embedder, arguments.device)
+    also = open_also(arguments)
     config = AMGConfig.preset(arguments.preset, threshold=arguments.threshold)
     found = [(file, _checked(file, index, config, also)) for file in files]
     answered = [(file, verdict) for file, verdict in found if verdict is not None]
     if answered:
-        columns = ["picture", index.metric, "guard", "nearest", "memorised"]
+        columns = ["picture", METRIC_NAMES[index.metric], "guard", "nearest", "memorised"]
         print(table_text(Table(columns, [_row(file, verdict) for file, verdict in answered])))
     if arguments.json is not None:
         lines = (json.dumps({"picture": str(file), **verdict.as_dict()}) for file, verdict in answered)
-        arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_atomically(arguments.json, "".join(f"{line}\n" for line in lines))
     copies = sum(verdict.memorized for _, verdict in answered)
     unread = len(found) - len(answered)
     print(f"{len(answered)} pictures checked, {copies} called memorised, {unread} unreadable")
@@ -109,7 +104,12 @@ def _checked(file: Path, index: Any, config: AMGConfig, also: Sequence[Any]) -> 
 
 
 def _row(file: Path, verdict: Verdict) -> list[Any]:
-    similarity = abs(verdict.similarity) if verdict.metric == "nl2" else verdict.similarity
     guard = "–" if verdict.guard is None else f"{verdict.guard.similarity:.3f}"
     nearest = plain(verdict.neighbour.id)
-    return [plain(str(file)), f"{similarity:.3f}", guard, nearest, plain(verdict.reason or "no")]
+    return [
+        plain(str(file)),
+        similarity_text(verdict.metric, verdict.similarity),
+        guard,
+        nearest,
+        plain(verdict.reason or "no"),
+    ]

@@ -17,14 +17,17 @@ import amg
 from amg import zoo
 from amg.commands import info
 from amg.commands.audit.environment import environment
+from amg.commands.progress import bar
 from amg.config import AMGConfig
 from amg.engine.sampler import Sampler
 from amg.evaluate.alignment import alignment, class_accuracy
 from amg.evaluate.fid import fid
 from amg.evaluate.judges import luminance_correlation
 from amg.evaluate.shares import memorized_share, top1, top5
+from amg.extras import needed, require
 from amg.index.store import write_atomically
 from amg.promise import summary
+from amg.replacing import held, replacing
 from amg.report import Report, Sample, Section, Table, table_text, write
 from amg.verdict import Verdict
 from amg.zoo.judge import PhotosJudge, load_judge
@@ -38,6 +41,10 @@ COLUMNS = {
 GUIDANCE_SCALES = {"photos-ddpm": 2.5, "photos-sd": 7.5}  # chosen on other seeds than the demo's
 LUMINANCE_COPY = 0.9
 JUDGE_COPY = 0.5
+PACKAGES = (
+    *("diffusers", "transformers", "tqdm", "pyarrow", "PIL", "jinja2", "torchmetrics", "skimage"),
+    *("sklearn", "matplotlib", "pywt"),
+)
 CHECKED_ROWS = 64  # of an index that is there already
 COLUMN_NAMES = (
     "guidance",
@@ -86,7 +93,12 @@ def run(out: Path, images: int = 64, seed: int = 0, steps: int = 30, figures: Pa
     """
     if images < 4 or steps < 2:
         raise ValueError(f"`--images` must be >= 4 and `--steps` >= 2, got {images} and {steps}")
-    out.mkdir(parents=True, exist_ok=True)
+    require(PACKAGES, "the demo", "demo")  # before the first of several minutes
+    with held(out):
+        return _run(out, images, seed, steps, figures)
+
+
+def _run(out: Path, images: int, seed: int, steps: int, figures: Path | None) -> int:
     judge = load_judge()
     sections = []
     for name in GUIDANCE_SCALES:
@@ -165,10 +177,8 @@ def config_for(preset: str) -> AMGConfig:
 
 def open_pipeline(name: str) -> Any:
     """A bundled pipeline with a DDIM scheduler."""
-    from diffusers import DDIMScheduler
-
     pipe = zoo.load(name)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = needed("diffusers", "the demo", "demo").DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
@@ -248,11 +258,9 @@ def draw(
     pipe: Any, index: Any, config: AMGConfig, jobs: Jobs, steps: int, title: str, also: tuple[Any, ...] = ()
 ) -> Column:
     """Draw all jobs with one config; shows progress and prints one line."""
-    from tqdm import tqdm
-
     sampler = Sampler(pipe, index, config, also)
     images, verdicts, began = [], [], time.monotonic()
-    with tqdm(total=len(jobs.seeds), desc=title, unit="image") as bar:
+    with bar(len(jobs.seeds), title) as shown:
         for condition, where in jobs.conditions:
             generators = [torch.Generator().manual_seed(seed) for seed in jobs.seeds[where]]
             out = sampler(
@@ -260,7 +268,7 @@ def draw(
             )
             images.append(out.images)
             verdicts += out.amg
-            bar.update(len(out.amg))
+            shown.update(len(out.amg))
     seconds = time.monotonic() - began
     print(f"{title}: {summary(verdicts)}", flush=True)
     return Column(torch.cat(images), verdicts, seconds)
@@ -301,11 +309,8 @@ def measure(
 
 
 def _notes(name: str, data: TrainingSet) -> list[str]:
-    metric = (
-        "nL2 < 1.4 (strong: 1.6)"
-        if name == "photos-ddpm"
-        else "cosine of photos-embedder > 0.5 (strong: 0.4)"
-    )
+    pixels, cosine = "nL2 < 1.4 (strong: 1.6)", "cosine of photos-embedder > 0.5 (strong: 0.4)"
+    metric = pixels if name == "photos-ddpm" else cosine
     return [
         f"memorised: {metric} to any of {len(data.ids)} distinct training images, or by the guard "
         "(structure, cosine > 0.8); blocked images are not delivered",
@@ -323,8 +328,7 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
 
 def _sheet(section: Section, path: Path, size: int = 64, most: int = 16) -> None:
     """The first pictures: a row per column, and under the unguided ones their nearest training images."""
-    from PIL import Image
-
+    Image = needed("PIL.Image", "the demo", "demo")
     samples = section.samples[:most]
     rows = [[sample.images["off"] for sample in samples], [sample.nearest["off"] for sample in samples]]
     rows += [[sample.images[preset] for sample in samples] for preset in section.columns if preset != "off"]
@@ -333,7 +337,8 @@ def _sheet(section: Section, path: Path, size: int = 64, most: int = 16) -> None
         for left, picture in enumerate(row):
             tile = Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST)
             sheet.paste(tile, (left * (size + 2), top * (size + 2)))
-    sheet.save(path)
+    with replacing(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def _picture(image: Tensor) -> Any:

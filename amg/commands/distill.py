@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from amg.replacing import replacing
+
 SETTINGS = "settings.json"
 RELEVANT = 0.3  # similarities of the teacher from which on a student's shortfall matters
 SHOWN = 5  # which of the student's limits the table shows: 0.45
+WORTH = 0.05  # share of the looks that must be skipped for a student to be worth its file
 LEVELS = 6  # bands of noise level in which agreement is reported
 LEARNING_RATE = 2e-3
 BATCH = 64
@@ -58,12 +61,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images sampled together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, interrupted="the same command goes on where it stopped")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Distill as the command line asks; returns the exit status."""
-    from amg.commands.sample import open_index, open_model
+    from amg.commands.indexes import open_index
+    from amg.commands.sample import open_model
     from amg.embed.student import save_student
     from amg.index.claim import claimed, remove
     from amg.pipelines.denoiser import is_latent
@@ -84,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = {name: getattr(arguments, name) for name in names}
         save_student(student, arguments.out, {"distilled": report})
         remove(folder)
-    print(table(student.agreement))
+    print(f"{table(student.agreement)}\n{saving(student.agreement, arguments.miss_rate)}")
     print(arguments.out)
     return 0
 
@@ -109,18 +113,18 @@ def collect(pipe: Any, index: Any, texts: Sequence[str], arguments: argparse.Nam
     """x0_hat and the teacher's embedding at every step of plain generations, kept batch by batch."""
     import torch
     from safetensors.torch import load_file
-    from tqdm import tqdm
+
+    from amg.commands.progress import bar
 
     folder = _folder(arguments)
     _settle(folder, {**_settings(pipe, index, arguments), "prompts": texts})
-    bar = tqdm(total=len(texts), desc="generations", unit="image")
-    for start in range(0, len(texts), arguments.batch_size):
-        path = folder / f"{start:06d}.safetensors"
-        if not path.exists():
+    with bar(len(texts), "generations") as shown:
+        for start in range(0, len(texts), arguments.batch_size):
+            path = folder / f"{start:06d}.safetensors"
             batch = texts[start : start + arguments.batch_size]
-            _generate(pipe, index, batch, arguments.seed + start, start, arguments, path)
-        bar.update(min(arguments.batch_size, len(texts) - start))
-    bar.close()
+            if not path.exists():
+                _generate(pipe, index, batch, arguments.seed + start, start, arguments, path)
+            shown.update(len(batch))
     kept = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     return Pairs(*(torch.cat([one[name] for one in kept]) for name in Pairs._fields))
 
@@ -240,9 +244,8 @@ def _generate(
     }
     for name, kept in zip(("x0_hat", "picture", "embedding"), zip(*recorder.kept, strict=True), strict=True):
         parts[name] = torch.cat(kept).contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(parts, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(parts, partial)
 
 
 def small(images: Any, x0_hat: Any) -> Any:
@@ -264,8 +267,8 @@ def held_out(image: Any) -> Any:
 def train(pairs: Pairs, pipe: Any, index: Any, arguments: argparse.Namespace) -> Any:
     """A student fitted to three quarters of the generations, with its agreement on the others."""
     import torch
-    from tqdm import tqdm
 
+    from amg.commands.progress import counted
     from amg.embed.student import Student
     from amg.pipelines.identity import origin_of
 
@@ -275,7 +278,7 @@ def train(pairs: Pairs, pipe: Any, index: Any, arguments: argparse.Namespace) ->
     rows = (~held_out(pairs.image)).nonzero().flatten()
     similarity = index.search(pairs.embedding.float().to(device)).similarity.cpu()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=1e-3)
-    for step in tqdm(range(arguments.train_steps), desc="student", unit="step", mininterval=2):
+    for step in counted(range(arguments.train_steps), "student", "step", arguments.train_steps):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / arguments.train_steps))
         chosen = rows[torch.randint(len(rows), (BATCH,))]
@@ -367,3 +370,26 @@ def table(agreement: Sequence[Any]) -> str:
             ),
         ]
     )
+
+
+def saving(agreement: Sequence[Any], miss_rate: float) -> str:
+    """What the student spares, or that it spares nothing, and why."""
+    from amg.guidance.calibration import images_needed
+
+    known = [one for one in agreement if math.isfinite(one.skipped[SHOWN])]
+    best = max((one.skipped[SHOWN] for one in known), default=0.0)
+    if best >= WORTH:
+        return f"it spares up to {100 * best:.0f} % of the teacher's looks at what is at most 0.45 close"
+    if all(one.cuts[SHOWN] == -math.inf for one in agreement):
+        why = (
+            f"fewer than {images_needed(miss_rate)} of the held-out generations came closer than 0.45 to a "
+            "training image, from which no cut can be stated: give `--prompts` that bring copies, more "
+            "`--images`, or a larger `--miss-rate`"
+        )
+    else:
+        most = max((one.correlation for one in known), default=math.nan)
+        why = (
+            f"its similarities are too unlike the teacher's (correlation at most {most:.2f}): give more "
+            "`--train-steps` or `--images`, or leave it out"
+        )
+    return f"it saves nothing: at most {100 * best:.1f} % of the teacher's looks would be spared; {why}"

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     import diffusers
 
     from amg import zoo
-    from amg.commands.sample import open_index
+    from amg.commands.indexes import open_index
     from amg.pipelines.explain import explained
 
     index = open_index(arguments.index, arguments.embedder, "cpu")

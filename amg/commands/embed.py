@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from amg.commands.said import as_said
 from amg.embed.convert import WeightsInfo, convert_sscd, weights_info
+from amg.extras import told
 
 
 def print_info(info: WeightsInfo) -> None:
@@ -33,8 +35,9 @@ def reporting(action: Callable[[argparse.Namespace], WeightsInfo]) -> Callable[[
     def command(arguments: argparse.Namespace) -> int:
         try:
             print_info(action(arguments))
-        except (ValueError, OSError) as error:
-            print(f"amg embedder: {error}", file=sys.stderr)
+        except (ValueError, OSError, ImportError) as error:
+            said = as_said(told(error), getattr(arguments, "said_as", {}))
+            print(f"amg embedder: {said}", file=sys.stderr)
             return 1
         return 0
 

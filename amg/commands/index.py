@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amg.commands.said import as_said
+from amg.extras import told
 from amg.index.add_guard import add_guard
 from amg.index.decode import FRAME_FILES, FRAMES
 from amg.index.errors import IndexFault
 from amg.index.index import Index
 from amg.index.store import Manifest
+from amg.verdict import plain
 
 EXAMPLES = """examples:
   amg index build photos/ --out photos.amg                        pixels, captions from photos/*.txt
@@ -162,7 +165,7 @@ def _reporting(action: Callable[[argparse.Namespace], int | None]) -> Callable[[
         try:
             return action(arguments) or 0
         except (IndexFault, ValueError, TypeError, OSError, ImportError) as error:
-            _say("error", str(error))
+            _say("error", as_said(told(error), getattr(arguments, "said_as", {})))
             return 2
 
     return command
@@ -170,11 +173,6 @@ def _reporting(action: Callable[[argparse.Namespace], int | None]) -> Callable[[
 
 def _say(kind: str, text: str) -> None:
     print(f"amg index: {kind}: {plain(' '.join(text.split()))}", file=sys.stderr)
-
-
-def plain(text: str) -> str:
-    """Text of somebody else's files, fit for a terminal: what does not print is escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _load_embedder(spec: str | None) -> Any:
@@ -240,7 +238,9 @@ def run_search(arguments: argparse.Namespace) -> int:
         raise ValueError(f"`k` must be in [1, {index.count}] (rows of the index), got {arguments.k}")
     if index.metric == "cosine" and index.embedder is None:
         record = index.manifest.embedder
-        raise ValueError(f"--embedder must be {record.name if record else 'given'}, which built {index.path}")
+        raise ValueError(
+            f"`--embedder` must be what built {index.path} ({record.name if record else '?'}), got none"
+        )
     answered = [_search_file(index, Path(name), arguments) for name in arguments.images]
     return 0 if all(answered) else 2
 
@@ -278,7 +278,7 @@ def print_hit(index: Index, image: str, rank: int, similarity: float, row: int, 
     if as_json:
         print(json.dumps(hit, ensure_ascii=False))
         return
-    measure = f"cosine {similarity:.4f}" if index.metric == "cosine" else f"nL2 {abs(similarity):.4f}"
+    measure = f"cosine {similarity:.4f}" if index.metric == "cosine" else f"nL2 {-similarity:.4f}"
     copies = f" ({hit['count']} copies)" if int(index.counts[row]) > 1 else ""
     caption = "" if hit["caption"] is None else f"  {hit['caption']!r}"
     print(f"{plain(image)}  {rank}.  {measure}  row {row}  {plain(index.ids[row])}{copies}{caption}")

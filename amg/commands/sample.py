@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from amg.config import AMGConfig
 from amg.guidance.prompts import read_prompts
+from amg.verdict import plain
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -24,16 +27,16 @@ SCHEDULERS = {
 
 def run(arguments: argparse.Namespace) -> int:
     """Sample what the command line asks for; returns the exit status."""
-    import torch
-    from tqdm import tqdm
-
-    from amg.commands.sampled import Delivered, hold_to, keep, request_of, take_up
+    from amg.commands.indexes import open_also, open_index
+    from amg.commands.sampled import hold_to, request_of, take_up
     from amg.engine.sampler import Sampler
+    from amg.replacing import held
 
     jobs = list(_jobs(arguments))
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
+    _require_condition(pipe, arguments)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = open_also(arguments.also, arguments.embedder, arguments.device)
+    also = open_also(arguments)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     overrides: dict[str, Any] = {"calibration": arguments.calibration, "student": arguments.student}
     if arguments.ordinary is not None:
@@ -43,33 +46,67 @@ def run(arguments: argparse.Namespace) -> int:
     sampler = Sampler(
         pipe, index, AMGConfig.preset(arguments.preset, guidance_scale=scale, **overrides), also
     )
-    hold_to(arguments.out, request_of(sampler, jobs, arguments.steps, arguments.device))
-    done = take_up(arguments.out, jobs)
-    delivered = list(done.values())
-    waiting = [job for job in jobs if job["seed"] not in done]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), disable=not waiting, unit="image")
-    for start in range(0, len(waiting), arguments.batch_size):
-        batch = waiting[start : start + arguments.batch_size]
-        generators = [torch.Generator().manual_seed(job["seed"]) for job in batch]
-        out = sampler(
-            **_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False
-        )
-        flags: Sequence[bool | None] = out.nsfw_content_detected or [None] * len(batch)
-        for job, image, verdict, nsfw in zip(batch, out.images, out.amg, flags, strict=True):
-            keep(arguments.out, job, image, verdict, nsfw)
-            delivered.append(Delivered(verdict, nsfw))
-            if verdict.blocked:
-                print(f"seed {job['seed']}: blocked, {_shown(verdict.reason)}", file=sys.stderr)
-        bar.update(len(batch))
-    bar.close()
+    rehearse(sampler, _condition(jobs[:1]), arguments.steps)
+    with held(arguments.out):
+        hold_to(arguments.out, request_of(sampler, jobs, arguments.steps, arguments.device))
+        done = take_up(arguments.out, jobs)
+        delivered = [*done.values(), *_draw(sampler, jobs, set(done), arguments)]
     print(f"{arguments.out}: {_summary(delivered)}")
     return 0
 
 
-def _shown(reason: str | None) -> str:
-    """A text for the terminal, on which what an index holds must not act: unprintable characters escaped."""
-    escaped = (one if one.isprintable() else one.encode("unicode_escape").decode() for one in str(reason))
-    return "".join(escaped)
+def _draw(
+    sampler: Any, jobs: Sequence[Mapping[str, Any]], done: set[int], arguments: argparse.Namespace
+) -> Iterator[Any]:
+    """Draw and keep what is not done; what is known of each picture, as it is there."""
+    import torch
+
+    from amg.commands.progress import bar
+    from amg.commands.sampled import Delivered, keep
+
+    waiting = [job for job in jobs if job["seed"] not in done]
+    with bar(len(jobs), "sample", len(done)) as shown:
+        for start in range(0, len(waiting), arguments.batch_size):
+            batch = waiting[start : start + arguments.batch_size]
+            generators = [torch.Generator().manual_seed(job["seed"]) for job in batch]
+            out = sampler(
+                **_condition(batch), generator=generators, num_inference_steps=arguments.steps, progress=False
+            )
+            flags: Sequence[bool | None] = out.nsfw_content_detected or [None] * len(batch)
+            for job, image, verdict, nsfw in zip(batch, out.images, out.amg, flags, strict=True):
+                keep(arguments.out, job, image, verdict, nsfw)
+                yield Delivered(verdict, nsfw)
+                if verdict.blocked:
+                    print(f"seed {job['seed']}: blocked, {plain(str(verdict.reason))}", file=sys.stderr)
+                shown.update()
+
+
+def _require_condition(pipe: Any, arguments: argparse.Namespace) -> None:
+    """ValueError naming the option that this model needs, or cannot take."""
+    from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.supported import network_of
+
+    text, option = is_latent(pipe), "--prompt" if arguments.prompt is not None else "--prompts"
+    prompted = arguments.prompt is not None or arguments.prompts is not None
+    if text and not prompted:
+        raise ValueError("`--prompt` or `--prompts` must be given for a text-to-image model, got neither")
+    if prompted and not text:
+        raise ValueError(f"`{option}` must be left out for {arguments.model}, which takes no text")
+    classes = getattr(network_of(pipe).config, "num_class_embeds", None)
+    if arguments.label is not None and not classes:
+        raise ValueError(f"`--class` must be left out for {arguments.model}, which has no classes")
+    if arguments.label is not None and not 0 <= arguments.label < classes:
+        raise ValueError(f"`--class` must be in [0, {classes}), got {arguments.label}")
+
+
+def rehearse(sampler: Any, condition: Mapping[str, Any], steps: int) -> None:
+    """Find a request of this sampler to be in order, as a call would, without drawing anything: what a
+    calibration, a scheduler or a prompt is refused for shows before the first picture, not after it."""
+    from amg.engine.prepare import prepare
+    from amg.engine.sampler import Request
+
+    request = Request(**condition, num_inference_steps=steps, output_type="pt")
+    prepare(sampler.source, request, sampler.source.generator(0), math.inf)
 
 
 def _summary(delivered: Sequence[Any]) -> str:
@@ -83,15 +120,17 @@ def _summary(delivered: Sequence[Any]) -> str:
 
 def open_model(model: str, scheduler: str | None, device: str) -> Any:
     """A bundled model by name, or a pipeline from a local diffusers folder, with the scheduler asked for."""
-    import diffusers
-
     from amg import zoo
+    from amg.extras import needed
     from amg.pipelines.supported import is_sd3, require_folder, require_sampled
 
+    diffusers = needed("diffusers", "a model")
     if model in zoo.MODELS:
         pipe = zoo.load(model, device)
     elif (Path(model) / "model_index.json").is_file():
         require_folder(Path(model))
+        if "text_encoder" in json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8")):
+            needed("transformers", "a text-to-image model")
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
     else:
         raise ValueError(
@@ -115,34 +154,6 @@ def default_scale(pipe: Any) -> float:
     return 7.5 if getattr(pipe, "vae", None) is not None else 2.0
 
 
-def open_index(path: Path, embedder: str | None, device: str) -> Any:
-    """An index with the embedder named on the command line attached."""
-    from amg import embed
-    from amg.index import Index
-
-    chosen = None if embedder in (None, "pixels") else embed.load(str(embedder))
-    return Index.open(path, chosen, device=device)
-
-
-def open_also(paths: Sequence[Path], embedder: str | None, device: str) -> list[Any]:
-    """The indexes of `--also`: of pixels, or made by the first one's embedder. ValueError for one of another
-    embedder."""
-    from amg.index import Index
-
-    opened = []
-    for path in paths:
-        index = Index.open(path, device=device)
-        if index.metric == "cosine" and index.manifest.embedder is not None:
-            if embedder in (None, "pixels"):
-                raise ValueError(
-                    "`--also` must be an index of pixels, or made by what `--embedder` names, got "
-                    f"{path}, made by {index.manifest.embedder.name!r}, without `--embedder`"
-                )
-            index = open_index(path, embedder, device)
-        opened.append(index)
-    return opened
-
-
 def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if arguments.images < 1 or arguments.batch_size < 1:
         raise ValueError(
@@ -160,7 +171,7 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seed += 1
 
 
-def _condition(batch: list[dict[str, Any]]) -> dict[str, Any]:
+def _condition(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if batch[0]["prompt"] is not None:
         return {"prompt": [job["prompt"] for job in batch]}
     if batch[0]["class"] is not None:

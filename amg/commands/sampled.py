@@ -24,11 +24,31 @@ from amg.commands.fingerprint import (
     short,
     unsealed,
 )
-from amg.index.store import TEMPORARY, write_atomically
+from amg.index.store import write_atomically
+from amg.replacing import clear, replacing
 from amg.verdict import Verdict
 
 VERDICTS, REQUEST, VERSION = "verdicts.jsonl", "request.json", 3
 INFORMATION = ("amg",)  # kept to be read, not compared
+PRESET = "preset_name"
+OPTIONS = {  # of `amg sample`, by what they decide in a request
+    "model": "MODEL",
+    "class": "--class",
+    "scheduler": "--scheduler",
+    "steps": "--steps",
+    "device": "--device",
+    "index": "--index",
+    "also": "--also",
+    "images": "--images",
+    "seed": "--seed",
+    "prompts": "--prompts",
+    f"config.{PRESET}": "--preset",
+    "config.guidance_scale": "--guidance-scale",
+    "config.on_memorized": "--on-memorized",
+    "config.calibration": "--calibration",
+    "config.student": "--student",
+    "config.ordinary_prompts": "--ordinary",
+}
 
 
 class Delivered(NamedTuple):
@@ -100,7 +120,10 @@ def _read(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(kept: Mapping[str, Any], asked: Mapping[str, Any], of: str = "") -> list[str]:
-    """What was asked for differently, each as "name was … and is now …"."""
+    """What was asked for differently, each as "option was … and is now …"; of a preset's fields the preset
+    alone."""
+    if of and kept.get(PRESET) != asked.get(PRESET):
+        kept, asked = {PRESET: kept.get(PRESET)}, {PRESET: asked.get(PRESET)}
     found = []
     for name in {**kept, **asked}:
         was, now = kept.get(name), asked.get(name)
@@ -109,7 +132,7 @@ def _differences(kept: Mapping[str, Any], asked: Mapping[str, Any], of: str = ""
         if isinstance(was, dict) and isinstance(now, dict):
             found += _differences(was, now, f"{name}.")
         else:
-            found.append(f"`{of}{name}` was {was!r} and is now {now!r}")
+            found.append(f"`{OPTIONS.get(of + name, of + name)}` was {was!r} and is now {now!r}")
     return found
 
 
@@ -129,8 +152,7 @@ def take_up(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> dict[int, Delive
     kept = [line for line, _ in done.values()]
     if kept != lines:
         write_atomically(path, b"".join(kept).decode("utf-8"))
-    for left in folder.glob(f"{TEMPORARY}*"):  # of a write that was killed
-        left.unlink()
+    clear(folder)
     for seed in wanted:
         (folder / (name_of(seed) + ".partial")).unlink(missing_ok=True)
         if seed not in done:
@@ -167,17 +189,13 @@ def keep(
     """Write a picture and its line of verdict: the line first, then the picture under its name. nsfw: what
     the safety checker said of it."""
     name = name_of(job["seed"])
-    partial = folder / (name + ".partial")
-    try:
+    with replacing(folder / name) as partial:
         image.save(partial, format="PNG")
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         record = {"file": name, "sha256": file_fingerprint(partial), **job, "nsfw": nsfw}
         line = sealed({**record, "verdict": verdict.as_dict()})
         _append(folder / VERDICTS, line.encode("utf-8"))
-        os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _append(path: Path, line: bytes) -> None:

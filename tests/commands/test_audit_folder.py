@@ -47,7 +47,7 @@ def half(image, path, **_):
         ("PIL.Image.Image.save", half),
         ("amg.commands.audit.folder.file_fingerprint", full),
         ("amg.commands.audit.folder.write_atomically", full),
-        ("amg.commands.audit.folder.os.replace", full),
+        ("os.replace", full),
     ],
 )
 def test_a_full_disk_leaves_no_picture_without_its_verdict(tmp_path, monkeypatch, where, act, again):

@@ -193,17 +193,16 @@ def delivered(folder):
 
 
 CHANGES = {
-    "index": ((), {"index": "small.amg"}),
-    "also": (("--also", "other.amg"), {}),
-    "steps": (("--steps", 3), {}),
-    "seed": (("--seed", 1), {}),
-    "images": (("--images", 3), {}),
-    "class": (("--class", 2), {}),
-    "scheduler": (("--scheduler", "euler"), {}),
-    "prompts": (("--prompt", "a cat"), {}),
-    "config.guidance_scale": (("--guidance-scale", 3), {}),
-    "config.on_memorized": (("--on-memorized", "flag"), {}),
-    "config.threshold": (("--preset", "strong"), {}),
+    "--index": ((), {"index": "small.amg"}),
+    "--also": (("--also", "other.amg"), {}),
+    "--steps": (("--steps", 3), {}),
+    "--seed": (("--seed", 1), {}),
+    "--images": (("--images", 3), {}),
+    "--class": (("--class", 2), {}),
+    "--scheduler": (("--scheduler", "euler"), {}),
+    "--guidance-scale": (("--guidance-scale", 3), {}),
+    "--on-memorized": (("--on-memorized", "flag"), {}),
+    "--preset": (("--preset", "strong"), {}),
 }
 
 
@@ -212,28 +211,38 @@ def test_another_request_is_refused_naming_what_differs(asked, tmp_path, capsys)
     pictures = delivered(tmp_path / "out")
     for name, (more, options) in CHANGES.items():
         here = [tmp_path / word if str(word).endswith(".amg") else word for word in more]
-        here = [*(() if name == "also" else ("--also", tmp_path / "small.amg")), *here]
+        here = [*(() if name == "--also" else ("--also", tmp_path / "small.amg")), *here]
         options = {key: tmp_path / value for key, value in options.items()}
         assert asked(*here, **options) == 2, name
         error = capsys.readouterr().err
         assert "`--out` must be empty or hold the same request" in error and f"`{name}` was" in error
-    assert asked() == 2 and "`also` was ['nl2, 60 rows, " in capsys.readouterr().err
+        assert "config." not in error, name  # a preset by its name, not by each of its fields
+    assert asked() == 2 and "`--also` was ['nl2, 60 rows, " in capsys.readouterr().err
     assert asked("--also", tmp_path / "small.amg", "--batch-size", 1) == 0
     assert delivered(tmp_path / "out") == pictures
 
 
 def test_also_takes_pixels_and_what_the_embedder_made(tmp_path):
-    from amg.commands.sample import open_also
+    from argparse import Namespace
+
+    from amg.commands.indexes import open_also
     from amg.embed.photos import load_photos
 
     pictures = torch.rand(60, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for name, embedder in (("pixels", None), ("photos", load_photos())):
         amg.Index.build(pictures, None, embedder, tmp_path / name, progress=False)
     both = [tmp_path / "pixels", tmp_path / "photos"]
-    opened = open_also(both, "photos", "cpu")
-    assert [index.metric for index in opened] == ["nl2", "cosine"] and opened[1].embedder is not None
-    with pytest.raises(ValueError, match=r"`--also` must be .*, made by 'photos.*', without `--embedder`"):
-        open_also(both, None, "cpu")
+
+    def opened(embedder, *also_embedder):
+        given = {"embedder": embedder, "also_embedder": [*also_embedder], "device": "cpu"}
+        return [index.embedder is not None for index in open_also(Namespace(also=both, **given))]
+
+    assert opened("photos") == opened(None, "pixels", "photos") == [False, True]
+    for also in ((), ("pixels", "pixels"), ("photos", "photos")):
+        with pytest.raises(ValueError, match=r"`--also-embedder` must (name the embedder that made|be pixels)"):
+            opened(None, *also)
+    with pytest.raises(ValueError, match="must be given once per `--also`, or not at all, got 1 for 2"):
+        opened(None, "photos")
 
 
 @pytest.mark.parametrize("rebuilt", ["index", "also"])
@@ -244,7 +253,7 @@ def test_an_index_rebuilt_at_the_same_path_is_another_request(asked, tmp_path, c
     shutil.rmtree(changed)
     build_small(changed, 7)
     assert asked("--also", tmp_path / "other.amg", **options) == 2
-    assert f"`{rebuilt}` was" in capsys.readouterr().err
+    assert f"`--{rebuilt}` was" in capsys.readouterr().err
     shutil.rmtree(changed)
     build_small(changed, 0 if rebuilt == "index" else 1)  # the very bytes again
     assert asked("--also", tmp_path / "other.amg", **options) == 0
@@ -266,10 +275,10 @@ def test_the_content_of_a_prompts_file_counts_and_not_its_path(indexes, tmp_path
     sampled.hold_to(tmp_path / "out", kept("a cat", "a dog"))
     for other in (("a dog", "a cat"), ("a cat", "a dog ")):
         with pytest.raises(
-            ValueError, match=r"where `prompts` was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'$"
+            ValueError, match=r"where `--prompts` was '[0-9a-f]{16}' and is now '[0-9a-f]{16}'$"
         ):
             sampled.hold_to(tmp_path / "out", kept(*other))
-    with pytest.raises(ValueError, match="`images` was 2 and is now 1; `prompts` was"):
+    with pytest.raises(ValueError, match="`--images` was 2 and is now 1; `--prompts` was"):
         sampled.hold_to(tmp_path / "out", kept("a cat"))
     newer = {**kept("a cat", "a dog"), "amg": "another version"}
     sampled.hold_to(tmp_path / "out", newer)  # for information only

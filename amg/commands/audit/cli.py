@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amg.commands.audit.plan import DEFAULT_GUIDANCES
+from amg.commands.indexes import add_also
 from amg.config import PRESETS
 
 DESCRIPTION = """\
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
     _add_drawing(drawn)
     _add_guidances(parser.add_argument_group("guidances, one column each"))
     _add_judges(parser.add_argument_group("judges that guidance never sees, and quality"))
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, interrupted="the same command goes on where it stopped")
 
 
 def _add_inputs(group: Any) -> None:
@@ -122,14 +123,7 @@ def _add_guidances(group: Any) -> None:
         help="fields of AMGConfig as one JSON object, open ones from its `preset_name` (main); the column is "
         "named after the file; repeat for several",
     )
-    group.add_argument(
-        "--also",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="INDEX",
-        help="another index, of pixels or by the same embedder, that the final check holds pictures to",
-    )
+    add_also(group, "that the final check holds pictures to")
 
 
 def _add_judges(group: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from amg.commands.audit.environment import environment
 from amg.commands.audit.folder import complete, hold_guidance, keep
 from amg.commands.audit.plan import Job, Plan, condition
+from amg.commands.progress import bar
 
 
 @torch.no_grad()
@@ -24,8 +25,6 @@ def draw(pipe: Any, index: Any, also: Sequence[Any], plan: Plan, out: Path, devi
     Each guidance gets a folder of its own under `out`. One generator per picture, seeded by its job, so a
     picture is the same in any batch. Interrupting loses at most the batch being drawn.
     """
-    from tqdm import tqdm
-
     from amg.engine.sampler import Sampler
 
     where = environment(device)
@@ -36,11 +35,22 @@ def draw(pipe: Any, index: Any, also: Sequence[Any], plan: Plan, out: Path, devi
             continue
         sampler = Sampler(pipe, index, guidance.config, also)
         done, total = len(plan.jobs) - len(waiting), len(plan.jobs)
-        with tqdm(total=total, initial=done, desc=guidance.name, unit="image") as bar:
+        with bar(total, guidance.name, done) as shown:
             for start in range(0, len(waiting), plan.batch_size):
                 batch = waiting[start : start + plan.batch_size]
                 _draw_batch(sampler, batch, plan.steps, folder, device, where)
-                bar.update(len(batch))
+                shown.update(len(batch))
+
+
+def rehearse_all(pipe: Any, index: Any, also: Sequence[Any], plan: Plan) -> None:
+    """Find every guidance's requests to be in order before the first picture is drawn."""
+    from amg.commands.sample import rehearse
+    from amg.engine.sampler import Sampler
+
+    condition(pipe, plan.jobs)
+    for guidance in plan.guidances:
+        sampler = Sampler(pipe, index, guidance.config, also)
+        rehearse(sampler, condition(pipe, plan.jobs[:1]), plan.steps)
 
 
 def _draw_batch(
@@ -59,13 +69,15 @@ def _draw_batch(
     )
     config = asdict(sampler.config)
     config["calibration"] = None if config["calibration"] is None else str(config["calibration"])
-    for job, image, verdict in zip(batch, out.images, out.amg, strict=True):
+    flags: Sequence[bool | None] = out.nsfw_content_detected or [None] * len(batch)
+    for job, image, verdict, nsfw in zip(batch, out.images, out.amg, flags, strict=True):
         record = {
             "seconds": seconds / len(batch),
             "batch": len(batch),
             "peak_mib": peak,
             "config": config,
             "environment": where,
+            "nsfw": nsfw,
             "verdict": verdict.as_dict(),
         }
         keep(folder, job, image, record)

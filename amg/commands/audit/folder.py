@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,9 @@ from amg.commands.fingerprint import (
     short,
     unsealed,
 )
+from amg.extras import needed
 from amg.index.store import write_atomically
+from amg.replacing import clear, replacing
 from amg.verdict import Verdict
 
 SETTINGS, CONFIG = "settings.json", "config.json"
@@ -38,7 +39,8 @@ COSTS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """One picture as it was drawn: its file, verdict, and what it cost. `peak_mib` is that of its batch."""
+    """One picture as it was drawn: its file, verdict, and what it cost. `peak_mib` is that of its batch;
+    `nsfw` what a safety checker said of it, None without one."""
 
     number: int
     prompt_number: int
@@ -49,6 +51,7 @@ class Record:
     seconds: float
     batch: int
     peak_mib: float | None
+    nsfw: bool | None = None
 
 
 def settings_of(
@@ -137,27 +140,23 @@ def hold_guidance(out: Path, guidance: Guidance) -> Path:
         _require_unmade(folder / CONFIG, _pictures(folder))
     hold_to(folder / CONFIG, config_fingerprint(guidance.config), f"guidance {guidance.name!r}: ")
     for left in _pictures(folder):
-        if left.suffix == ".tmp":
+        if left.suffix == ".tmp":  # of earlier versions
             left.unlink()
+    clear(folder)
     return folder
 
 
 def keep(folder: Path, job: Job, image: Tensor, record: Mapping[str, Any]) -> None:
     """Write a picture (float [3, H, W] in [0, 1], already of 8 bits) and its JSON: the JSON is on the disk
     before the picture gets its name, so that none is ever there without its verdict."""
-    from PIL import Image
-
+    Image = needed("PIL.Image", "a picture", "diffusers")
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     path = folder / f"{job.number:06d}.png"
-    partial = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as partial:
         Image.fromarray(array).save(partial, format="PNG")
         body = {**asdict(job), "picture": path.name, "sha256": file_fingerprint(partial), **record}
         path.unlink(missing_ok=True)  # one that was damaged, or left without its JSON
         write_atomically(path.with_suffix(".json"), sealed(body))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def complete(folder: Path, job: Job) -> bool:
@@ -189,10 +188,12 @@ def _record(folder: Path, job: Job) -> Record:
         for name, kinds in COSTS.items():
             if type(body.get(name, "")) not in kinds:
                 raise ValueError(f"`{name}` must be a number, got {body.get(name)!r}")
+        if not isinstance(body.get("nsfw"), bool | None):
+            raise ValueError(f"`nsfw` must be true, false or null, got {body['nsfw']!r}")
         verdict = Verdict.from_dict(body.get("verdict", {}))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): the same command draws it again") from error
-    cost = (body["seconds"], body["batch"], body["peak_mib"])
+    cost = (body["seconds"], body["batch"], body["peak_mib"], body.get("nsfw"))
     return Record(job.number, job.prompt_number, job.seed, job.prompt, picture, verdict, *cost)
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from amg.commands.audit.folder import Record, read_picture
 from amg.commands.audit.references import References, structure_size
+from amg.commands.progress import bar
 
 
 class Scorer(Protocol):
@@ -70,13 +71,9 @@ class Looked:
 
 def named_index(path: Path, spec: str | None, device: str) -> tuple[str, Any]:
     """A further index and its judge's name, its embedder's or "pixels"."""
-    from amg.commands.sample import open_index
+    from amg.commands.indexes import open_index
 
-    index = open_index(path, spec, device)
-    if index.metric == "cosine" and index.embedder is None:
-        made = index.manifest.embedder
-        wanted = made.name if made else "one"
-        raise ValueError(f"`--judge-embedder` must name the embedder of {path} ({wanted}), got pixels")
+    index = open_index(path, spec, device, "--judge-embedder")
     return judge_name(index), index
 
 
@@ -96,6 +93,25 @@ def require_unseen(further: Sequence[tuple[str, Any]], guided: Sequence[Any]) ->
             )
 
 
+def distinct_names(indexes: Sequence[Any]) -> list[str]:
+    """The judge names of indexes, numbered where two measure alike."""
+    names = [judge_name(index) for index in indexes]
+    return [
+        name if names.index(name) == at else f"{name} {names[: at + 1].count(name)}"
+        for at, name in enumerate(names)
+    ]
+
+
+def try_out(judges: Judges, size: tuple[int, int], prompt: str, device: str) -> None:
+    """Show every judge two pictures of noise of the size to be drawn: who cannot judge them says so now."""
+    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    _seen_by(noise.to(device), [prompt] * 2, judges)
+    if judges.references is not None and not any(picture.numel() for _, picture in judges.references.read()):
+        raise ValueError(
+            f"`--images-of-index` must hold readable images, got none in {judges.references.name}"
+        )
+
+
 def _measure_of(index: Any) -> tuple[str, str]:
     embedder = index.manifest.embedder
     return index.metric, embedder.sha256 if embedder else "pixels"
@@ -104,11 +120,9 @@ def _measure_of(index: Any) -> tuple[str, str]:
 @torch.no_grad()
 def look(records: Sequence[Record], judges: Judges, batch_size: int, device: str, title: str) -> Looked:
     """Show one guidance's pictures to every judge, in batches; shows progress."""
-    from tqdm import tqdm
-
     parts: dict[str, list[Tensor]] = {}
     size = (0, 0)
-    with tqdm(total=len(records), desc=f"judging {title}", unit="image") as bar:
+    with bar(len(records), f"judging {title}") as shown:
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
             images = torch.stack([read_picture(record.path) for record in batch]).float() / 255
@@ -116,7 +130,7 @@ def look(records: Sequence[Record], judges: Judges, batch_size: int, device: str
             prompts = [record.prompt.caption for record in batch]
             for key, values in _seen_by(images.to(device), prompts, judges).items():
                 parts.setdefault(key, []).append(values.cpu())
-            bar.update(len(batch))
+            shown.update(len(batch))
     whole = {key: torch.cat(values) for key, values in parts.items()}
     named = [name for name, _ in (*judges.also, *judges.further)]
     return Looked(

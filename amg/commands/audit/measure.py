@@ -15,7 +15,7 @@ from amg.evaluate.diversity import diversity
 from amg.evaluate.fid import fid_of_features, kid_of_features
 from amg.evaluate.judges import MEMORIZED_CORRELATION
 from amg.evaluate.shares import bootstrap_interval, share_interval, top1, top5
-from amg.report.numbers import threshold_text
+from amg.verdict import threshold_text
 
 THRESHOLDS = {"cosine": (0.4, 0.5, 0.7), "nl2": (-1.4, -1.6)}
 GUIDED, UNSEEN = "yes", "never"  # whether guidance or the final check saw the measure
@@ -56,8 +56,18 @@ def measures(columns: Columns, seen: Seen | None, judges: Judges) -> list[Measur
         *_guided(columns, judges),
         *_unseen(columns, seen, judges),
         *_quality(columns, seen, judges),
+        *_flagged(columns),
         *_cost(columns),
     ]
+
+
+def _flagged(columns: Columns) -> list[Measure]:
+    """What the pipeline's safety checker said, where it has one."""
+    flags = {name: [record.nsfw for record in one.records] for name, one in columns.items()}
+    if any(flag is None for own in flags.values() for flag in own):
+        return []
+    cells = {name: _share_cell(one, torch.tensor(flags[name])) for name, one in columns.items()}
+    return [Measure("flagged", "flagged by the safety checker %", "", ".1f", cells)]
 
 
 def _guided(columns: Columns, judges: Judges) -> list[Measure]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from amg.commands.progress import counted
 from amg.evaluate.judges import luminance_correlation
 
 STRUCTURE_SIZE = 64  # the structural judge looks at pictures no larger than this
@@ -108,13 +109,11 @@ def look_through(
     small: per guidance its pictures float32 [N, 3, h, w] at `structure_size`; size: that of the pictures,
     which the references are brought to (`cover`); network: FID features; wanted: ids of pictures to keep.
     """
-    from tqdm import tqdm
-
     seen = Seen(
         {name: torch.full((len(images),), -1.0, dtype=torch.float32) for name, images in small.items()}
     )
     features: list[Tensor] = []
-    for block in _blocks(tqdm(references.read(), desc="training images", unit="image"), size, wanted, seen):
+    for block in _blocks(counted(references.read(), "training images"), size, wanted, seen):
         looked_at = torch.stack([cover(image, structure_size(size)) for image in block])
         for name, images in small.items():
             found = luminance_correlation(images, looked_at)[0]

@@ -11,39 +11,66 @@ import torch
 from torch import Tensor
 
 from amg.commands.audit import bundled
-from amg.commands.audit.draw import draw
+from amg.commands.audit.draw import draw, rehearse_all
 from amg.commands.audit.environment import environment
 from amg.commands.audit.folder import hold_settings, read_records, settings_of
-from amg.commands.audit.judges import Judges, Looked, Scorer, judge_name, look, named_index, require_unseen
+from amg.commands.audit.judges import (
+    Judges,
+    Looked,
+    Scorer,
+    distinct_names,
+    look,
+    named_index,
+    require_unseen,
+    try_out,
+)
 from amg.commands.audit.measure import measures
 from amg.commands.audit.page import write_page
 from amg.commands.audit.plan import Plan, Prompt, make_guidances, make_jobs, read_prompts
 from amg.commands.audit.references import References, Seen, look_through, of_index, of_path
 from amg.commands.audit.tables import table_of, write_csv, write_json, write_parquet
+from amg.extras import require
+from amg.replacing import held
 from amg.report import table_text
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Draw, judge, write; returns the exit status. All input is checked before the first picture is drawn."""
-    from amg.commands.sample import default_scale, open_also, open_index, open_model
+    from amg.commands.indexes import open_also, open_index
+    from amg.commands.sample import default_scale, open_model
 
     _check(arguments)
+    require(("tqdm", "pyarrow"), "an audit")
+    require(("jinja2", "PIL"), "an audit's report", "report")
     listed = None if arguments.prompts is None else read_prompts(arguments.prompts)
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    also = open_also(arguments.also, arguments.embedder, arguments.device)
+    also = open_also(arguments)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
     prompts, images = _prompts(listed, pipe, arguments.images)
     guidances = make_guidances(arguments.guidance, arguments.config, index.metric, scale)
     plan = Plan(guidances, make_jobs(prompts, images, arguments.seed), arguments.steps, arguments.batch_size)
     judges = judges_of(arguments, pipe, index, also)
+    rehearse_all(pipe, index, also, plan)
+    try_out(judges, picture_size(pipe), prompts[0].caption, arguments.device)
     options = {**vars(arguments), "guidance_scale": scale}
     settings = settings_of(pipe, arguments.model, index, also, prompts, options)
-    hold_settings(arguments.out, settings)
-    draw(pipe, index, also, plan, arguments.out, arguments.device)
-    columns, seen = judge(plan, judges, arguments)
-    _write(arguments, plan, columns, seen, judges, settings, command)
+    with held(arguments.out):
+        hold_settings(arguments.out, settings)
+        draw(pipe, index, also, plan, arguments.out, arguments.device)
+        columns, seen = judge(plan, judges, arguments)
+        _write(arguments, plan, columns, seen, judges, settings, command)
     return 0
+
+
+def picture_size(pipe: Any) -> tuple[int, int]:
+    """Height and width of the pictures that a pipeline draws."""
+    from amg.pipelines.conditions import size_of
+    from amg.pipelines.denoiser import is_latent
+
+    factor = pipe.vae_scale_factor if is_latent(pipe) else 1
+    height, width = size_of(pipe, None, None)
+    return factor * height, factor * width
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -93,12 +120,14 @@ def judges_of(arguments: argparse.Namespace, pipe: Any, index: Any, also: list[A
     network = network_of(arguments.fid_network or ("photos-judge" if name else None), device)
     if network is None:
         missing["network"] = "give --fid-network"
+    else:
+        require(["torchmetrics"], "FID and KID")
     alignment = alignment_of(arguments, name)
     if alignment is None:
         missing["alignment"] = "give --clip or --open-clip"
     return Judges(
         index,
-        tuple((judge_name(one), one) for one in also),
+        tuple(zip(distinct_names(also), also, strict=True)),
         tuple(further),
         bundled.copy_judge(device) if name else None,
         alignment,

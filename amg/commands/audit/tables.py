@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from amg.commands.audit.environment import COLUMNS as ENVIRONMENT
 from amg.commands.audit.folder import Record
 from amg.commands.audit.judges import Looked
 from amg.commands.audit.measure import Cell, Measure
+from amg.extras import needed
 from amg.index.store import import_parquet, write_atomically
+from amg.replacing import replacing
 from amg.report import Table
 
 NOTES = (
@@ -106,16 +107,14 @@ def write_parquet(path: Path, columns: Mapping[str, Looked], where: Mapping[str,
     guidance let alone (`off`) has a single row whose step is null.
     """
     parquet = import_parquet()
-    import pyarrow
-
+    pyarrow = needed("pyarrow", "an audit")
     schema = _schema(pyarrow, where)
-    partial, count = path.with_name(path.name + ".tmp"), 0
-    with parquet.ParquetWriter(partial, schema) as writer:
+    count = 0
+    with replacing(path) as partial, parquet.ParquetWriter(partial, schema) as writer:
         for guidance, looked in columns.items():
             lines = [line for record in looked.records for line in _steps(guidance, record)]
             writer.write_table(pyarrow.Table.from_pylist(lines, schema))
             count += len(lines)
-    os.replace(partial, path)
     return count
 
 
@@ -134,6 +133,7 @@ def _steps(guidance: str, record: Record) -> Iterator[dict[str, Any]]:
         "blocked": verdict.blocked,
         "rewinds": verdict.rewinds,
         "retries": verdict.retries,
+        "nsfw": record.nsfw,
     }
     if not verdict.trace:
         yield {**picture, "order": 0}
@@ -173,5 +173,6 @@ def _schema(pyarrow: Any, where: Mapping[str, str]) -> Any:
         "blocked": pyarrow.bool_(),
         "rewinds": pyarrow.int32(),
         "retries": pyarrow.int32(),
+        "nsfw": pyarrow.bool_(),
     }
     return pyarrow.schema(list(kinds.items()), metadata={key: str(value) for key, value in where.items()})
