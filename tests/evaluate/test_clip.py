@@ -67,3 +67,13 @@ def test_errors_name_the_option(folder, tmp_path):
         load_open_clip_alignment("ViT-B-32")
     with pytest.raises(FileNotFoundError, match="--open-clip"):
         load_open_clip_alignment(f"ViT-B-32:{tmp_path / 'gone.pt'}")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "3"])
+def test_settings_that_cannot_be_read_are_named(folder, text, tmp_path):
+    import shutil
+
+    broken = shutil.copytree(folder, tmp_path / "clip")
+    (broken / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"`--clip`: .*preprocessor_config.json "):
+        load_clip(broken)

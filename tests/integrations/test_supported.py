@@ -152,3 +152,10 @@ def test_a_sampler_refuses_a_network_that_keeps_earlier_steps(name, sd, embeddin
     HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), name)
     with pytest.raises(ValueError, match=f"must not reuse what it computed at an earlier step.*{name}"):
         amg.Sampler(sd, embedding_index)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
+def test_a_folder_that_does_not_say_what_it_holds(text, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(text)
+    assert main(["sample", str(tmp_path), "--index", "x", "--out", str(tmp_path / "o")]) == 2
+    assert "amg sample: `MODEL`: " in capsys.readouterr().err and not (tmp_path / "o").exists()
