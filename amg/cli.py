@@ -12,9 +12,15 @@ from typing import Any
 
 import amg
 from amg.commands.indexes import add_also
-from amg.commands.said import as_said, options_of
+from amg.commands.said import Defaults, as_said, options_of
 from amg.config import PRESETS
 from amg.extras import told
+
+SAMPLE_EXAMPLES = """examples:
+  amg sample photos-sd --index demo/photos-sd.amg --embedder photos --prompt "a photo of a cat" --out pictures
+  amg sample my-checkpoint/ --index training.amg --embedder sscd:sscd_disc_mixup.safetensors \\
+      --prompts prompts.txt --preset strong --scheduler dpm++ --steps 25 --out pictures
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +82,9 @@ def add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
         help="sample from a model, guided away from an index and checked against it",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write a PNG and a line of verdicts.jsonl a picture; the same command goes on.",
+        epilog=SAMPLE_EXAMPLES,
+        formatter_class=Defaults,
     )
     parser.add_argument(
         "model",
@@ -134,7 +142,7 @@ def add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="the bundled models, unguided and guided, with a report",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for the report, the indexes and the pictures"

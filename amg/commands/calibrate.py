@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from amg.commands.said import Defaults
 from amg.replacing import replacing
 
 PRESETS = ("main", "strong")
@@ -23,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "calibrate",
         help="learn from generations which checks may be skipped, and when copies show",
         description="Write a calibration file for `AMGConfig.calibration` and a plot beside it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument(
         "model",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from amg.commands.said import Defaults
 from amg.replacing import replacing
 
 SETTINGS = "settings.json"
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
         help="train a tiny decoder, on which checks measure before the model's own",
         description="Write a student for `AMGConfig.student`. Generations of plain guidance are kept in "
         "OUT.pairs until it is trained: the same command goes on where it stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("model", metavar="MODEL", help="a latent diffusers folder, photos-sd or photos-flow")
     parser.add_argument("--index", type=Path, required=True, help="index of the training set")

@@ -7,6 +7,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with each option's default, where it has one and its text does not say it; examples as written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default == []
+        if nothing or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 # arguments of the library by the command line's names for them, where these are others
 OTHER_NAMES = {
     "num_inference_steps": "steps",

@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 - fixtures of a neighbour
 """`amg audit` finds out what it cannot do before it draws, and keeps what a safety checker said."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from amg.engine.sampler import Sampler
 
-from .test_audit import audit, indexes, model, prompts  # noqa: F401 - fixtures
+from .test_audit import audit, indexes, model, prompts
 
 
 def network(folder):
@@ -59,7 +60,7 @@ def test_nothing_is_drawn_before_everything_is_in_order(
     prompts,
     tmp_path,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     make, message = BEFORE[what]
     monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: pytest.fail("a picture was drawn"))
@@ -73,7 +74,7 @@ def test_a_report_that_cannot_be_written_is_said_first(
     prompts,
     tmp_path,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: pytest.fail("a picture was drawn"))
@@ -86,7 +87,7 @@ def test_what_a_safety_checker_said_is_kept(
     indexes,
     prompts,
     tmp_path,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     import pyarrow.parquet as parquet
 
@@ -107,14 +108,14 @@ def test_what_a_safety_checker_said_is_kept(
     assert measures["flagged"]["guidances"]["off"]["value"] == 50
 
 
-def test_without_a_safety_checker_nothing_is_claimed(model, indexes, prompts, tmp_path):  # noqa: F811
+def test_without_a_safety_checker_nothing_is_claimed(model, indexes, prompts, tmp_path):
     assert audit(model, indexes, prompts, tmp_path / "out", "--guidance", "off") == 0
     assert json.loads((tmp_path / "out/off/000000.json").read_text())["nsfw"] is None
     measures = json.loads((tmp_path / "out/table.json").read_text())["measures"]
     assert "flagged" not in {row["key"] for row in measures}
 
 
-def test_also_takes_an_index_of_the_same_embedder(model, indexes, prompts, tmp_path):  # noqa: F811
+def test_also_takes_an_index_of_the_same_embedder(model, indexes, prompts, tmp_path):
     out, more = tmp_path / "out", ("--guidance", "off", "--also", indexes / "photos.amg")
     assert audit(model, indexes, prompts, out, *more) == 0
     record = json.loads((out / "off/000000.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import amg
-from amg.cli import main
+from amg.cli import main, make_parser
 from amg.commands.said import as_said, options_of
 
 SAMPLE = {
@@ -46,6 +46,21 @@ def test_options_are_those_of_the_command_that_was_given():
     two.add_argument("--index")
     found = options_of(parser, parser.parse_args(["one", "x"]))
     assert found["k"] == "--near" and found["images"] == "IMAGES" and "index" not in found
+
+
+def parsers(parser, name="amg"):
+    """Every command's parser."""
+    yield pytest.param(parser, id=name)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for key, inner in action.choices.items():
+                yield from parsers(inner, f"{name} {key}")
+
+
+@pytest.mark.parametrize("parser", [*parsers(make_parser())])
+def test_help_says_no_default_that_is_none_and_none_twice(parser):
+    text = " ".join(parser.format_help().split())
+    assert "None)" not in text and "[])" not in text and ") (default" not in text
 
 
 @pytest.fixture(scope="module")
