@@ -25,6 +25,12 @@ SAMPLE_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one line on stderr for bad input, 130 when interrupted."""
+    parser = make_parser()
+    return _ran(parser, parser.parse_args(argv))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
     from amg.commands.audit.cli import add_parser as add_audit
     from amg.commands.bench import add_parser as add_bench
     from amg.commands.calibrate import add_parser as add_calibrate
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_embedder(commands)
     add_demo(commands)
     commands.add_parser("info", help="versions, device and which kernels run").set_defaults(run=_info)
-    return _ran(parser, parser.parse_args(argv))
+    return parser
 
 
 def _ran(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -35,12 +35,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    import diffusers
-
     from amg import zoo
     from amg.commands.indexes import open_index
+    from amg.extras import needed
     from amg.pipelines.explain import explained
 
+    diffusers = needed("diffusers", "`amg doctor`")
     index = open_index(arguments.index, arguments.embedder, "cpu")
     if arguments.model in zoo.MODELS:
         pipe = zoo.load(arguments.model)

@@ -125,9 +125,16 @@ class Shard:
 
 
 def _pairs(
-    rows: Tensor, sketches: RowSketches, others: Tensor, of_others: RowSketches, least: float, **options: bool
+    rows: Tensor,
+    sketches: RowSketches,
+    others: Tensor,
+    of_others: RowSketches,
+    least: float,
+    earlier: bool = False,
 ) -> NearPairs:
-    return near_pairs(rows, others, sketches=sketches.sketches, codes=of_others.codes, least=least, **options)
+    return near_pairs(
+        rows, others, sketches=sketches.sketches, codes=of_others.codes, least=least, earlier=earlier
+    )
 
 
 def fold_shard(

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from amg.extras import needed
+
 NAMES = (
     "DiffusionPipeline",
     "AutoPipelineForText2Image",
@@ -16,7 +18,7 @@ NAMES = (
 
 def carry_over(protect_like: Callable[[Any, Any], None]) -> None:
     """Let `from_pipe` call `protect_like(made, source)` where it is given a protected `source`; done once."""
-    import diffusers
+    diffusers = needed("diffusers", "`amg.protect`")
 
     for kind in (getattr(diffusers, name) for name in NAMES):
         make = vars(kind)["from_pipe"].__func__

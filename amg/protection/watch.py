@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
+from amg.extras import needed
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions
@@ -36,6 +36,7 @@ from amg.protection.hook import NAME, send_back
 from amg.protection.shown import decoder, require_alike
 from amg.protection.tries import Stopped, Try
 
+HOOKS = needed("diffusers.hooks", "`amg.protect`")
 DECODES = "its latents decode to its pictures"
 
 
@@ -237,7 +238,7 @@ class Watch:
         self.level, self.reason, self.flights = "final", reason, []
 
 
-class RecordingHook(ModelHook):  # type: ignore[misc]
+class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
     """Records each call of a pipeline's network, and gives later tries their captions."""
 
     def __init__(self, watch: Watch):
@@ -270,7 +271,7 @@ def watching(watch: Watch) -> Iterator[None]:
     scheduler, network = watch.pipe.scheduler, watch.watched.network
     with ExitStack() as undo:
         if network is not None:
-            registry = HookRegistry.check_if_exists_or_initialize(network)
+            registry = HOOKS.HookRegistry.check_if_exists_or_initialize(network)
             registry.register_hook(RecordingHook(watch), NAME)
             undo.callback(registry.remove_hook, NAME, recurse=False)
         own = vars(scheduler).get("step")

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from amg.extras import needed
+
 
 def projected(text_encoder: Any) -> Any:
     """photos-sd's CLIP text encoder as Stable Diffusion 3 wants it: pooled text through a projection, here
     the identity."""
-    from transformers import CLIPTextModelWithProjection
-
-    encoder = CLIPTextModelWithProjection(text_encoder.config)
+    transformers = needed("transformers", "the bundled model photos-flow", "demo")
+    encoder = transformers.CLIPTextModelWithProjection(text_encoder.config)
     encoder.text_model.load_state_dict(text_encoder.state_dict())
     with torch.no_grad():
         encoder.text_projection.weight.copy_(torch.eye(len(encoder.text_projection.weight)))
@@ -22,17 +23,12 @@ def projected(text_encoder: Any) -> Any:
 
 def assembled(folder: Path, sd: Any) -> Any:
     """The pipeline, in float32: the transformer in `folder`, the rest out of photos-sd's pipeline `sd`."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-
+    diffusers = needed("diffusers", "the bundled model photos-flow", "demo")
     encoder = projected(sd.text_encoder)
     sd.vae.register_to_config(shift_factor=0.0)
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel.from_pretrained(folder / "transformer").float().eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer").float().eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=sd.vae,
         text_encoder=encoder,
         tokenizer=sd.tokenizer,

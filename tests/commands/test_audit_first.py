@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_written_is_said_first(
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: pytest.fail("a picture was drawn"))
     assert audit(model, indexes, prompts, tmp_path / "out") == 2
-    assert "amg[report]" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "amg-sampler[report]" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_what_a_safety_checker_said_is_kept(

@@ -239,7 +239,9 @@ def test_also_takes_pixels_and_what_the_embedder_made(tmp_path):
 
     assert opened("photos") == opened(None, "pixels", "photos") == [False, True]
     for also in ((), ("pixels", "pixels"), ("photos", "photos")):
-        with pytest.raises(ValueError, match=r"`--also-embedder` must (name the embedder that made|be pixels)"):
+        with pytest.raises(
+            ValueError, match=r"`--also-embedder` must (name the embedder that made|be pixels)"
+        ):
             opened(None, *also)
     with pytest.raises(ValueError, match="must be given once per `--also`, or not at all, got 1 for 2"):
         opened(None, "photos")

@@ -108,7 +108,7 @@ def test_a_request(given, message, sampler):
             act()
 
 
-@pytest.mark.parametrize(("generator", "message"), GENERATORS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("generator", "message"), GENERATORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("way", ["Sampler", "protect", "protect pixels"])
 def test_generators(way, generator, message, request):
     """At once: before the network is called."""
@@ -122,10 +122,11 @@ def test_generators(way, generator, message, request):
         guarded(**asked, num_inference_steps=2, generator=generator)
 
 
-def test_generators_at_level_final(embedding_index):
-    pipe, call = pipelines_tiny.build("dit")
-    with pytest.warns(UserWarning, match="final"):
-        amg.protect(pipe, embedding_index)
+@pytest.mark.parametrize("family", ["dit", "flux", "sd3"])
+def test_generators_of_a_watched_pipeline(family, embedding_index):
+    pipe, call = pipelines_tiny.build(family)
+    call.pop("generator", None)
+    amg.protect(pipe, embedding_index)
     with pytest.raises(ValueError, match="`generator` must be one, or a list of 2, one per image, got 3"):
         pipe(**call, generator=[GENERATOR] * 3)
 

@@ -1,6 +1,7 @@
-"""The code of README.md and docs/checkpoint.md, run as it stands on tiny pipelines; README's twice."""
+"""The code of README.md and of pages, run as it stands on tiny pipelines; README's twice."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -9,18 +10,20 @@ import torch
 from PIL import Image
 
 import amg
+from amg.cli import make_parser
 
 from .. import pipelines_tiny
 from .conftest import TinyEmbedder
 
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def code_of(page):
-    """The Python of a page's only block of it."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    return block
+def code_of(page, block=0):
+    """The Python of one of a page's blocks."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return blocks[block]
 
 
 @pytest.fixture
@@ -72,3 +75,51 @@ def test_a_checkpoint_of_every_family(folder, monkeypatch):
         exec(code_of("docs/checkpoint.md"), names)
     assert [pipe.amg_level for pipe in made.values()] == ["full"] * 4
     assert names["edited"].amg[0].level in ("full", "final") and names["edit"].amg_level == "full"
+
+
+def test_verdicts(embedding_index, sd, capsys):
+    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+    names = {"index": embedding_index, "picture": picture}
+    exec(code_of("docs/verdicts.md"), names)
+    assert capsys.readouterr().out.startswith(("not memorised: cosine", "memorised: "))
+    verdict = names["verdict"]
+    assert amg.Verdict.from_dict(verdict.as_dict(trace=False)) == verdict
+    config = amg.AMGConfig.preset("main", check_at=(), on_memorized="flag")
+    with amg.Sampler(sd, embedding_index, config) as sampler:
+        (verdict,) = sampler("abc", num_inference_steps=3, progress=False).amg
+    exec(code_of("docs/verdicts.md", 1), {"verdict": verdict})
+    assert capsys.readouterr().out.count("squared_gap") >= 3
+
+
+def test_every_field_of_a_verdict_is_on_its_page():
+    page = (ROOT / "docs/verdicts.md").read_text(encoding="utf-8")
+    for name in (*amg.Verdict.__dataclass_fields__, "reason"):
+        assert re.search(rf"^\| .*`{name}`.* \|", page, re.MULTILINE), name
+
+
+def commands():
+    """Every command of the pages that is written out: (page, line)."""
+    for page in PAGES:
+        for block in re.findall(r"^\s*```\n(.*?)^\s*```", page.read_text(encoding="utf-8"), re.DOTALL | re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.split("  #")[0].strip()
+                if line.startswith("amg ") and not set("…[|") & set(line):
+                    yield pytest.param(line, id=f"{page.name}: {line[:40]}")
+
+
+@pytest.mark.parametrize("line", [*commands()])
+def test_the_pages_commands_are_commands(line):
+    make_parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_readme_is_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert all(f"docs/{page.name})" in text for page in PAGES[1:])
