@@ -45,7 +45,7 @@ def needed(module: str, what: str, extra: str | None = None) -> Any:
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # torchvision without its operators raises RuntimeError
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(package)
         why = "" if missing else f", which cannot be imported ({error})"
         raise ImportError(

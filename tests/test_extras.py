@@ -59,6 +59,11 @@ def test_no_optional_package_is_imported_without_naming_its_extra():
     assert not found, "use `amg.extras.needed`"
 
 
+def test_what_installs_an_extra_is_written_in_one_place():
+    files = [path.relative_to(ROOT) for path in (ROOT / "amg").rglob("*.py")]
+    assert [str(path) for path in files if "pip install" in (ROOT / path).read_text()] == ["amg/extras.py"]
+
+
 def test_what_a_message_says(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match=r"^text needs open_clip_torch: pip install 'amg-sampler\[clip\]'$"):

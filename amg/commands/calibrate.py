@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amg.commands.said import Defaults
+from amg.extras import needed
 from amg.replacing import replacing
 
 PRESETS = ("main", "strong")
@@ -243,21 +244,19 @@ def _alarm_line(result: Mapping[str, Any]) -> str:
             f"alarm at step {alarm['step']}, {alarm['signal']}: catches {100 * alarm['caught']:.1f} % of the "
             f"copies, {100 * alarm['false']:.1f} % of others (bound {100 * alarm['false_alarm_rate']:g} %)"
         )
-    needed = 2 * images_needed(result["false_alarm_rate"])
-    if images["all"] - images["memorized"] < needed:
-        return (
-            f"no alarm: needs {needed} images that are no copies, got {images['all'] - images['memorized']}"
-        )
+    least = 2 * images_needed(result["false_alarm_rate"])
+    if images["all"] - images["memorized"] < least:
+        return f"no alarm: needs {least} images that are no copies, got {images['all'] - images['memorized']}"
     return f"no alarm: no free signal catches {100 * ALARM_CATCHES:g} % of the copies"
 
 
 def plot(result: Mapping[str, Any], path: Path) -> str:
     """AUC and TPR at 1 % FPR by step, of similarity and each free signal, as a PNG; says what it did."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no plot: matplotlib is not installed (extra `demo`)"
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figures = needed("matplotlib.figure", "it")
+    except ImportError as error:
+        return f"no plot: {error}"
+    figure = figures.Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     curves = {"similarity": result["similarity"], **result["signals"]}
     for name, curve in curves.items():

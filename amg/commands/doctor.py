@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from amg.commands.index import plain
 from amg.config import PRESETS, AMGConfig
+from amg.verdict import plain
 
 EXAMPLE = """example:
   amg doctor my-flux/ --index laion.amg --embedder sscd:sscd.safetensors

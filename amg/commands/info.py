@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-from amg.extras import EXTRAS, NAMES
+from amg.extras import EXTRAS, NAMES, install
 from amg.kernels import extension
 
 OPTIONAL = (
@@ -74,10 +74,9 @@ def info_text() -> str:
 
 def _missed(name: str) -> str:
     """A package that is not there, with the extra that brings it, if one does."""
-    modules = {NAMES.get(module, module).lower(): extra for module, extra in EXTRAS.items()}
-    extra = modules.get(name, "faiss-gpu" if name == "faiss-gpu" else None)
-    extra = "faiss" if name == "faiss-cpu" else extra
-    return name if extra is None else f"{name} (pip install 'amg-sampler[{extra}]')"
+    extras = {NAMES.get(module, module).lower(): extra for module, extra in EXTRAS.items()}
+    extras |= {"faiss-cpu": "faiss", "faiss-gpu": "faiss-gpu"}
+    return f"{name} ({install(extras[name])})" if name in extras else name
 
 
 def device_name() -> str:

@@ -1,9 +1,7 @@
 """The official SSCD files to safetensors: weights files, or TorchScript when it is asked for."""
 
-import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from amg.embed.network import file_sha256, tensors_sha256
 from amg.embed.sscd import ARCHITECTURE, SSCD, check_weights, read_weights, sscd_preprocess
+from amg.replacing import replacing
 
 CLASSY_BLOCK = re.compile(
     r"backbone\.blocks\.(\d+)\.(\d+)\.(?:_module\.)?(convolutional_block\.\d|bn|downsample\.\d)\.(\w+)"
@@ -116,16 +115,8 @@ def write_weights(tensors: dict[str, Tensor], destination: Path, metadata: dict[
     """Safetensors, written beside `destination` and renamed: a killed conversion leaves no half file."""
     from safetensors.torch import save_file
 
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, destination)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(destination) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
 def check_paths(source: Path, destination: Path, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from amg.embed.network import NetworkEmbedder, Preprocess, file_sha256
+from amg.extras import needed
 
 MODES = {"shortest": "short_crop", "longest": "long_pad", "squash": "square"}
 PER_WEIGHTS = ("mean", "std", "interpolation", "resize_mode", "quick_gelu")
@@ -34,13 +35,7 @@ class ImageTower(nn.Module):
 
 def import_open_clip() -> Any:
     """The open_clip package, or an ImportError that names the extra."""
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:  # torchvision without its operators raises RuntimeError
-        raise ImportError(
-            f"open_clip cannot be imported ({error}): pip install 'amg-sampler[clip]'"
-        ) from error
-    return open_clip
+    return needed("open_clip", "an embedder of open_clip")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from amg.extras import needed
 from amg.index.captions import Captions, caption_column, read_captions
 from amg.index.claim import claimed, empty, publish, remove
 from amg.index.decode import UnreadableImage
@@ -157,9 +158,6 @@ def progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]
     if not shown:
         yield None
         return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'amg-sampler[index]'") from error
+    tqdm = needed("tqdm", "progress=True").tqdm
     with tqdm(total=total, initial=position, unit="image", desc="index", dynamic_ncols=True) as bar:
         yield bar

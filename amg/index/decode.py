@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from amg.extras import needed
 from amg.index.errors import IndexBuildError
 from amg.index.notes import Note
 
@@ -68,11 +69,7 @@ class Picture(NamedTuple):
 
 def import_pil() -> Any:
     """PIL.Image, or an error that names the extra to install."""
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'amg-sampler[index]'") from error
-    return PIL.Image
+    return needed("PIL.Image", "reading images")
 
 
 def check_background(background: Any) -> str:

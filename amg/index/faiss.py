@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import amg.kernels
+from amg.extras import install
 from amg.index.exact import NL2_ALPHA, NL2_NEIGHBOURS, ExactCosine, ExactPixels, Nearest, Searcher
 from amg.index.usable import finite_rows, where_rows
 from amg.kernels import NL2
@@ -38,7 +39,7 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "this searcher needs faiss: pip install 'amg-sampler[faiss]' or 'amg-sampler[faiss-gpu]'"
+            f"this searcher needs faiss: {install('faiss')} or {install('faiss-gpu')}"
         ) from error
     return faiss
 

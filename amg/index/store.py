@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from amg.extras import needed
 from amg.index.coverage import Coverage, make_coverage
 from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
@@ -276,11 +277,12 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
             raise IndexCorrupt(f"{path} is missing (its manifest expects {expected} bytes)")
         if path.stat().st_size != expected:
             raise IndexCorrupt(f"{path} has {path.stat().st_size} bytes, its manifest expects {expected}")
-    for name, needed in _sizes_needed(manifest).items():
-        if name in manifest.files and manifest.files[name].size != needed:
+    for name, expected in _sizes_needed(manifest).items():
+        if name in manifest.files and manifest.files[name].size != expected:
             raise IndexCorrupt(
                 f"{directory / name} has {manifest.files[name].size} bytes, {manifest.count} rows of "
-                f"{manifest.dimension} {manifest.dtype} and {manifest.members} folded pictures need {needed}"
+                f"{manifest.dimension} {manifest.dtype} and {manifest.members} folded pictures need "
+                f"{expected}"
             )
 
 
@@ -335,8 +337,4 @@ def read_meta(directory: Path, manifest: Manifest) -> dict[str, list]:
 
 def import_parquet() -> Any:
     """pyarrow.parquet, or an error that names the extra to install."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("an index needs pyarrow: pip install 'amg-sampler[index]'") from error
-    return pyarrow.parquet
+    return needed("pyarrow.parquet", "an index")

@@ -11,12 +11,13 @@ from amg.config import AMGConfig
 from amg.engine.drive import Refused
 from amg.engine.level import levels
 from amg.engine.table import tabulate
+from amg.extras import EXTRAS, install
 from amg.pipelines.denoiser import weights_of
 from amg.pipelines.families import family_of
 from amg.pipelines.supported import is_ours, level_of, require_sampled
 
 STEPS = 20  # tried of the scheduler
-EXTRAS = {"diffusers": "diffusers", "transformers": "diffusers", "pyarrow": "index", "faiss": "faiss"}
+ASKED = ("diffusers", "transformers", "pyarrow", "faiss")  # packages
 
 
 def explained(pipe: Any, index: Any, config: AMGConfig) -> list[tuple[str, str]]:
@@ -123,5 +124,5 @@ def _threshold(index: Any, config: AMGConfig) -> str:
 
 def _missing() -> str:
     """Packages that are not installed, by the extra that brings them."""
-    gone = {extra for name, extra in EXTRAS.items() if find_spec(name) is None}
-    return ", ".join(f"pip install 'amg-sampler[{extra}]'" for extra in sorted(gone)) or "none"
+    gone = {EXTRAS[name] for name in ASKED if find_spec(name) is None}
+    return ", ".join(map(install, sorted(gone))) or "none"

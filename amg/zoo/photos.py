@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amg.extras import needed
+from amg.extras import install, needed
 
 COPIES = 64
 SEED = 20240402
@@ -178,9 +178,7 @@ def load_photo(photo: Photo) -> Any:
     package, _, inside = photo.source.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the photograph {photo.key!r} ships in `{package}`: pip install 'amg-sampler[demo]'"
-        )
+        raise ModuleNotFoundError(f"the photograph {photo.key!r} ships in `{package}`: {install('demo')}")
     path = Path(spec.origin).parent / inside
     image_module = needed("PIL.Image", "a bundled photograph", "demo")
     if path.suffix != ".npz":

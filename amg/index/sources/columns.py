@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amg.extras import needed
 from amg.index.errors import IndexBuildError
 from amg.index.sources.source import CAPTION_FIELDS, IMAGE_FIELDS
 from amg.index.store import import_parquet
@@ -65,8 +66,7 @@ def _open_arrow(file: Path) -> Table:
 
 
 def _arrow(file: Path) -> Any:
-    import pyarrow
-
+    pyarrow = needed("pyarrow", "an Arrow file")
     mapped = pyarrow.memory_map(str(file))
     start = mapped.read(6)
     mapped.seek(0)
