@@ -76,11 +76,6 @@ def index_of(planted: Tensor, folder: str) -> Any:
     )
 
 
-def cut(call: dict[str, Any], row: int) -> dict[str, Any]:
-    rows = {k: v[row : row + 1] if isinstance(v, (list, Tensor)) else v for k, v in call.items()}
-    return {**rows, "batch_size": 1} if "batch_size" in rows else rows
-
-
 def tried(name: str, count: int) -> dict[str, Any]:
     """One pipeline's row."""
     pipe, call = pipelines_tiny.build(name, steps=STEPS)
@@ -97,7 +92,9 @@ def tried(name: str, count: int) -> dict[str, Any]:
         apart = float((pictures(closed) - plain[0]).abs().max())
         protect(pipe, pipe._amg_protection.index, OPEN)
         together = drawn(pipe, call, seeds[0])
-        alone = torch.cat([pictures(drawn(pipe, cut(call, row), [seeds[0][row]])) for row in (0, 1)])
+        alone = torch.cat(
+            [pictures(drawn(pipe, pipelines_tiny.cut(call, row), [seeds[0][row]])) for row in (0, 1)]
+        )
         moved = float((alone - pictures(together)).abs().max())
     with tempfile.TemporaryDirectory() as folder:
         protect(pipe, index_of(torch.cat(plain).clamp(0, 1), folder), CLOSED)
@@ -119,6 +116,8 @@ def tried(name: str, count: int) -> dict[str, Any]:
 
 
 NOTES = {
+    "sd_lora": ", LoRA",
+    "sd_ip_adapter": ", two IP-Adapters",
     "sd_inpaint": ", 4 channels",
     "sd_inpaint_9": ", 9 channels",
     "sdxl_refiner": ", refiner",

@@ -10,7 +10,26 @@ settings.register_profile("search", max_examples=5000, deadline=None)
 settings.load_profile("same")
 
 
+# The longest first: begun last, one would keep a core busy while the others are idle.
+LONG = (
+    "kernels/test_interpreted.py",
+    "engine/test_table.py",
+    "integrations/test_protect.py",
+    "commands/test_demo_index.py",
+    "benchmarks/test_bench_engine_gpu.py",
+    "integrations/test_precision.py",
+    "test_cli.py",
+    "integrations/test_photos_flow.py",
+    "kernels/test_ops.py",
+)
+
+
+def _rank(item: pytest.Item) -> int:
+    return next((at for at, file in enumerate(LONG) if str(item.path).endswith(f"tests/{file}")), len(LONG))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -4,12 +4,16 @@ arguments of a call of each."""
 from __future__ import annotations
 
 import diffusers
+import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from PIL import Image
 
 from .integrations.conftest import tiny_ddpm, tiny_sd
 
 SIZE = {"height": 16, "width": 16}
+IMAGES = "ip_adapter_image_embeds"  # of an adapter each
 PROMPTS = ("abc", "de")
 
 
@@ -92,6 +96,36 @@ def sd_inpaint(batch):
 def sd_inpaint_9(batch):
     call = {**_text(batch), "image": [_picture()] * batch, "mask_image": [_mask()] * batch, **SIZE}
     return _sd("StableDiffusionInpaintPipeline", unet=_unet(in_channels=9)), call
+
+
+def sd_lora(batch):
+    """With a LoRA loaded on its U-Net, not fused."""
+    peft = pytest.importorskip("peft")
+    pipe, call = sd(batch)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]
+    )
+    pipe.unet.add_adapter(config)
+    return pipe, call
+
+
+def sd_ip_adapter(batch):
+    """With two IP-Adapters, whose images hold for every picture of a call."""
+    pipe, call = sd(batch)
+    unet, processors = pipe.unet, {}
+    for name, attention in unet.named_modules():
+        if hasattr(attention, "set_processor"):
+            made = attention.processor
+            if name.endswith("attn2"):
+                sizes = (attention.inner_dim, unet.config.cross_attention_dim)
+                made = IPAdapterAttnProcessor2_0(*sizes, num_tokens=(2, 2), scale=[1.0, 1.0])
+            processors[f"{name}.processor"] = made
+    unet.set_attn_processor(processors)
+    layers = [ImageProjection(8, unet.config.cross_attention_dim, 2) for _ in range(2)]
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection(layers)
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    images = [3 * _embeds(1, number, 8, seed=number) for number in (1, 2)]
+    return pipe, {**call, IMAGES: [torch.cat([torch.zeros_like(one), one]) for one in images]}
 
 
 def _control(unet):
@@ -470,7 +504,7 @@ def ddim(batch):
 FAMILIES = {
     builder.__name__: builder
     for builder in (
-        *(sd, sd_img2img, sd_inpaint, sd_inpaint_9, sd_controlnet),
+        *(sd, sd_lora, sd_ip_adapter, sd_img2img, sd_inpaint, sd_inpaint_9, sd_controlnet),
         *(sdxl, sdxl_img2img, sdxl_refiner, sdxl_inpaint, sdxl_controlnet),
         *(sd3, sd3_img2img, flux, flux_cfg, flux_img2img, pixart),
         *(auraflow, sana, qwen, zimage, lcm, dit, ddpm, ddim),
@@ -484,3 +518,12 @@ def build(name, batch=2, steps=4):
     pipe, call = FAMILIES[name](batch)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**call, "num_inference_steps": steps}
+
+
+def cut(call, row):
+    """The arguments of a call of one of its pictures."""
+    rows = {
+        key: value[row : row + 1] if isinstance(value, (list, torch.Tensor)) and key != IMAGES else value
+        for key, value in call.items()
+    }
+    return {**rows, "batch_size": 1} if "batch_size" in rows else rows

@@ -162,6 +162,17 @@ def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], leve
     return Watched(pipe, family_of(pipe), index, config, also, Ordinary(bank_of(config, None)))
 
 
+def _unfinished(pipe: Any, protection: Protection) -> Held:
+    """What the pictures of a call are held to that leaves the last steps to another pipeline."""
+    warnings.warn(
+        "`denoising_end` hands out what is not finished, which is checked as it is: the pipeline that "
+        "finishes it must be protected, too",
+        stacklevel=4,
+    )
+    index, config, also = protection.index, protection.config, protection.also
+    return protection.held._replace(watched=_watched(pipe, index, config, also, "full"))
+
+
 def _require_uncalibrated(config: AMGConfig, name: str) -> None:
     """Refuse what was made for loops that are known to the bit."""
     for option in ("calibration", "student"):
@@ -205,6 +216,9 @@ def _protected(kind: type) -> type:
                 index.seal.check()  # before any work, and before a truncated map is touched
             if not is_ours(self):
                 return checked_call(self, call, args, kwargs, protection.held)
+            given = inspect.signature(call).bind_partial(self, *args, **kwargs).arguments
+            if given.get("denoising_end") is not None:
+                return checked_call(self, call, args, kwargs, _unfinished(self, protection))
             return _call(self, call, args, kwargs)
 
     if issubclass_by_name(kind, "DDPMPipeline") or issubclass_by_name(kind, "DDIMPipeline"):
@@ -265,11 +279,6 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise TypeError(f"`num_inference_steps` must be an integer, got {steps!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
-    if bound.arguments.get("denoising_end") is not None:
-        raise ValueError(
-            "`denoising_end` must be None: what another pipeline is to finish cannot be checked, "
-            f"got {bound.arguments['denoising_end']}"
-        )
     require_generator(bound.arguments.get("generator"), images_of(bound.arguments))
     scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
     protection.config.warn_without_guidance(scale, stacklevel=4)

@@ -1,7 +1,5 @@
 """SDXL at level `full`: two text encoders, conditions on sizes, a watermark; `protect` and `Sampler`."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -190,16 +188,67 @@ def test_the_watermark_is_in_what_replaces_a_picture_too(xl, embedding_index, ta
     assert torch.equal(out.images[:, :, 0, 0], torch.ones(2, 3))
 
 
-def test_what_is_not_finished_or_not_pooled_is_refused(xl, embedding_index):
+def test_what_is_not_pooled_is_refused(xl, embedding_index):
     with (
         amg.Sampler(xl, embedding_index) as sampler,
         pytest.raises(ValueError, match="`prompt_embeds` must be None"),
     ):
         sampler(prompt_embeds=torch.zeros(1, 12, 32), **STEPS)
-    amg.protect(xl, embedding_index)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="`denoising_end` must be None"):
-        warnings.simplefilter("ignore")
-        xl("abc", denoising_end=0.8, **STEPS)
+
+
+def two(base, refiner, seeds=(1, 2), split=0.5, **more):
+    """The two of them: base to `split` of the steps, refiner from there."""
+    call = {"prompt": ["abc", "cat, red"], "output_type": "latent", **STEPS}
+    seeded = lambda: [torch.Generator().manual_seed(seed) for seed in seeds]  # noqa: E731
+    handed = base(**call, denoising_end=split, generator=seeded())
+    call["output_type"] = "pt"
+    return handed, refiner(**call, image=handed.images, denoising_start=split, generator=seeded(), **more)
+
+
+def refiner_of(base):
+    parts = {
+        name: part for name, part in base.components.items() if "image" not in name and "feat" not in name
+    }
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*captions cannot be encoded")
+def test_what_another_pipeline_finishes_is_checked_as_it_is_handed_out(xl, embedding_index):
+    refiner = refiner_of(xl)
+    for pipe in (xl, refiner):
+        pipe.set_progress_bar_config(disable=True)
+    plain_handed, plain = two(xl, refiner)
+    closed = dict.fromkeys(("threshold", "lambda_min", "lambda_max", "rewind_threshold"), 0.99)
+    config = amg.AMGConfig.preset("main", **closed, guard_threshold=None)
+    amg.protect(xl, embedding_index, config)
+    amg.protect(refiner, embedding_index, config)
+    with pytest.warns(UserWarning, match="the pipeline that finishes it must be protected, too"):
+        handed, finished = two(xl, refiner)
+    assert torch.equal(handed.images, plain_handed.images) and torch.equal(finished.images, plain.images)
+    assert [verdict.level for verdict in (*handed.amg, *finished.amg)] == ["full"] * 4
+
+
+@pytest.mark.filterwarnings("ignore:`denoising_end`", "ignore:.*captions cannot be encoded")
+@pytest.mark.filterwarnings("ignore:.*with fewer, its usual threshold")
+def test_a_copy_is_not_handed_out_as_unfinished(xl, tmp_path):
+    """What is planted is what the latents would show at nine tenths of the way."""
+    call = {"prompt": ["abc", "cat, red"], "output_type": "latent", "denoising_end": 0.9, **STEPS}
+    seeded = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 2)]  # noqa: E731
+    handed = xl(**call, generator=seeded()).images
+    decoded = decoder_of(xl)(handed).clamp(0, 1)
+    noise = torch.rand(60, *decoded.shape[1:], generator=torch.Generator().manual_seed(0))
+    index = amg.Index.build(
+        torch.cat([decoded, noise]), path=tmp_path / "i", progress=False, near_duplicate=False
+    )
+    limits = dict.fromkeys(("threshold", "lambda_min", "lambda_max", "rewind_threshold"), -0.3)
+    config = amg.AMGConfig.preset("main", **limits, guard_threshold=None)
+    amg.protect(xl, index, config)
+    out = xl(**call, generator=seeded())
+    assert all(verdict.retries >= 1 or verdict.rewinds >= 1 for verdict in out.amg)
+    for copy, latents, verdict in zip(handed, out.images, out.amg, strict=True):
+        assert verdict.blocked or (latents - copy).abs().max() > 0.05
+    shown = decoder_of(xl)(out.images[[not verdict.blocked for verdict in out.amg]]).clamp(0, 1)
+    assert all(not verdict.memorized for verdict in amg.check(shown, index, config))
 
 
 def test_a_unet_of_another_kind_is_refused(xl, sd, embedding_index):
