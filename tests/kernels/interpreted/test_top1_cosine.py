@@ -117,8 +117,8 @@ def test_k_of_hundreds_where_a_program_takes_many_blocks(screened, monkeypatch):
     monkeypatch.setattr(search, "KEPT", 700)
     rows = unit_rows(1100, 48)
     for k in (64, 300):
-        assert_exact(torch.randn(2, 48), rows, k, screened)
-    assert_exact(torch.randn(2, 48), rows[:1].repeat(1100, 1), 64, screened)
+        assert_exact(torch.randn(1, 48), rows, k, screened)
+    assert_exact(torch.randn(1, 48), rows[:1].repeat(1100, 1), 64, screened)
 
 
 def block_bounds(queries: Tensor, rows: Tensor, codes: kernels.Codes | None) -> search.Bounds:
