@@ -131,6 +131,8 @@ def _verdict(
         _neighbour(index, row),
         memorized=similarity > config.threshold or (guard is not None and guard.memorized),
         guard=guard,
+        coverage=getattr(index, "coverage", 1.0),
+        verified=getattr(index, "verified", True),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
@@ -13,6 +14,14 @@ SIGNALS = ("squared_gap", "inner_product", "squared_uncond", "squared_move")
 """The free signals of a step: ‖ε_c − ε_u‖², ⟨ε_u, ε_c − ε_u⟩, ‖ε_u‖², and ‖x_{t−1} − x_t‖² (later tries of
 `protect` and `AMGScheduler` have no fourth); ε_c and ε_u are the network's outputs with the prompt and
 without it, x_t is the sample."""
+
+
+LEAST_COVERAGE = 0.99  # of which nothing needs to be said
+
+
+def _percent(share: float) -> str:
+    """Rounded down, so that 100 % means all."""
+    return f"{math.floor(1000 * share) / 10:g} %"
 
 
 def similarity_text(metric: str, similarity: float) -> str:
@@ -102,7 +111,8 @@ class Verdict:
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
     is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
     of its own, None where it was not; `remembered`: so was the first one, as the prompt's samples had gone
-    back before (`prompt_memory`).
+    back before (`prompt_memory`). `coverage`: the share of the training set that the index covers, which is
+    what was promised; `verified`: False where it holds imported vectors that were compared with no picture.
     """
 
     metric: str
@@ -122,6 +132,8 @@ class Verdict:
     from_input: bool = False
     caption: str | None = None
     remembered: bool = False
+    coverage: float = 1.0
+    verified: bool = True
 
     @property
     def reason(self) -> str | None:
@@ -160,6 +172,8 @@ class Verdict:
             parts += [f"{count} {one if count == 1 else several}"] if count else []
         parts += [f"{self.evaluations} evaluations"] if self.evaluations else []
         parts += [f"level {self.level}"] if self.level != "full" else []
+        parts += [f"{_percent(self.coverage)} of the training set"] if self.coverage < LEAST_COVERAGE else []
+        parts += [] if self.verified else ["vectors not verified"]
         return plain("; ".join(parts))
 
     def __repr__(self) -> str:

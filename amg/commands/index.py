@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amg.commands.index_import import add_import
 from amg.commands.said import as_said
 from amg.extras import told
 from amg.index.add_guard import add_guard
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   amg index build photos/ --out photos.amg --size 64 --captions captions.jsonl
   amg index build train.parquet --out laion.amg --embedder sscd:sscd.safetensors --captions text
   amg index build 'shards/{00000..00099}.tar' more/ --out all.amg --embedder sscd:sscd.safetensors
+  amg index import clip_embeddings/ --out clip.amg --embedder-name "open_clip ViT-B-32 openai"
   amg index info laion.amg
   amg index verify laion.amg
   amg index guard old.amg photos/                                 for an index of an earlier version
@@ -68,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
     )
     guard.add_argument("--quiet", action="store_true", help="no progress bar")
     guard.set_defaults(run=_reporting(run_guard))
+    add_import(commands, _reporting, _near_duplicate)
     _add_search(commands)
 
 
@@ -284,7 +287,16 @@ def print_hit(index: Index, image: str, rank: int, similarity: float, row: int, 
     print(f"{plain(image)}  {rank}.  {measure}  row {row}  {plain(index.ids[row])}{copies}{caption}")
 
 
+def _imported_line(manifest: Manifest) -> str | None:
+    if manifest.imported is None:
+        return None
+    pictures, cosine = manifest.imported.pictures, manifest.imported.cosine
+    return f"verified by {pictures:,} pictures, cosine {cosine:.4f} or more" if pictures else "not verified"
+
+
 def _guard_line(index: Index) -> str:
+    if index.manifest.imported is not None:
+        return "none: imported vectors, no picture was seen"
     if index.guard is None:
         return "none: built by an earlier version, see `amg index guard`"
     return f"{len(index.guard.rows):,} sketches ({index.manifest.guard})"
@@ -306,7 +318,8 @@ def print_info(index: Index) -> None:
         "guard": _guard_line(index),
         "passed over": f"{sum(manifest.passed_over.values()):,} that are no images",
         "embedder": manifest.embedder.name if manifest.embedder else "none (pixels)",
-        "embedder sha256": manifest.embedder.sha256 if manifest.embedder else None,
+        "embedder sha256": (manifest.embedder.sha256 or "not known") if manifest.embedder else None,
+        "imported": _imported_line(manifest),
         "preprocessing": manifest.preprocessing,
         "image size": "x".join(map(str, manifest.image_size)) if manifest.image_size else None,
         "near duplicates": near,

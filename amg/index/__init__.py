@@ -10,7 +10,8 @@ from amg.index.errors import (
     IndexStorageError,
     IndexVersionError,
 )
-from amg.index.index import Hits, Index
+from amg.index.hits import Hits
+from amg.index.index import Index
 
 __all__ = [
     "EmbedderMismatch",

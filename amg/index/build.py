@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -37,9 +37,7 @@ def build_index(
     A path.partial that is not ours is refused and left as it is (`amg.index.claim`).
     Raises IndexBuildError for the input, IndexStorageError for the disk.
     """
-    if os.path.lexists(path):
-        kind = "is a link to nothing" if not path.exists() else "exists already"
-        raise IndexBuildError(f"`path` {kind}: {path}; remove it, or build elsewhere")
+    require_new(path)
     source = open_source(
         images,
         caption_column(images, captions),
@@ -51,7 +49,35 @@ def build_index(
     table = table.settle(source, plan.ids)
     if source.length is not None:
         plan.check_totals(table, source.length)
-    identity, partial = plan.identity(source, table), partial_path(path)
+
+    def fill(state: State, partial: Path) -> None:
+        _run(source, table, plan, state, partial, progress)
+
+    write_whole(path, plan.identity(source, table), resume, fill)
+
+
+def require_place(path: Any) -> Path:
+    """`path` as one. Raises IndexBuildError."""
+    if not isinstance(path, (str, os.PathLike)) or os.fspath(path) in ("", b"") or "\0" in str(path):
+        raise IndexBuildError(
+            f"`path` must be a str or path that says where the index is to be written, got {path!r}"
+        )
+    return Path(path)
+
+
+def require_new(path: Path) -> None:
+    """Raises IndexBuildError where something lies at `path`."""
+    if os.path.lexists(path):
+        kind = "is a link to nothing" if not path.exists() else "exists already"
+        raise IndexBuildError(f"`path` {kind}: {path}; remove it, or build elsewhere")
+
+
+def write_whole(
+    path: Path, identity: dict[str, Any], resume: bool, fill: Callable[[State, Path], None]
+) -> None:
+    """An index at `path` that `fill(state, partial)` completes in a directory of ours, from where an earlier
+    run of the same identity stopped."""
+    partial = partial_path(path)
     with claimed(partial, lambda: _of_earlier_version(partial), IndexBuildError):
         state = read_state(partial) if resume else None
         if state is None:
@@ -59,7 +85,7 @@ def build_index(
             state = State(identity)
         check_identity(state, identity, partial)
         try:
-            _run(source, table, plan, state, partial, progress)
+            fill(state, partial)
         except BaseException as error:
             _after_failure(error, partial)
             raise
@@ -154,10 +180,10 @@ def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]
 
 
 @contextmanager
-def progress_bar(total: int | None, position: int, shown: bool) -> Iterator[Any]:
+def progress_bar(total: int | None, position: int, shown: bool, unit: str = "image") -> Iterator[Any]:
     if not shown:
         yield None
         return
     tqdm = needed("tqdm", "progress=True").tqdm
-    with tqdm(total=total, initial=position, unit="image", desc="index", dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=position, unit=unit, desc="index", dynamic_ncols=True) as bar:
         yield bar

@@ -56,7 +56,8 @@ class SkippedFile:
 
 
 def warn_of_gaps(indexes: Iterable[Any]) -> None:
-    """Say to the caller's caller which of the indexes cover less than 99 % of their training sets."""
+    """Say to the caller's caller which of the indexes cover less than 99 % of their training sets, and which
+    hold imported vectors that were compared with no picture."""
     for index in indexes:
         coverage = getattr(index, "coverage", 1.0)
         if coverage < LEAST:
@@ -64,5 +65,11 @@ def warn_of_gaps(indexes: Iterable[Any]) -> None:
                 f"`index` covers {100 * coverage:.1f} % of its training set ({index.path}): pictures that "
                 "were skipped when it was built can be copied unseen; "
                 f"`amg index info {index.path}` says which",
+                stacklevel=3,
+            )
+        if not getattr(index, "verified", True):
+            warnings.warn(
+                f"`index` holds imported vectors that nobody has compared with pictures ({index.path}): "
+                "`Index.verify_embeddings` does; it has no guard either",
                 stacklevel=3,
             )

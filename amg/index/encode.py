@@ -42,12 +42,10 @@ def check_embedder(embedder: Any, expected: EmbedderRecord | None, dimension: in
     found = embedder_record(embedder)
     if expected is None:
         raise EmbedderMismatch(f"`embedder`: a pixel index has none, got {found.name!r}")
-    pairs = {
-        "name": (expected.name, found.name),
-        "sha": (expected.sha256, found.sha256),
-        "dimension": (dimension, embedder.dimension),
-        "preprocessing": (expected.preprocessing, found.preprocessing),
-    }
+    pairs = {"name": (expected.name, found.name), "dimension": (dimension, embedder.dimension)}
+    if expected.sha256:  # else imported vectors, of which no more than the name is known
+        pairs["sha"] = (expected.sha256, found.sha256)
+        pairs["preprocessing"] = (expected.preprocessing, found.preprocessing)
     different = [f"{key} {ours!r}, got {theirs!r}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if different:
         raise EmbedderMismatch(f"`embedder` must be the one the index was built with: {'; '.join(different)}")

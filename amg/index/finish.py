@@ -25,6 +25,7 @@ from amg.index.store import (
     GUARD,
     META,
     ROWS_FILE,
+    Imported,
     Manifest,
     Skipped,
     file_record,
@@ -46,12 +47,15 @@ class Folding:
     caption_counts: np.ndarray
 
 
-def finish_index(journal: Journal, plan: BuildPlan, passed_over: Tally) -> None:
+def finish_index(
+    journal: Journal, plan: BuildPlan, passed_over: Tally, imported: Imported | None = None
+) -> None:
     """Complete the partial directory: afterwards it needs only its final name."""
     partial, state = journal.partial, journal.state
     folding = fold_captions(partial, state.shards, state.kept)
     _write_meta(partial, state.shards, folding)
-    names = [ROWS_FILE[plan.dtype], META, GUARD, *_write_codes(journal, plan.metric)]
+    names = [ROWS_FILE[plan.dtype], META, *_write_codes(journal, plan.metric)]
+    names += [GUARD] if journal.guard_length else []
     names += journal.members.finish(partial)
     notes, skipped = _tally_notes(partial, state.shards), SkippedFile()
     first: list[Skipped] = []
@@ -69,16 +73,17 @@ def finish_index(journal: Journal, plan: BuildPlan, passed_over: Tally) -> None:
         dtype=plan.dtype,
         image_size=state.image_size,
         embedder=plan.record,
-        preprocessing=_describe(plan),
+        preprocessing=_describe(plan) if imported is None else f"imported vectors, unit {plan.dtype}",
         near_duplicate=plan.near_duplicate,
         skipped=tuple(first),
         files={name: file_record(partial / name) for name in sorted(names)},
-        guard=SKETCH,
+        guard=SKETCH if journal.guard_length else None,
         background=plan.background,
         passed_over=passed_over.counts,
         notes=notes.counts,
         examples={**passed_over.examples, **notes.examples},
         coverage=make_coverage(state.kept, images - state.kept, skipped.counts),
+        imported=imported,
     )
     write_manifest(partial, manifest)
     journal.clear()

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from amg.embed.precision import full_precision
+from amg.index.embeddings import LEAST_COSINE, from_embeddings, verify
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
-from amg.index.errors import IndexBuildError
 from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
-from amg.index.guard import Alike, Guard, map_guard
+from amg.index.guard import Guard, map_guard
+from amg.index.hits import Closest, Hits
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
@@ -25,40 +25,8 @@ from amg.index.usable import require_directions, require_searchable, searchable
 from amg.kernels import Codes
 
 
-@dataclasses.dataclass(frozen=True)
-class Hits:
-    """What a search found: similarity and row, [B] for k = 1, else [B, k], best first."""
-
-    similarity: torch.Tensor
-    row: torch.Tensor
-    index: Index = dataclasses.field(repr=False)
-
-    @property
-    def captions(self) -> list:
-        """Caption of each row found, None where it has none; lists in a list for k > 1."""
-        return _pick(self.index.captions, self.row.tolist())
-
-    @property
-    def ids(self) -> list:
-        """Id of each row found; lists in a list for k > 1."""
-        return _pick(self.index.ids, self.row.tolist())
-
-
-def _pick(values: list, rows: list) -> list:
-    return [_pick(values, row) if isinstance(row, list) else values[row] for row in rows]
-
-
 def _reopened(path: Path, embedder: Any, searcher: str, device: str) -> Index:
     return Index.open(path, embedder, searcher=searcher, device=device)
-
-
-class Closest(NamedTuple):
-    """Of each picture: similarity [B] to the closest training image and its row [B], over every picture
-    indexed; and the guard's answer, None where the index has none."""
-
-    similarity: torch.Tensor
-    row: torch.Tensor
-    guard: Alike | None
 
 
 class Index:
@@ -124,18 +92,30 @@ class Index:
         background: "white", "black" or "#rrggbb", which transparent images (and queries) are shown over.
         resume: False discards what a killed build left. Raises IndexBuildError, IndexStorageError.
         """
-        from amg.index.build import build_index
+        from amg.index.build import build_index, require_place
         from amg.index.plan import make_plan
 
-        if not isinstance(path, (str, os.PathLike)) or os.fspath(path) in ("", b"") or "\0" in str(path):
-            raise IndexBuildError(
-                f"`path` must be a str or path that says where the index is to be written, got {path!r}"
-            )
+        directory = require_place(path)
         plan = make_plan(
             embedder, ids, size, dtype, batch_size, near_duplicate, on_error, background, image_column
         )
-        build_index(images, captions, Path(path), plan, progress=progress, resume=resume)
+        build_index(images, captions, directory, plan, progress=progress, resume=resume)
         return Index.open(path, embedder)
+
+    from_embeddings = staticmethod(from_embeddings)
+
+    def verify_embeddings(self, pictures: Any, least: float = LEAST_COSINE) -> Index:
+        """This index of imported vectors, verified: some of its pictures are embedded and compared with
+        their rows, and the manifest says how many and the least cosine.
+
+        pictures: what `Index.build` takes, or a dict {id: picture}; a row is found by its id, or by the name
+        without folder and suffix; others are passed over. Raises IndexBuildError naming a picture that is
+        below `least`, or where none is of a row; ValueError without an embedder.
+        """
+        if self.embedder is None:
+            raise ValueError("`verify_embeddings` needs the embedder: pass it to Index.open(path, embedder)")
+        verify(self.path, self.embedder, pictures, least)
+        return Index.open(self.path, self.embedder, searcher=self.searcher_spec, device=self.device)
 
     @staticmethod
     def open(
@@ -161,7 +141,7 @@ class Index:
                 "with fewer, its usual threshold of 1.4 does not mean the same",
                 stacklevel=2,
             )
-        if manifest.guard is None:
+        if manifest.guard is None and manifest.imported is None:
             warnings.warn(
                 f"{directory} has no guard (it was built by an earlier version): copies that guidance pushed "
                 "just under the metric's threshold pass its final check; "
@@ -239,6 +219,11 @@ class Index:
     def coverage(self) -> float:
         """Share of the training images seen that are in the index, as rows or folded into one, in [0, 1]."""
         return self.manifest.covered.share
+
+    @property
+    def verified(self) -> bool:
+        """False for imported vectors that were compared with no picture (`from_embeddings`)."""
+        return self.manifest.verified
 
     @property
     def image_size(self) -> tuple[int, int] | None:

@@ -123,15 +123,16 @@ def _log_path(partial: Path, shard: int) -> Path:
 
 
 class Journal:
-    """The rows kept so far and the way to add a shard to them; one writer."""
+    """The rows kept so far and the way to add a shard to them; one writer. guard: length of the pictures'
+    sketches, 0 where there are no pictures."""
 
-    def __init__(self, partial: Path, state: State, dtype: str, rule: FoldRule):
+    def __init__(self, partial: Path, state: State, dtype: str, rule: FoldRule, guard: int = SKETCH_LENGTH):
         assert state.dimension is not None
         self.partial, self.state, self.rule = partial, state, rule
         self.dtype, self.dimension = DTYPES[dtype], state.dimension
         self.rows_path, self.sketcher = partial / ROWS_FILE[dtype], Sketcher(rule.image_size)
-        self.guard_path = partial / GUARD
-        self.members = MemberLog(partial, dtype, state.dimension, state.members)
+        self.guard_path, self.guard_length = partial / GUARD, guard
+        self.members = MemberLog(partial, dtype, state.dimension, state.members, guard)
         self.table = HashTable()
         (partial / SHARDS).mkdir(exist_ok=True)
         self._cut_back()
@@ -140,7 +141,7 @@ class Journal:
         """Drop what lies beyond the state, and hash and sketch the rows that stay."""
         row_bytes = self.dimension * torch.empty((), dtype=self.dtype).element_size()
         truncate(self.rows_path, self.state.kept * row_bytes)
-        truncate(self.guard_path, self.state.kept * SKETCH_LENGTH * SKETCH_DTYPE.itemsize)
+        truncate(self.guard_path, self.state.kept * self.guard_length * SKETCH_DTYPE.itemsize)
         rows, step = self.rows(), max(1, HASH_BLOCK_BYTES // row_bytes)
         for start in range(0, self.state.kept, step):
             block = rows[start : start + step]
@@ -158,15 +159,15 @@ class Journal:
         return map_file(self.rows_path, self.dtype, self.state.kept, self.dimension)
 
     def guard(self) -> torch.Tensor:
-        """The guard's sketches of the rows kept so far [kept, 2048], memory-mapped."""
-        if self.state.kept == 0:
-            return torch.empty(0, SKETCH_LENGTH, dtype=SKETCH_DTYPE)
-        return map_file(self.guard_path, SKETCH_DTYPE, self.state.kept, SKETCH_LENGTH)
+        """The guard's sketches of the rows kept so far [kept, guard], memory-mapped."""
+        if self.state.kept * self.guard_length == 0:
+            return torch.empty(self.state.kept, self.guard_length, dtype=SKETCH_DTYPE)
+        return map_file(self.guard_path, SKETCH_DTYPE, self.state.kept, self.guard_length)
 
     def commit(
         self, rows: torch.Tensor, guard: torch.Tensor, entries: list[LogEntry], digests: tuple[str, str]
     ) -> None:
-        """Fold a shard in and flush it: rows [n, D] and guard sketches [n, 2048] of the n of its entries
+        """Fold a shard in and flush it: rows [n, D] and guard sketches [n, guard] of the n of its entries
         whose reason is None; digests: of the last image and of all so far."""
         hashes, kept = row_hashes(rows), self.rows()
         duplicate_of = same_content(hashes, rows, self.table, kept)
@@ -217,6 +218,8 @@ class Journal:
         for temporary in self.partial.glob(TEMPORARY + "*"):
             temporary.unlink()
         self.members.clear()
+        if not self.guard_length:
+            self.guard_path.unlink()
         shutil.rmtree(self.partial / SHARDS)
 
 

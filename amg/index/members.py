@@ -70,11 +70,11 @@ def member_rows(directory: Path, manifest: Manifest) -> Tensor:
 class MemberLog:
     """The members of a build, appended shard by shard; what lies beyond `count` is cut off."""
 
-    def __init__(self, partial: Path, dtype: str, dimension: int, count: int):
+    def __init__(self, partial: Path, dtype: str, dimension: int, count: int, guard: int = SKETCH_LENGTH):
         self.count, self.dimension = count, dimension
         self.paths = {
             partial / MEMBERS_FILE[dtype]: (DTYPES[dtype], dimension),
-            partial / MEMBER_SKETCHES: (SKETCH_DTYPE, SKETCH_LENGTH),
+            partial / MEMBER_SKETCHES: (SKETCH_DTYPE, guard),
             partial / MEMBER_ROWS: (torch.int64, 1),
         }
         for path, (kind, width) in self.paths.items():
@@ -82,12 +82,15 @@ class MemberLog:
         self.seen = set(_pairs(*self._written()))
 
     def _written(self) -> list[Tensor]:
-        if self.count == 0:
-            return [torch.empty(0, width, dtype=kind) for kind, width in self.paths.values()]
-        return [map_file(path, kind, self.count, width) for path, (kind, width) in self.paths.items()]
+        return [
+            map_file(path, kind, self.count, width)
+            if self.count * width
+            else torch.empty(self.count, width, dtype=kind)
+            for path, (kind, width) in self.paths.items()
+        ]
 
     def add(self, vectors: Tensor, sketches: Tensor, rows: list[int]) -> None:
-        """Members with these vectors [n, D], sketches [n, 2048] and rows, unless they are there."""
+        """Members with these vectors [n, D], sketches [n, guard] and rows, unless they are there."""
         owners = torch.tensor(rows, dtype=torch.int64).view(-1, 1)
         fresh = []
         for at, pair in enumerate(_pairs(vectors, sketches, owners)):

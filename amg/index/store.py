@@ -73,6 +73,15 @@ class EmbedderRecord:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """Rows that were embedded elsewhere. pictures: how many were embedded again to compare them; cosine: the
+    least of these with their rows, 0 where none was."""
+
+    pictures: int = 0
+    cosine: float = 0.0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an index holds and how it was made; contains no time, so equal builds give equal bytes.
 
@@ -83,8 +92,8 @@ class Manifest:
     how many entries of the source were not taken for images, by reason. notes: how many images something
     noteworthy was done to, by what. examples: the first few names for each of these. background: what
     transparent pictures, queries too, are composited over; None: alpha is dropped. guard: how
-    the pictures' sketches were made, None without. Fields with a default are absent from indexes of earlier
-    versions.
+    the pictures' sketches were made, None without. imported: None where the rows were made of pictures.
+    Fields with a default are absent from indexes of earlier versions.
     """
 
     metric: str
@@ -105,6 +114,12 @@ class Manifest:
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     background: str | None = None
     coverage: Coverage | None = None
+    imported: Imported | None = None
+
+    @property
+    def verified(self) -> bool:
+        """Whether pictures were seen whose embeddings the rows are."""
+        return self.imported is None or self.imported.pictures > 0
 
     @property
     def covered(self) -> Coverage:

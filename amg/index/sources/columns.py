@@ -136,7 +136,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _holds_text(kind: Any) -> bool:
-    inner = kind.value_type if _is_list(kind) else _plain(kind)
+    inner = kind.value_type if is_list(kind) else _plain(kind)
     return _is_text(inner)
 
 
@@ -189,7 +189,7 @@ def check_caption_column(table: Table, column: str, image_column: str | None) ->
     if column not in schema.names:
         raise IndexBuildError(f"`captions` names column {column!r}; {file} has {schema.names}")
     kind = schema.field(column).type
-    inner = kind.value_type if types.is_dictionary(kind) or _is_list(kind) else kind
+    inner = kind.value_type if types.is_dictionary(kind) or is_list(kind) else kind
     if column == image_column:
         raise IndexBuildError(f"`captions` names column {column!r}, which holds the images of {file}")
     if not (_is_text(inner) or types.is_null(inner) or (inner == kind and types.is_integer(kind))):
@@ -199,7 +199,7 @@ def check_caption_column(table: Table, column: str, image_column: str | None) ->
         )
 
 
-def _is_list(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
     import pyarrow.types as types
 
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
@@ -219,7 +219,7 @@ def _without_text(kind: Any) -> Any:
     types = pyarrow.types
     if types.is_dictionary(kind):
         return _without_text(kind.value_type)
-    if _is_list(kind):
+    if is_list(kind):
         return pyarrow.large_list(_without_text(kind.value_type))
     if types.is_struct(kind):
         return pyarrow.struct([(field.name, _without_text(field.type)) for field in kind])
