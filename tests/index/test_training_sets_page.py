@@ -72,6 +72,17 @@ def test_the_code_runs(root, pictures, capsys):
     assert capsys.readouterr().out.startswith("1.0 0.923")
 
 
+def test_the_code_on_embeddings_runs(tmp_path, pictures, embedder, capsys):
+    (code,) = re.findall(r"<!-- code: embeddings -->\n```python\n(.*?)```", PAGE, re.S)
+    names = {"folder": tmp_path, "embedder": embedder, "captions": None}
+    names["ids"] = [f"{at}.png" for at in range(len(pictures))]
+    names["vectors"] = embedder(pictures / 255)
+    names["some_pictures"] = {"3.png": pictures[3], "70": pictures[70]}
+    exec(code, names)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "80 False" and said[1].startswith("True Imported(pictures=2, cosine=0.99")
+
+
 def test_the_reasons_are_the_real_ones():
     for reason in (NO_FILE, URL, DANGLING, OUT):
         assert f"`{reason}`" in PAGE, reason
