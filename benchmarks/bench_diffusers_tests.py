@@ -2,9 +2,10 @@
 
 python benchmarks/bench_diffusers_tests.py --tests FOLDER
 
-FOLDER: a checkout of diffusers, in which `tests/pipelines` lies; nothing of it is kept. Each file runs three
-times (benchmarks/diffusers_tests/plugin.py): plain, protected by `off`, protected by `main` with gates that
-stay closed. Tests that ask a hub for anything but tiny tokenizers fail plain and do not count.
+FOLDER: a checkout of diffusers, in which `tests/pipelines` lies; nothing of it is kept. With --only the
+figures of other pipelines stay. Each file runs three times (benchmarks/diffusers_tests/plugin.py): plain,
+protected by `off`, protected by `main` with gates that stay closed. Tests that ask a hub for anything but tiny
+tokenizers fail plain and do not count.
 """
 
 from __future__ import annotations
@@ -67,12 +68,22 @@ def main() -> None:
         print(pipeline, len(plain), kept, {mode: names for mode, names in lost.items() if names}, flush=True)
         names = " ".join(f"{mode}:{name}" for mode, all in lost.items() for name in all)
         rows.append([pipeline, len(plain), kept["off"], kept["closed"], names])
-    with args.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["pipeline", "plain", "off", "closed", "lost", "diffusers", "torch", "machine"])
-        writer.writerows(
-            [*row, diffusers.__version__, torch.__version__, platform.processor() or "CPU"] for row in rows
-        )
+    write(args.out, rows)
+
+
+def write(path: Path, rows: list[list[object]]) -> None:
+    """These rows, in the place of earlier ones of their pipelines, beside those of others."""
+    header = ["pipeline", "plain", "off", "closed", "lost", "diffusers", "torch", "machine"]
+    where = [diffusers.__version__, torch.__version__, platform.processor() or "CPU"]
+    known: dict[object, list[object]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            known = {line[0]: [*line] for line in csv.reader(file) if line[0] in FILES}
+    known |= {row[0]: [*row, *where] for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(known[name] for name in FILES if name in known)
 
 
 if __name__ == "__main__":
