@@ -30,7 +30,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.fraction: ("terms_from", "rewind_to"),
     ranges.fractions: ("check_at", "rewind_at"),
     ranges.interval: ("guidance_interval",),
-    ranges.switch: ("early_rewind", "gated", "block_input_copies"),
+    ranges.switch: ("early_rewind", "gated", "block_input_copies", "blank_callbacks"),
     ranges.file: ("calibration", "student"),
     ranges.prompts: ("ordinary_prompts",),
     ranges.guard: ("guard_threshold",),
@@ -147,6 +147,9 @@ class AMGConfig:
     block_input_copies: bool = False
     """Where a pipeline takes a picture (image to image): whether a training image that the caller put in is
     withheld, too, when it comes out. False: it is delivered, marked `from_input`. Level `final` only."""
+    blank_callbacks: bool = False
+    """Whether callbacks of a protected call (`callback_on_step_end`) are shown zeros for latents from the
+    first checkpoint on, so that a live preview shows no picture that is blocked in the end."""
     max_retries: int = 3
     """Whole re-runs of one sample before it is blocked."""
     max_evaluations: float | None = 3.0

@@ -4,8 +4,8 @@ python benchmarks/bench_diffusers_tests.py --tests FOLDER
 
 FOLDER: a checkout of diffusers, in which `tests/pipelines` lies; nothing of it is kept. With --only the
 figures of other pipelines stay. Each file runs three times (benchmarks/diffusers_tests/plugin.py): plain,
-protected by `off`, protected by `main` with gates that stay closed. Tests that ask a hub for anything but tiny
-tokenizers fail plain and do not count.
+protected by `off`, protected by `main` with gates that stay closed. Tests that ask a hub for anything but
+tiny tokenizers fail plain and do not count.
 """
 
 from __future__ import annotations

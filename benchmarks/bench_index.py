@@ -3,9 +3,9 @@
 python benchmarks/bench_index.py                    # benchmarks/results/index.csv
 python benchmarks/bench_index.py --cases fold-88k   # one of them; the figures of others stay
 
-Vectors are made up: unit rows of 512, of which a share are near-duplicates of others, at cosine 0.985 to them
-after rounding to fp16, so that every one of them has to fold (the threshold is 0.98). "flat": all directions
-alike; "decaying": power −1/2, 2,000 clusters. Each case runs in a process of its own, whose peak memory is read.
+Vectors are made up: unit rows of 512, of which a share are near-duplicates of others, at cosine 0.985 to
+them, so that every one of them has to fold (the threshold is 0.98). "flat": all directions alike; "decaying":
+power −1/2, 2,000 clusters. Each case runs in a process of its own, whose peak memory is read.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -30,6 +30,7 @@ from amg.pipelines.pictures import require_no_others, to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import is_ours, level_of, network_of, require_supported
 from amg.promise import decode
+from amg.protection.callbacks import shown_less
 from amg.protection.carry import carry_over
 from amg.protection.deliver import deliver
 from amg.protection.final import Held, checked_call
@@ -162,6 +163,21 @@ def _watched(pipe: Any, index: Any, config: AMGConfig, also: Sequence[Any], leve
     return Watched(pipe, family_of(pipe), index, config, also, Ordinary(bank_of(config, None)))
 
 
+def _given(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, with its defaults; whatever else is among them."""
+    parameters = inspect.signature(call).parameters
+    defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
+    return {**defaults, **dict(zip(parameters, args, strict=False)), **kwargs}
+
+
+def _with_blanks(
+    pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: AMGConfig
+) -> dict[str, Any]:
+    given = _given(call, (pipe, *args), kwargs)
+    listed = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
+    return shown_less(kwargs, config, given.get("num_inference_steps") if listed is None else len(listed))
+
+
 def _unfinished(pipe: Any, protection: Protection) -> Held:
     """What the pictures of a call are held to that leaves the last steps to another pipeline."""
     warnings.warn(
@@ -214,10 +230,11 @@ def _protected(kind: type) -> type:
         with _alone(self):
             for index in (protection.index, *protection.also):
                 index.seal.check()  # before any work, and before a truncated map is touched
+            if protection.config.blank_callbacks:
+                kwargs = _with_blanks(self, call, args, kwargs, protection.config)
             if not is_ours(self):
                 return checked_call(self, call, args, kwargs, protection.held)
-            given = inspect.signature(call).bind_partial(self, *args, **kwargs).arguments
-            if given.get("denoising_end") is not None:
+            if _given(call, (self, *args), kwargs).get("denoising_end") is not None:
                 return checked_call(self, call, args, kwargs, _unfinished(self, protection))
             return _call(self, call, args, kwargs)
 

@@ -10,6 +10,7 @@ import amg.engine.loop
 from amg.pipelines.pictures import to_tensor
 
 diffusers = pytest.importorskip("diffusers")
+from diffusers.callbacks import PipelineCallback  # noqa: E402
 
 SCHEDULERS = (
     "DDPMScheduler",
@@ -117,6 +118,47 @@ def test_callback_progress_and_signature_survive(sd, embedding_index, capsys):
         protected, callback_on_step_end=lambda pipe, step, t, kwargs: seen.append((step, float(t))) or kwargs
     )
     assert [step for step, _ in seen] == list(range(6)) and "6/6" in capsys.readouterr().err
+
+
+class Kept(PipelineCallback):
+    """diffusers' own kind of callback: keeps the latents it is shown, and puts others in."""
+
+    def __init__(self):
+        super().__init__(cutoff_step_ratio=None, cutoff_step_index=0)
+        self.seen = []
+
+    @property
+    def tensor_inputs(self):
+        return ["latents", "prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        latents = callback_kwargs.pop("latents")
+        self.seen.append(float(latents.abs().max()))
+        return {"latents": latents + 1} if step_index >= 3 else callback_kwargs
+
+
+@pytest.mark.parametrize("kind", ["function", "class"])
+@pytest.mark.parametrize("family", ["ours", "watched"])
+def test_callbacks_are_shown_nothing_from_the_first_checkpoint_on(sd, embedding_index, kind, family):
+    """Nor is what they put in taken then: the pictures are the plain ones."""
+    pipe, arguments = sd, {"prompt": ["abc", "cat, red"], "num_inference_steps": 6}
+    if family == "watched":
+        from .. import pipelines_tiny
+
+        pipe, arguments = pipelines_tiny.build("sd3", steps=6)
+    seeded = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 2)]  # noqa: E731
+    plain = pipe(**arguments, generator=seeded(), output_type="pt").images
+    protected, callback, seen = amg.protect(pipe, embedding_index, shut(blank_callbacks=True)), Kept(), []
+
+    def function(pipe, step, t, given):
+        seen.append(float(given["latents"].abs().max()))
+        return {"latents": given["latents"] + 1} if step >= 3 else {}
+
+    given = callback if kind == "class" else function
+    out = protected(**arguments, generator=seeded(), output_type="pt", callback_on_step_end=given)
+    assert torch.equal(out.images, plain)
+    seen = callback.seen if kind == "class" else seen
+    assert [value == 0 for value in seen] == [False, False, True, True, True, True]
 
 
 def test_save_pretrained_is_that_of_the_plain_pipeline(sd, embedding_index, tmp_path):
