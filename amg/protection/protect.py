@@ -173,6 +173,14 @@ def _unfinished(pipe: Any, protection: Protection) -> Held:
     return protection.held._replace(watched=_watched(pipe, index, config, also, "full"))
 
 
+def _ends_early(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call leaves its last steps to another pipeline, as those of SDXL alone can."""
+    signature = inspect.signature(call)
+    if "denoising_end" not in signature.parameters:  # nor does it name what `_with_classes` adds
+        return False
+    return signature.bind_partial(pipe, *args, **kwargs).arguments.get("denoising_end") is not None
+
+
 def _require_uncalibrated(config: AMGConfig, name: str) -> None:
     """Refuse what was made for loops that are known to the bit."""
     for option in ("calibration", "student"):
@@ -216,8 +224,7 @@ def _protected(kind: type) -> type:
                 index.seal.check()  # before any work, and before a truncated map is touched
             if not is_ours(self):
                 return checked_call(self, call, args, kwargs, protection.held)
-            given = inspect.signature(call).bind_partial(self, *args, **kwargs).arguments
-            if given.get("denoising_end") is not None:
+            if _ends_early(self, call, args, kwargs):
                 return checked_call(self, call, args, kwargs, _unfinished(self, protection))
             return _call(self, call, args, kwargs)
 
