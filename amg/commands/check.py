@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amg.commands.indexes import add_also
+from amg.commands.said import Defaults
 from amg.config import PRESETS, AMGConfig
 from amg.index.store import write_atomically
 from amg.verdict import METRIC_NAMES, Verdict, plain, similarity_text
@@ -29,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         help="hold finished pictures, whoever made them, to an index",
         description="The final check alone: is any of these pictures a copy of a training image?",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them")
     parser.add_argument("--index", type=Path, required=True, help="index of the training set")
@@ -37,12 +38,10 @@ def add_parser(subparsers: Any) -> None:
         "--embedder", help="what made it: pixels (default), photos, sscd:FILE, open_clip:MODEL:FILE"
     )
     add_also(parser, "to hold them to")
-    parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="main", help="whose thresholds (default main)"
-    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="whose thresholds")
     parser.add_argument("--threshold", type=float, help="of the metric, instead of the preset's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a picture, too")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument("--device", default="cpu", help="torch device")
     parser.set_defaults(run=run)
 
 

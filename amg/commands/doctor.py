@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from amg.commands.said import Defaults
 from amg.config import PRESETS, AMGConfig
 from amg.verdict import plain
 
@@ -22,34 +23,25 @@ def add_parser(subparsers: Any) -> None:
         description="Read a diffusers folder and an index, sample nothing, and say at which level the "
         "pipeline would be protected, why not at a higher one, and what is missing.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Defaults,
     )
     parser.add_argument("model", metavar="MODEL", help="a diffusers folder, or a bundled model")
     parser.add_argument("--index", type=Path, required=True, help="index of the training set")
     parser.add_argument(
         "--embedder", help="what made it: pixels (default), photos, sscd:FILE, open_clip:MODEL:FILE"
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="default main")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="main", help="whose config")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    from amg import zoo
     from amg.commands.indexes import open_index
-    from amg.extras import needed
+    from amg.commands.sample import open_pipeline
     from amg.pipelines.explain import explained
 
-    diffusers = needed("diffusers", "`amg doctor`")
     index = open_index(arguments.index, arguments.embedder, "cpu")
-    if arguments.model in zoo.MODELS:
-        pipe = zoo.load(arguments.model)
-    elif (Path(arguments.model) / "model_index.json").is_file():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(arguments.model, local_files_only=True)
-    else:
-        raise ValueError(
-            f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {arguments.model!r}"
-        )
+    pipe = open_pipeline(arguments.model, "cpu")
     print(table(explained(pipe, index, AMGConfig.preset(arguments.preset))))
     return 0
 

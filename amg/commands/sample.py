@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,22 +119,10 @@ def _summary(delivered: Sequence[Any]) -> str:
 
 def open_model(model: str, scheduler: str | None, device: str) -> Any:
     """A bundled model by name, or a pipeline from a local diffusers folder, with the scheduler asked for."""
-    from amg import zoo
     from amg.extras import needed
-    from amg.pipelines.supported import is_sd3, require_folder, require_sampled
+    from amg.pipelines.supported import is_sd3, require_sampled
 
-    diffusers = needed("diffusers", "a model")
-    if model in zoo.MODELS:
-        pipe = zoo.load(model, device)
-    elif (Path(model) / "model_index.json").is_file():
-        require_folder(Path(model))
-        if "text_encoder" in json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8")):
-            needed("transformers", "a text-to-image model")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
-    else:
-        raise ValueError(
-            f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}"
-        )
+    pipe = open_pipeline(model, device, sampled=True)
     require_sampled(pipe)
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
@@ -145,8 +132,31 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
                 f"`--scheduler` must be left out for {type(pipe).__name__}, whose flow matching has its own, "
                 f"got {scheduler!r}"
             )
+        diffusers = needed("diffusers", "a scheduler")
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
     return pipe
+
+
+def open_pipeline(model: str, device: str, sampled: bool = False) -> Any:
+    """A bundled model by name, or any pipeline from a local diffusers folder; sampled: one of a class that
+    `Sampler` takes, else TypeError, before any weights are read."""
+    from amg import zoo
+    from amg.extras import needed
+    from amg.pipelines.supported import read_model_index, require_class
+
+    diffusers = needed("diffusers", "a model")
+    if model in zoo.MODELS:
+        return zoo.load(model, device)
+    if not (Path(model) / "model_index.json").is_file():
+        raise ValueError(
+            f"`MODEL` must be one of {zoo.MODELS} or a folder with model_index.json, got {model!r}"
+        )
+    held = read_model_index(Path(model))
+    if sampled:
+        require_class([str(held.get("_class_name"))], "MODEL")
+    if "text_encoder" in held:
+        needed("transformers", "a text-to-image model")
+    return diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True).to(device)
 
 
 def default_scale(pipe: Any) -> float:

@@ -73,9 +73,8 @@ def is_ours(pipe: Any) -> bool:
     return any(base.__name__ in SUPPORTED for base in type(pipe).__mro__)
 
 
-def require_folder(folder: Path) -> None:
-    """Before any weights are read: TypeError for a folder that holds a pipeline of another class, ValueError
-    for one that does not say of which."""
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """What a diffusers folder says that it holds; no weights are read. ValueError where it says nothing."""
     path = folder / "model_index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +82,7 @@ def require_folder(folder: Path) -> None:
         raise ValueError(f"`MODEL`: {path} is no JSON that can be read ({error})") from error
     if not isinstance(index, dict):
         raise ValueError(f"`MODEL`: {path} must hold one object, got {type(index).__name__}")
-    require_class([str(index.get("_class_name"))], "MODEL")
+    return index
 
 
 def is_xl(pipe: Any) -> bool:

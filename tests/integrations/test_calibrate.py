@@ -8,7 +8,7 @@ import torch
 
 import amg
 from amg.cli import main
-from amg.commands import calibrate
+from amg.commands import calibrate, indexes
 from amg.commands import sample as sampling
 from amg.config import AMGConfig
 
@@ -25,7 +25,7 @@ def generators(count):
 def asked(sd, embedding_index, embedder, tmp_path, monkeypatch):
     """A function that runs the command on the tiny pipeline, whose median image counts as a copy."""
     monkeypatch.setattr(sampling, "open_model", lambda *_: sd)
-    monkeypatch.setattr(sampling, "open_index", lambda *_: embedding_index)
+    monkeypatch.setattr(indexes, "open_index", lambda *_: embedding_index)
     found = amg.Sampler(sd, embedding_index, AMGConfig.preset("off"))(
         ["abc", "cat, red"] * 6, generator=generators(12), num_inference_steps=STEPS, progress=False
     )

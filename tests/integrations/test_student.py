@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import amg
 from amg.cli import main
+from amg.commands import indexes
 from amg.commands import sample as sampling
 from amg.config import AMGConfig
 from amg.embed.student import FORMAT, LIMITS, SCALE, Agreement, Origin, Student, load_student, save_student
@@ -186,7 +187,7 @@ def test_the_cut_is_the_order_statistic_of_each_generation_s_least():
 @pytest.fixture
 def distilled(sd, embedding_index, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "open_model", lambda *_: sd)
-    monkeypatch.setattr(sampling, "open_index", lambda *_: embedding_index)
+    monkeypatch.setattr(indexes, "open_index", lambda *_: embedding_index)
 
     def run(*more, images=24):
         command = ["distill", "tiny", "--index", "tiny.amg", "--embedder", "tiny", "--steps", str(STEPS)]
@@ -248,7 +249,7 @@ def test_distilling_goes_on_only_with_the_same_model_and_index(
     pictures = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(9))
     captions = [f"caption {i % 20}" for i in range(60)]
     other = amg.Index.build(pictures, captions, embedder, tmp_path / "o.amg", progress=False)
-    monkeypatch.setattr(sampling, "open_index", lambda *_: other)
+    monkeypatch.setattr(indexes, "open_index", lambda *_: other)
     assert distilled() == 2
     assert "`--index` must be that of the run kept in" in capsys.readouterr().err
 
@@ -280,7 +281,7 @@ def test_a_scheduler_refuses_what_was_made_for_a_model(embedding_index, name):
 
 def test_a_pixel_model_is_refused_before_anything_is_drawn(ddpm, pixel_index, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sampling, "open_model", lambda *_: ddpm)
-    monkeypatch.setattr(sampling, "open_index", lambda *_: pixel_index)
+    monkeypatch.setattr(indexes, "open_index", lambda *_: pixel_index)
     command = ["distill", "tiny", "--index", "p.amg", "--embedder", "tiny", "--out", str(tmp_path / "s")]
     assert main(command) == 2
     assert "`MODEL` must denoise latents" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import torch
 
 import amg
 from amg.cli import main
+from amg.commands.sample import open_pipeline
 from amg.pipelines.supported import SAMPLED
 
 diffusers = pytest.importorskip("diffusers")
@@ -159,3 +160,5 @@ def test_a_folder_that_does_not_say_what_it_holds(text, tmp_path, capsys):
     (tmp_path / "model_index.json").write_text(text)
     assert main(["sample", str(tmp_path), "--index", "x", "--out", str(tmp_path / "o")]) == 2
     assert "amg sample: `MODEL`: " in capsys.readouterr().err and not (tmp_path / "o").exists()
+    with pytest.raises(ValueError, match=r"`MODEL`: .*model_index\.json "):
+        open_pipeline(str(tmp_path), "cpu")
