@@ -66,7 +66,7 @@ def main() -> None:
         lost = {mode: sorted(plain - found[mode]) for mode in MODES[1:]}
         kept = {mode: len(plain & found[mode]) for mode in MODES[1:]}
         print(pipeline, len(plain), kept, {mode: names for mode, names in lost.items() if names}, flush=True)
-        names = " ".join(f"{mode}:{name}" for mode, all in lost.items() for name in all)
+        names = ", ".join(sorted({name.rsplit(".", 1)[1] for all in lost.values() for name in all}))
         rows.append([pipeline, len(plain), kept["off"], kept["closed"], names])
     write(args.out, rows)
 
