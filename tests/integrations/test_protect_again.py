@@ -83,9 +83,9 @@ def test_a_protection_that_fails_leaves_the_old_one(protected, embedding_index, 
 @pytest.mark.parametrize(
     ("also", "named"),
     [
-        (None, "`also` must be a list of indexes, got NoneType"),
-        ("pictures.amg", "`also` must be a list of indexes, got str"),
-        (["pictures.amg"], r"`also\[0\]` must be an amg.Index, got str"),
+        (None, "`also` must be a list of indexes, got None"),
+        ("pictures.amg", "`also` must be a list of indexes, got 'pictures.amg'"),
+        (["pictures.amg"], r"`also\[0\]` must be an amg.Index, got 'pictures.amg'"),
     ],
 )
 @pytest.mark.parametrize("way", [amg.protect, amg.Sampler])
