@@ -1,4 +1,4 @@
-"""`amg index build | info | verify | guard | search`."""
+"""`amg index build | info | verify | guard | search`, and those of index_import.py and index_change.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from amg.commands.index_change import add_changes
 from amg.commands.index_import import add_import
 from amg.commands.said import as_said
 from amg.extras import told
@@ -28,6 +29,8 @@ EXAMPLES = """examples:
   amg index build train.parquet --out laion.amg --embedder sscd:sscd.safetensors --captions text
   amg index build 'shards/{00000..00099}.tar' more/ --out all.amg --embedder sscd:sscd.safetensors
   amg index import clip_embeddings/ --out clip.amg --embedder-name "open_clip ViT-B-32 openai"
+  amg index extend laion.amg more.parquet --embedder sscd:sscd.safetensors
+  amg index remove laion.amg --id 000017.jpg
   amg index info laion.amg
   amg index verify laion.amg
   amg index guard old.amg photos/                                 for an index of an earlier version
@@ -71,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
     guard.add_argument("--quiet", action="store_true", help="no progress bar")
     guard.set_defaults(run=_reporting(run_guard))
     add_import(commands, _reporting, _near_duplicate)
+    add_changes(commands, _reporting)
     _add_search(commands)
 
 
@@ -324,6 +328,7 @@ def print_info(index: Index) -> None:
         "image size": "x".join(map(str, manifest.image_size)) if manifest.image_size else None,
         "near duplicates": near,
         "format version": manifest.version,
+        "generation": manifest.generation or None,
         "bytes": f"{sum(record.size for record in manifest.files.values()):,}",
     }
     for name, value in lines.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from amg.index.embeddings import LEAST_COSINE
+from amg.index.imported.embeddings import LEAST_COSINE
 from amg.index.index import Index
 
 

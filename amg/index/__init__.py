@@ -1,6 +1,7 @@
-"""The training set on disk: build, open, search, verify."""
+"""The training set on disk: build, open, search, verify, change."""
 
 from amg.index.add_guard import add_guard
+from amg.index.change import extend, gc, merge, remove
 from amg.index.errors import (
     EmbedderMismatch,
     IndexBuildError,
@@ -24,4 +25,8 @@ __all__ = [
     "IndexStorageError",
     "IndexVersionError",
     "add_guard",
+    "extend",
+    "gc",
+    "merge",
+    "remove",
 ]

@@ -75,8 +75,8 @@ def require_new(path: Path) -> None:
 def write_whole(
     path: Path, identity: dict[str, Any], resume: bool, fill: Callable[[State, Path], None]
 ) -> None:
-    """An index at `path` that `fill(state, partial)` completes in a directory of ours, from where an earlier
-    run of the same identity stopped."""
+    """Files of an index in the directory `path`, which `fill(state, partial)` completes in a directory of
+    ours, from where an earlier run of the same identity stopped."""
     partial = partial_path(path)
     with claimed(partial, lambda: _of_earlier_version(partial), IndexBuildError):
         state = read_state(partial) if resume else None
@@ -124,7 +124,7 @@ def _run(
         journal = Journal(partial, state, plan.dtype, plan.fold_rule(state.image_size))
     with progress_bar(source.length, state.position, progress) as bar:
         reader = ShardReader(
-            _resume_stream(source, state), captions, plan, state.image_size, bar, state.all_digest
+            resume_stream(source, state), captions, plan, state.image_size, bar, state.all_digest
         )
         while shard := reader.read():
             if journal is None:
@@ -151,7 +151,7 @@ def _check_rows(state: State, plan: BuildPlan, partial: Path) -> None:
         )
 
 
-def _resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
+def resume_stream(source: ImageSource, state: State) -> Iterator[TrainingImage]:
     """Images from the state's position on, after checking that those before it are still the same.
 
     Where the source's identity tells of changes, the last of them is enough; else every one is loaded again.

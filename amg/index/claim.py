@@ -118,6 +118,18 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process holds a directory by `claimed` now."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def publish(directory: Path, path: Path) -> None:
     """Give a directory that is held by `claimed` its final name and mode, and take the marker away.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 SKIPPED = "skipped.jsonl"
 NAMED, REASONS = 1000, 100  # names that are written out; reasons that are counted apart
+REMOVED = "removed, and the model was not said to be retrained"
 OTHER_REASONS = "other reasons"
 LEAST = 0.99  # of coverage without a warning
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from amg.index.coverage import SkippedFile, make_coverage
+from amg.index.coverage import REMOVED, SkippedFile, make_coverage
 from amg.index.decode import DEPTH_RULE
 from amg.index.encode import MOST_SQUARES
 from amg.index.guard import SKETCH
@@ -22,13 +22,16 @@ from amg.index.store import (
     CODE_ERRORS,
     CODE_SCALES,
     CODES,
+    FORMAT_VERSION,
     GUARD,
     META,
+    PICTURES,
     ROWS_FILE,
     Imported,
     Manifest,
     Skipped,
     file_record,
+    folder_of,
     import_parquet,
     write_manifest,
 )
@@ -48,14 +51,22 @@ class Folding:
 
 
 def finish_index(
-    journal: Journal, plan: BuildPlan, passed_over: Tally, imported: Imported | None = None
+    journal: Journal,
+    plan: BuildPlan,
+    passed_over: Tally,
+    imported: Imported | None = None,
+    after: Manifest | None = None,
+    removed: int = 0,
+    generation: int = 0,
 ) -> None:
-    """Complete the partial directory: afterwards it needs only its final name."""
+    """Complete the partial directory: afterwards it needs only its final name. after: what the index was
+    before it was changed; removed: pictures taken out that the model may still know."""
     partial, state = journal.partial, journal.state
     folding = fold_captions(partial, state.shards, state.kept)
     _write_meta(partial, state.shards, folding)
     names = [ROWS_FILE[plan.dtype], META, *_write_codes(journal, plan.metric)]
     names += [GUARD] if journal.guard_length else []
+    names.append(_write_pictures(partial, state.shards))
     names += journal.members.finish(partial)
     notes, skipped = _tally_notes(partial, state.shards), SkippedFile()
     first: list[Skipped] = []
@@ -64,6 +75,8 @@ def finish_index(
         first += [entry] if len(first) < SKIPPED_KEPT else []
     skipped.write(partial)
     images = state.position - sum(skipped.counts.values())
+    if removed:
+        skipped.counts[REMOVED] = removed
     assert state.dimension is not None
     manifest = Manifest(
         metric=plan.metric,
@@ -73,7 +86,7 @@ def finish_index(
         dtype=plan.dtype,
         image_size=state.image_size,
         embedder=plan.record,
-        preprocessing=_describe(plan) if imported is None else f"imported vectors, unit {plan.dtype}",
+        preprocessing=_preprocessing(plan, imported, after),
         near_duplicate=plan.near_duplicate,
         skipped=tuple(first),
         files={name: file_record(partial / name) for name in sorted(names)},
@@ -84,9 +97,18 @@ def finish_index(
         examples={**passed_over.examples, **notes.examples},
         coverage=make_coverage(state.kept, images - state.kept, skipped.counts),
         imported=imported,
+        version=FORMAT_VERSION if generation else 1,
+        generation=generation,
+        folder=folder_of(generation),
     )
     write_manifest(partial, manifest)
     journal.clear()
+
+
+def _preprocessing(plan: BuildPlan, imported: Imported | None, after: Manifest | None) -> str:
+    if after is not None:
+        return after.preprocessing
+    return _describe(plan) if imported is None else f"imported vectors, unit {plan.dtype}"
 
 
 def _describe(plan: BuildPlan) -> str:
@@ -190,6 +212,20 @@ def _write_meta(partial: Path, shards: int, folding: Folding) -> None:
                 row = rows.stop
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_pictures(partial: Path, shards: int) -> str:
+    """pictures.parquet, the logs one after the other."""
+    writer = None
+    with open(partial / PICTURES, "wb") as file:
+        for log in read_logs(partial, shards):
+            writer = writer or import_parquet().ParquetWriter(file, log.schema)
+            writer.write_table(log)
+        assert writer is not None
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    return PICTURES
 
 
 def _kept_entries(partial: Path, shards: int, folding: Folding) -> Iterator[Any]:

@@ -13,20 +13,17 @@ from typing import Any
 import torch
 
 from amg.embed.precision import full_precision
-from amg.index.embeddings import LEAST_COSINE, from_embeddings, verify
+from amg.index.change import extend, remove
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
 from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Guard, map_guard
 from amg.index.hits import Closest, Hits
+from amg.index.imported.embeddings import LEAST_COSINE, from_embeddings, verify
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
 from amg.index.usable import require_directions, require_searchable, searchable
 from amg.kernels import Codes
-
-
-def _reopened(path: Path, embedder: Any, searcher: str, device: str) -> Index:
-    return Index.open(path, embedder, searcher=searcher, device=device)
 
 
 class Index:
@@ -42,9 +39,10 @@ class Index:
 
     def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
         self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
-        self.guard: Guard | None = map_guard(path, manifest, member_rows(path, manifest))
-        self.members: Members | None = map_members(path, manifest)
-        self.seal = Seal(path, manifest)
+        self.data = path / manifest.folder  # where this generation's files lie
+        self.guard: Guard | None = map_guard(self.data, manifest, member_rows(self.data, manifest))
+        self.members: Members | None = map_members(self.data, manifest)
+        self.seal = Seal(self.data, manifest)
         self.embedder: Any = None
         self.searcher_spec = "exact"
         self.searcher: Searcher = make_searcher("exact", rows, manifest.metric, codes)
@@ -115,7 +113,7 @@ class Index:
         if self.embedder is None:
             raise ValueError("`verify_embeddings` needs the embedder: pass it to Index.open(path, embedder)")
         verify(self.path, self.embedder, pictures, least)
-        return Index.open(self.path, self.embedder, searcher=self.searcher_spec, device=self.device)
+        return self._anew()
 
     @staticmethod
     def open(
@@ -134,7 +132,8 @@ class Index:
         """
         directory = Path(path).absolute()  # the program may change its directory
         manifest = read_manifest(directory)
-        (check_hashes if verify else check_sizes)(directory, manifest)
+        data = directory / manifest.folder
+        (check_hashes if verify else check_sizes)(data, manifest)
         if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
             warnings.warn(
                 f"{directory} has {manifest.count} rows, nL2 is over the {NL2_NEIGHBOURS} nearest: "
@@ -148,11 +147,24 @@ class Index:
                 f"`amg index guard {directory} IMAGES` adds one",
                 stacklevel=2,
             )
-        index = Index(directory, manifest, map_rows(directory, manifest), map_codes(directory, manifest))
+        index = Index(directory, manifest, map_rows(data, manifest), map_codes(data, manifest))
         index = index.to(device)
         if embedder is not None:
             index = index.attach(embedder)
         return index if searcher == "exact" else index.with_searcher(searcher)
+
+    def extend(self, images: Any, captions: Any = None, **options: Any) -> Index:
+        """This index with more pictures (`amg.index.extend`); what is open stays what it was."""
+        extend(self.path, images, captions, self.embedder, **options)
+        return self._anew()
+
+    def remove(self, **options: Any) -> Index:
+        """This index without some pictures (`amg.index.remove`)."""
+        remove(self.path, **options)
+        return self._anew()
+
+    def _anew(self) -> Index:
+        return Index.open(self.path, self.embedder, searcher=self.searcher_spec, device=self.device)
 
     def attach(self, embedder: Any) -> Index:
         """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with."""
@@ -193,7 +205,8 @@ class Index:
 
     def __reduce__(self) -> Any:
         """Pickled by its path: opened again where it is unpickled."""
-        return _reopened, (self.path, self.embedder, self.searcher_spec, str(self.device))
+        opened = functools.partial(Index.open, searcher=self.searcher_spec, device=str(self.device))
+        return opened, (self.path, self.embedder)
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +245,7 @@ class Index:
 
     @functools.cached_property
     def _meta(self) -> dict[str, list]:
-        return read_meta(self.path, self.manifest)
+        return read_meta(self.data, self.manifest)
 
     @property
     def ids(self) -> list[str]:
@@ -346,8 +359,8 @@ class Index:
 
     def verify(self) -> None:
         """Check size and sha256 of every file, and read the metadata. Raises IndexCorrupt naming the file."""
-        check_hashes(self.path, read_manifest(self.path))
-        read_meta(self.path, self.manifest)
+        check_hashes(self.data, read_manifest(self.data))
+        read_meta(self.data, self.manifest)
 
     def _require_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         expected = f"floating [B, {self.dimension}] on {self.device} (the index's device)"

@@ -66,6 +66,8 @@ class LogEntry:
     row: int
     reason: str | None
     notes: str | None = None  # notes.pack_notes()
+    vector: int | None = None  # content hashes, by which a picture is found again: of its row or of a member
+    sketch: int | None = None
 
 
 def read_state(partial: Path) -> State | None:
@@ -86,7 +88,7 @@ def _logged(partial: Path, shards: int) -> tuple[int, int] | None:
     parquet, images, rows = import_parquet(), 0, 0
     for shard in range(shards):
         try:
-            log = parquet.read_metadata(_log_path(partial, shard))
+            log = parquet.read_metadata(log_path(partial, shard))
             at = log.schema.names.index("row")
             last = [log.row_group(group).column(at).statistics.max for group in range(log.num_row_groups)]
             images, rows = images + log.num_rows, max(rows, *(row + 1 for row in last))
@@ -110,7 +112,7 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
     """The log table of each shard, in order."""
     parquet = import_parquet()
     for shard in range(shards):
-        path = _log_path(partial, shard)
+        path = log_path(partial, shard)
         try:
             log = parquet.read_table(path)
         except Exception as error:  # pyarrow raises many types on damaged files
@@ -118,7 +120,7 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
         yield log
 
 
-def _log_path(partial: Path, shard: int) -> Path:
+def log_path(partial: Path, shard: int) -> Path:
     return partial / SHARDS / f"{shard:07d}.parquet"
 
 
@@ -176,11 +178,9 @@ class Journal:
         append(self.guard_path, guard[keep])
         self._sketch(rows[keep])
         self._add_members(rows, guard, assigned, keep)
-        row_of = iter(assigned)
-        numbered = [
-            entry if entry.reason else dataclasses.replace(entry, row=next(row_of)) for entry in entries
-        ]
-        _write_log(_log_path(self.partial, self.state.shards), numbered)
+        contents = zip(assigned, hashes.tolist(), row_hashes(guard).tolist(), strict=True)
+        numbered = [entry if entry.reason else _placed(entry, *next(contents)) for entry in entries]
+        _write_log(log_path(self.partial, self.state.shards), numbered)
         self.table.add(hashes[keep], self.state.kept)
         self._advance(entries[-1].position + 1, self.state.kept + len(keep), digests)
 
@@ -223,6 +223,10 @@ class Journal:
         shutil.rmtree(self.partial / SHARDS)
 
 
+def _placed(entry: LogEntry, row: int, vector: int, sketch: int) -> LogEntry:
+    return dataclasses.replace(entry, row=row, vector=vector, sketch=sketch)
+
+
 def _of_rows(old: torch.Tensor, new: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Lines `numbers` [n] of `old` [m, D] followed by `new`, without joining the two."""
     taken = torch.empty(len(numbers), new.shape[1], dtype=new.dtype)
@@ -236,7 +240,7 @@ def _write_log(path: Path, entries: list[LogEntry]) -> None:
     import pyarrow
 
     kinds = {"position": "int64", "id": "string", "source": "string", "caption": "string"}
-    kinds |= {"row": "int64", "reason": "string", "notes": "string"}
+    kinds |= {"row": "int64", "reason": "string", "notes": "string", "vector": "uint64", "sketch": "uint64"}
     columns = {
         name: pyarrow.array([getattr(entry, name) for entry in entries], getattr(pyarrow, kind)())
         for name, kind in kinds.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from amg.index.errors import IndexCorrupt
-from amg.index.store import MANIFEST, Manifest, check_hashes, map_rows
+from amg.index.store import MANIFEST, Manifest, check_hashes, map_rows, read_manifest
 
 NORM_TOLERANCE = 2e-3  # of unit rows stored in fp16
 ROW_BLOCK_VALUES = 1 << 22
@@ -55,10 +55,14 @@ class Seal:
 
     def _require_same_files(self, now: dict[str, Stamp]) -> None:
         for name, (device, inode, *_) in self.opened.items():
-            if now[name][:2] != (device, inode):
+            if now[name][:2] != (device, inode) and not (name == MANIFEST and self._succeeded()):
                 raise IndexCorrupt(
                     f"{self.directory / name} was exchanged since the index was opened: open the index again"
                 )
+
+    def _succeeded(self) -> bool:
+        """Whether the manifest is that of a later generation, which leaves the files of this one alone."""
+        return read_manifest(self.directory).generation > self.manifest.generation
 
     def _require_unit_rows(self) -> None:
         if self.manifest.metric != "cosine":
@@ -92,5 +96,7 @@ def _stamp(path: Path) -> Stamp:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise IndexCorrupt(f"{path} cannot be read any more ({error.strerror})") from error
+        raise IndexCorrupt(
+            f"{path} cannot be read any more ({error.strerror}): open the index again"
+        ) from error
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

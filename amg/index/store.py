@@ -7,6 +7,8 @@ codes.scales.f32      [count] one scale per row                       }
 codes.errors.f32      [count] norm of each row's rounding error       }
 skipped.jsonl         the first 1,000 images that were skipped, with the reason; none where there are none
 meta.parquet          id, caption, count, source, caption_count: one line per row
+pictures.parquet      every picture seen, in order: id, source, caption, row (-1: skipped, with the reason),
+                      content hashes of its vector and sketch; what extend, remove and merge start from
 guard.f16             [count + M, 2048] sketches of the rows' pictures, then of M folded ones, see guard.py
 members.rows.i64      [M] the row that each of these was folded into           } where M > 0
 members.f16|f32|u8    [M, dimension] their vectors or pixels, as in rows.*     }
@@ -33,9 +35,9 @@ from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, Index
 from amg.index.fields import read_fields
 
 FORMAT = "amg-index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written where the files lie in a folder; what needs no folder is still version 1
 MANIFEST = "manifest.json"
-META = "meta.parquet"
+META, PICTURES = "meta.parquet", "pictures.parquet"
 TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random ending
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
@@ -93,7 +95,8 @@ class Manifest:
     noteworthy was done to, by what. examples: the first few names for each of these. background: what
     transparent pictures, queries too, are composited over; None: alpha is dropped. guard: how
     the pictures' sketches were made, None without. imported: None where the rows were made of pictures.
-    Fields with a default are absent from indexes of earlier versions.
+    generation: how often it was changed; folder: within the index, where this generation's files lie. Fields
+    with a default are absent from indexes of earlier versions.
     """
 
     metric: str
@@ -107,7 +110,7 @@ class Manifest:
     near_duplicate: float | None
     skipped: tuple[Skipped, ...]
     files: dict[str, FileRecord]
-    version: int = FORMAT_VERSION
+    version: int = 1
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
     guard: str | None = None
@@ -115,6 +118,8 @@ class Manifest:
     background: str | None = None
     coverage: Coverage | None = None
     imported: Imported | None = None
+    generation: int = 0
+    folder: str = ""
 
     @property
     def verified(self) -> bool:
@@ -182,8 +187,8 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if record.get("sha256") != digest:
         raise IndexCorrupt(f"{path} does not match its own sha256: it was changed or damaged")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise IndexCorrupt(f"{path}: `version` must be {FORMAT_VERSION}, got {version!r}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise IndexCorrupt(f"{path}: `version` must be in [1, {FORMAT_VERSION}], got {version!r}")
     return _manifest_of(record, path)
 
 
@@ -230,8 +235,18 @@ def _check_values(manifest: Manifest) -> None:
         coverage.indexed, coverage.folded, coverage.skipped
     ):
         raise ValueError(f"`coverage` must have the sum in `seen`, and the share of it, got {coverage}")
+    if manifest.folder != folder_of(manifest.generation):
+        raise ValueError(
+            f"`folder` must be {folder_of(manifest.generation)!r} in generation {manifest.generation}, "
+            f"got {manifest.folder!r}"
+        )
     if strange := [name for name in manifest.files if os.path.basename(name) != name]:
         raise ValueError(f"`files` must name no file outside the index, got {strange[0]!r}")
+
+
+def folder_of(generation: int) -> str:
+    """Where the files of a generation lie within an index: beside its manifest at first, then in a folder."""
+    return f"generation-{generation}" if generation else ""
 
 
 def partial_path(path: Path) -> Path:

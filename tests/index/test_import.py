@@ -18,7 +18,7 @@ COUNT = 75
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("amg.index.vectors.BLOCK", 16)
+    monkeypatch.setattr("amg.index.imported.vectors.BLOCK", 16)
 
 
 @pytest.fixture

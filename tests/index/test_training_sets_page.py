@@ -83,6 +83,21 @@ def test_the_code_on_embeddings_runs(tmp_path, pictures, embedder, capsys):
     assert said[0] == "80 False" and said[1].startswith("True Imported(pictures=2, cosine=0.99")
 
 
+@pytest.mark.filterwarnings("ignore:.*were taken out of")
+def test_the_code_on_changes_runs(tmp_path, pictures, embedder, capsys):
+    (code,) = re.findall(r"<!-- code: change -->\n```python\n(.*?)```", PAGE, re.S)
+    for name, some in (("imported.amg", slice(0, 60)), ("more.amg", slice(60, 80))):
+        ids = [f"{at}.png" for at in range(80)][some]
+        Index.build(pictures[some], None, embedder, tmp_path / name, ids=ids, progress=False)
+    Index.build(pictures[:5], path=tmp_path / "photos.amg", ids=list("abcde"), progress=False)
+    names = {"folder": tmp_path, "embedder": embedder, "new_pictures": pictures[5:9]}
+    exec(code, names)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("0.9666") and "removed, and the model" in said[0]
+    assert said[1].startswith("9 1 ['guard.f16', ")
+    assert Index.open(tmp_path / "joined.amg").count == 78
+
+
 def test_the_reasons_are_the_real_ones():
     for reason in (NO_FILE, URL, DANGLING, OUT):
         assert f"`{reason}`" in PAGE, reason

@@ -17,6 +17,7 @@ from amg.index.build import progress_bar, require_new, require_place, write_whol
 from amg.index.encode import check_embedder, embedder_record, resize_to_embed, unit_vectors
 from amg.index.errors import IndexBuildError
 from amg.index.finish import finish_index
+from amg.index.imported.vectors import BLOCK, Block, Columns, VectorSource, open_vectors
 from amg.index.journal import Journal, LogEntry, State
 from amg.index.notes import Tally
 from amg.index.plan import BuildPlan, make_plan
@@ -31,7 +32,6 @@ from amg.index.store import (
     read_meta,
     write_manifest,
 )
-from amg.index.vectors import BLOCK, Block, Columns, VectorSource, open_vectors
 
 if TYPE_CHECKING:
     from amg.index.index import Index
@@ -189,7 +189,8 @@ def verify(path: Path, embedder: Any, pictures: Any, least: float) -> Imported:
     if manifest.imported is None:
         raise IndexBuildError(f"`path` must be an index of imported vectors, {path} was built of pictures")
     check_embedder(embedder, manifest.embedder, manifest.dimension)
-    ids, rows = read_meta(path, manifest)["id"], map_rows(path, manifest)
+    data = path / manifest.folder
+    ids, rows = read_meta(data, manifest)["id"], map_rows(data, manifest)
     known = {Path(name).stem: row for row, name in enumerate(ids)} | {
         name: row for row, name in enumerate(ids)
     }
@@ -210,7 +211,8 @@ def verify(path: Path, embedder: Any, pictures: Any, least: float) -> Imported:
             f"for: {path} was not made by this embedder, or of other pictures"
         )
     found = Imported(compared, min(worst[0], 1.0))
-    write_manifest(path, dataclasses.replace(manifest, imported=found))
+    for place in dict.fromkeys((data, path)):
+        write_manifest(place, dataclasses.replace(manifest, imported=found))
     return found
 
 
