@@ -239,7 +239,7 @@ def test_index_is_never_pickled_and_reads_lazily(tmp_path, pictures, embedder):
     index = build(pictures, embedder=embedder, path=tmp_path / "i")
     files = sorted(file.name for file in (tmp_path / "i").iterdir())
     codes = ["codes.errors.f32", "codes.i8", "codes.scales.f32"]
-    assert files == [*codes, "guard.f16", "manifest.json", "meta.parquet", "rows.f16"]
+    assert files == [*codes, "guard.f16", "manifest.json", "meta.parquet", "pictures.parquet", "rows.f16"]
     assert not (tmp_path / "i.partial").exists()
     (tmp_path / "i" / "meta.parquet").rename(tmp_path / "meta")
     assert index.nearest(index.rows[:1].float()).row.tolist() == [0]

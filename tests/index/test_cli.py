@@ -44,7 +44,7 @@ def test_build_and_info(built, capsys):
 
 def test_verify(built, capsys):
     assert amg("verify", built) == 0
-    assert "3 files" in capsys.readouterr().out
+    assert "4 files" in capsys.readouterr().out
     rows = bytearray((built / "rows.u8").read_bytes())
     rows[5] ^= 1
     (built / "rows.u8").write_bytes(rows)

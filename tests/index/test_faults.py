@@ -248,8 +248,8 @@ def rewrite(index: Index, **changes) -> None:
 def test_newer_and_damaged_manifests(index):
     file = index.path / "manifest.json"
     good = file.read_bytes()
-    rewrite(index, version=2)
-    with pytest.raises(IndexVersionError, match=r"format version 2, this package reads up to 1: upgrade amg"):
+    rewrite(index, version=3)
+    with pytest.raises(IndexVersionError, match=r"format version 3, this package reads up to 2: upgrade amg"):
         Index.open(index.path)
     for changes in ({"count": 79}, {"metric": "nl2"}, {"format": "else"}, {"version": 0}):
         file.write_bytes(good)
