@@ -2,9 +2,9 @@
 
 python benchmarks/kill_index.py --kills 200
 
-A process builds, extends, removes from or merges indexes of small pictures, and is killed (SIGKILL). What lies
-there must open, verify and hold the pictures from before or those from after; the same act is killed again and
-again until it is done, and then is what it is where nothing is killed.
+A process builds, extends, removes from or merges indexes of small pictures, and is killed (SIGKILL). What
+lies there must open, verify and hold the pictures from before or those from after; the same act is killed
+again and again until it is done, and then is what it is where nothing is killed.
 """
 
 from __future__ import annotations
