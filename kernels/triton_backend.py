@@ -7,9 +7,11 @@ import functools
 def triton_missing() -> str | None:
     """Return why triton cannot be imported, None where it can be; asked only when an op may need it."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton is not importable ({error})"
+    if not hasattr(triton, "knobs"):  # 3.4 has them first
+        return f"triton is {triton.__version__}, the kernels need 3.4"
     return None
 
 

@@ -187,9 +187,7 @@ def test_what_cannot_be_changed_is_refused(build, many, tmp_path, embedder):
 def test_an_index_of_another_kind_is_not_joined(tmp_path, many, embedder):
     Index.build(many, path=tmp_path / "a", progress=False)
     Index.build(many, None, embedder, tmp_path / "b", progress=False)
-    with pytest.raises(
-        IndexBuildError, match=r"be alike in `metric`: nl2 in .*a, cosine in .*b"
-    ):
+    with pytest.raises(IndexBuildError, match=r"be alike in `metric`: nl2 in .*a, cosine in .*b"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
 
 
