@@ -78,3 +78,34 @@ def test_an_index_without_folded_pictures_has_no_members(tmp_path, pictures):
     assert index.members is None and not [*(tmp_path / "i").glob("members*")]
     whole = pictures.float() / 255
     assert torch.equal(index.closest(whole).similarity, index.nearest(index.embed(whole)).similarity)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_near_duplicates_do_not_hide_a_copy(tmp_path, parts):
+    """nL2 of a copy is the same with 0 and with 60 near-duplicates of its picture in the index, and with the
+    pictures in one index and in four that were merged; unfolded they would be all of the 50 nearest."""
+    from amg.index import merge
+
+    generator = torch.Generator().manual_seed(3)
+    small = torch.rand(100, 3, 4, 4, generator=generator)
+    distinct = torch.nn.functional.interpolate(small, (16, 16), mode="bilinear")
+    noise = 0.012 * torch.randn(60, 3, 16, 16, generator=generator)
+    near = (distinct[:1] + noise).clamp(0, 1)
+    copy = (distinct[:1] + 0.012 * torch.randn(1, 3, 16, 16, generator=generator)).clamp(0, 1)
+
+    def value(pictures, name, **options):
+        ids = [str(number) for number in range(len(pictures))]
+        for part in range(parts):
+            some = slice(len(pictures) * part // parts, len(pictures) * (part + 1) // parts)
+            build(pictures[some], tmp_path / f"{name}{part}", ids=ids[some], **options)
+        if parts > 1:
+            merge([tmp_path / f"{name}{part}" for part in range(parts)], tmp_path / name, progress=False)
+        index = Index.open(tmp_path / (name if parts > 1 else f"{name}0"))
+        return -index.closest(copy).similarity.item(), index
+
+    alone, _ = value(distinct, "alone")
+    among, index = value(torch.cat([distinct, near]), "among")
+    assert index.count == 100 and alone < 0.3
+    assert among <= alone and among == pytest.approx(alone, rel=0.3)  # one of the 60 may be nearer
+    hidden, _ = value(torch.cat([distinct, near]), "unfolded", near_duplicate=False)
+    assert hidden > 1.4
