@@ -89,6 +89,8 @@ def run(case: str) -> None:
         again = amg.Index.open(index.path)
         opening = time.perf_counter() - start
         folded = index.manifest.coverage.folded
+        files = index.manifest.files
+        texts = files["meta.parquet"].size + files["pictures.parquet"].size
     print(
         json.dumps(
             {
@@ -101,6 +103,7 @@ def run(case: str) -> None:
                 "of it before": round(before / 2**20, 2),
                 "opening ms": round(1e3 * opening, 1),
                 "rows kept": again.count,
+                "bytes of texts a picture": round(texts / (distinct + planted)),
             }
         )
     )

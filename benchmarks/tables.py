@@ -137,6 +137,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "guard": by("bench_guard", "guard.csv"),
     "own-loop": whole("own_loop.csv"),
     "pipelines": whole("pipelines.csv"),
+    "index": whole("index.csv"),
     "flow": by("bench_flow", "flow.csv"),
     "flow-detection": by("bench_flow", "flow_detection.csv"),
     "diffusers-tests": whole("diffusers_tests.csv"),
