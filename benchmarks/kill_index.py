@@ -88,7 +88,7 @@ def once(act: str, seconds: float, dice: random.Random, pictures: torch.Tensor) 
         prepared(act, folder, pictures)
         while not checked(act, folder):
             running = started(act, folder)
-            time.sleep(dice.uniform(0, seconds))
+            time.sleep(dice.uniform(0, seconds * (1 + kills / 5)))  # each try may come further
             if running.poll() is None:
                 running.send_signal(signal.SIGKILL)
                 kills += 1

@@ -114,6 +114,14 @@ def save_student(student: Student, path: str | Path, report: Mapping[str, Any]) 
         save_file(weights, partial, {FORMAT: json.dumps(described)})
 
 
+def _require_claimed(described: Mapping[str, Any], origin: Origin, weights: Mapping[str, Tensor]) -> None:
+    """ValueError unless the sizes that a file says are those of its weights, before anything is made."""
+    claimed = (described["width"], origin.channels)
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if tuple(weights["stem.weight"].shape[:2]) != claimed or described["blocks"] != len(blocks):
+        raise ValueError(f"width, channels {claimed} and {described['blocks']} blocks are not its weights'")
+
+
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
     """A student of `amg distill` in evaluation mode. Errors: FileNotFoundError, ValueError."""
     if not Path(path).is_file():
@@ -129,9 +137,10 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
             for one in described["agreement"]
         ]
         origin = Origin(**described["origin"])
+        _require_claimed(described, origin, weights)
         student = Student(origin, described["width"], described["blocks"], agreement).float()
         student.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
         raise ValueError(
             f"`student` must be a file of `amg distill`, {FORMAT} version {VERSION}, got {path} ({error!r})"
         ) from error

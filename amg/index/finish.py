@@ -219,7 +219,7 @@ def _write_pictures(partial: Path, shards: int) -> str:
     writer = None
     with open(partial / PICTURES, "wb") as file:
         for log in read_logs(partial, shards):
-            writer = writer or import_parquet().ParquetWriter(file, log.schema)
+            writer = writer or import_parquet().ParquetWriter(file, log.schema, write_page_checksum=True)
             writer.write_table(log)
         assert writer is not None
         writer.close()

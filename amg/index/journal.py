@@ -114,7 +114,7 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
     for shard in range(shards):
         path = log_path(partial, shard)
         try:
-            log = parquet.read_table(path)
+            log = parquet.read_table(path, page_checksum_verification=True)
         except Exception as error:  # pyarrow raises many types on damaged files
             raise IndexBuildError(f"{path} is damaged ({error}): the build has to start again") from error
         yield log
@@ -246,7 +246,7 @@ def _write_log(path: Path, entries: list[LogEntry]) -> None:
         for name, kind in kinds.items()
     }
     content = io.BytesIO()
-    import_parquet().write_table(pyarrow.table(columns), content)
+    import_parquet().write_table(pyarrow.table(columns), content, write_page_checksum=True)
     with open(path, "wb") as file:
         file.write(content.getvalue())
         file.flush()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from amg.index.errors import IndexBuildError
-from amg.index.sources.columns import Table, caption_column, is_list, open_table
+from amg.index.sources.columns import Table, caption_column, is_list, open_table, readable
 from amg.index.store import import_parquet
 from amg.index.text import make_caption, plain_name
 
@@ -124,7 +124,7 @@ class NpyPart:
         self.file = file
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy raises many types on damaged files
             raise IndexBuildError(f"`vectors`: {file} cannot be read as .npy ({error})") from error
         self.texts = None if metadata is None else _Texts(metadata, columns)
         self.source = ArraySource(array, None, None)
@@ -213,7 +213,11 @@ def _why(length: int, dimension: int) -> str:
 
 
 def batches(table: Table, columns: list[str]) -> Iterator[Any]:
-    """Record batches of a table; of Parquet BLOCK rows each."""
+    """Record batches of a table; of Parquet BLOCK rows each. Raises IndexBuildError."""
+    return readable(table.file, _batches(table, columns))
+
+
+def _batches(table: Table, columns: list[str]) -> Iterator[Any]:
     if table.file.suffix.lower() == ".parquet":
         with import_parquet().ParquetFile(table.file) as opened:
             yield from opened.iter_batches(batch_size=BLOCK, columns=columns)

@@ -60,7 +60,9 @@ def _open_arrow(file: Path) -> Table:
         raise IndexBuildError(f"`images`: {file} cannot be read as Arrow ({error})") from error
 
     def batches(_: int, columns: list[str]) -> Iterator[Any]:
-        yield from _arrow(file).select(columns).to_batches()
+        for batch in _arrow(file).select(columns).to_batches():
+            batch.validate(full=True)  # offsets of a damaged one lead anywhere in memory
+            yield batch
 
     return Table(file, held.schema, (held.num_rows,), batches)
 
@@ -168,8 +170,22 @@ def _is_bytes(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
+def readable(file: Path, parts: Iterator[Any]) -> Iterator[Any]:
+    """Parts of a file as they are read. Raises IndexBuildError naming it where they cannot be."""
+    try:
+        yield from parts
+    except IndexBuildError:
+        raise
+    except Exception as error:  # pyarrow raises many types on damaged files
+        raise IndexBuildError(f"`images`: {file} is damaged and cannot be read on ({error})") from error
+
+
 def read_group(table: Table, group: int, columns: list[str], skip: int) -> Iterator[tuple[int, dict]]:
     """Rows of a row group from the `skip`-th on, with their number in it; text comes as bytes."""
+    return readable(table.file, _read_group(table, group, columns, skip))
+
+
+def _read_group(table: Table, group: int, columns: list[str], skip: int) -> Iterator[tuple[int, dict]]:
     import pyarrow
 
     offset = 0

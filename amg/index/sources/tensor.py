@@ -123,6 +123,6 @@ def open_array(file: Path) -> ArraySource:
 
     try:
         images = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy raises many types on damaged files
         raise IndexBuildError(f"`images`: {file} cannot be read as an array ({error})") from error
     return ArraySource(images, file)
