@@ -57,6 +57,10 @@ def add_parser(subparsers: Any) -> None:
     info.set_defaults(run=_reporting(run_info))
     verify = commands.add_parser("verify", help="check the sha256 of every file; reads all of them")
     verify.add_argument("path", metavar="INDEX", help="directory of the index")
+    verify.add_argument(
+        "--sample", metavar="PICTURES", help="pictures of some rows, for an index of imported vectors"
+    )
+    verify.add_argument("--embedder", metavar="SPEC", help="what embeds them again, as for import")
     verify.set_defaults(run=_reporting(run_verify))
     guard = commands.add_parser(
         "guard",
@@ -225,10 +229,15 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> None:
     """amg index verify."""
+    if (arguments.sample is None) != (arguments.embedder is None):
+        raise ValueError("`--sample` and `--embedder` go together: the pictures, and what embeds them again")
     index = Index.open(arguments.path)
     index.verify()
     total = sum(record.size for record in index.manifest.files.values())
     print(f"{index.path}: {len(index.manifest.files)} files, {total:,} bytes, every sha256 as it should be")
+    if arguments.sample is not None:
+        index = index.attach(_load_embedder(arguments.embedder)).verify_embeddings(arguments.sample)
+        print(f"{index.path}: {_imported_line(index.manifest)}")
 
 
 def run_guard(arguments: argparse.Namespace) -> None:
@@ -295,7 +304,9 @@ def _imported_line(manifest: Manifest) -> str | None:
     if manifest.imported is None:
         return None
     pictures, cosine = manifest.imported.pictures, manifest.imported.cosine
-    return f"verified by {pictures:,} pictures, cosine {cosine:.4f} or more" if pictures else "not verified"
+    if not pictures:
+        return "not verified"
+    return f"verified by {pictures:,} picture{'s' * (pictures != 1)}, cosine {cosine:.4f} or more"
 
 
 def _guard_line(index: Index) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from amg.index.imported.embeddings import LEAST_COSINE
+from amg.index.imported.verify import LEAST_COSINE
 from amg.index.index import Index
 
 
@@ -62,6 +62,8 @@ def run_import(arguments: argparse.Namespace) -> None:
         raise ValueError("`--sample` needs `--embedder`, which embeds the pictures again, got none")
     if arguments.embedder_sha256 and arguments.embedder_name is None:
         raise ValueError("`--embedder-sha256` goes with `--embedder-name`, got none")
+    if arguments.sample is not None and not Path(arguments.sample).exists():  # said before hours of folding
+        raise ValueError(f"`--sample` must be pictures, there is nothing at {arguments.sample}")
     made: Any = {"name": arguments.embedder_name, "sha256": arguments.embedder_sha256}
     if arguments.embedder is not None:
         made = embed.load(arguments.embedder)

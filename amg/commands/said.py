@@ -26,6 +26,7 @@ OTHER_NAMES = {
     "source": "file",
     "pipe": "model",
     "path": "out",
+    "pictures": "sample",
 }
 OF_BUILDING = {"captions": "--captions", "embedder": "--embedder"}  # of `amg index build`, in advice
 

@@ -59,9 +59,14 @@ def add_guard(path: str | os.PathLike, images: Any, embedder: Any = None, *, pro
         raise IndexBuildError(
             f"`path` must be an index without a guard, {directory} has one ({manifest.guard})"
         )
+    if manifest.imported is not None:
+        raise IndexBuildError(
+            f"`path` must be an index of pictures, {directory} is of imported vectors: its pictures would "
+            "all have to be embedded again, and an index built of them has a guard"
+        )
     check_hashes(directory, manifest)
     if embedder is not None:
-        check_embedder(embedder, manifest.embedder, manifest.dimension)
+        check_embedder(embedder, manifest)
     task = _Task(directory, manifest, embedder)
     try:
         task.read(open_source(images, background=manifest.background), progress)

@@ -71,6 +71,31 @@ def warn_of_gaps(indexes: Iterable[Any]) -> None:
         if not getattr(index, "verified", True):
             warnings.warn(
                 f"`index` holds imported vectors that nobody has compared with pictures ({index.path}): "
-                "`Index.verify_embeddings` does; it has no guard either",
+                "`Index.verify_embeddings` does",
                 stacklevel=3,
             )
+
+
+def warn_of_no_guard(directory: Path, manifest: Any) -> None:
+    """Say to the caller's caller that an index has no guard, why, and what gives it one."""
+    if manifest.guard is not None:
+        return
+    why, remedy = "built by an earlier version", f"`amg index guard {directory} IMAGES` adds one"
+    if manifest.imported is not None:
+        why, remedy = "made of vectors, no picture was seen", "an index built of the pictures has one"
+    warnings.warn(
+        f"{directory} has no guard (it was {why}): copies that guidance pushed just under the metric's "
+        f"threshold pass its final check; {remedy}",
+        stacklevel=3,
+    )
+
+
+def warn_of_a_name_alone(directory: Path, manifest: Any) -> None:
+    """Say to the caller's caller that an embedder is held to its name and length only."""
+    if manifest.imported is None or manifest.embedder.sha256 or manifest.verified:
+        return
+    warnings.warn(
+        f"{directory} says no more than the name {manifest.embedder.name!r} of what made its vectors, and "
+        "nobody has verified them: `Index.verify_embeddings` compares some pictures",
+        stacklevel=3,
+    )

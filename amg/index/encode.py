@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from amg.embed.precision import embedded
 from amg.index.errors import EmbedderMismatch
-from amg.index.store import EmbedderRecord
+from amg.index.store import EmbedderRecord, Manifest
 from amg.index.usable import directions, require_directions
 
 MOST_SQUARES = 16
@@ -37,15 +37,17 @@ def embedder_record(embedder: Any) -> EmbedderRecord:
     return EmbedderRecord(embedder.name, embedder.sha, str(getattr(embedder, "preprocessing", "")))
 
 
-def check_embedder(embedder: Any, expected: EmbedderRecord | None, dimension: int) -> None:
+def check_embedder(embedder: Any, manifest: Manifest) -> None:
     """The embedder is the one the index was built with. Raises EmbedderMismatch naming what differs."""
-    found = embedder_record(embedder)
+    found, expected = embedder_record(embedder), manifest.embedder
     if expected is None:
         raise EmbedderMismatch(f"`embedder`: a pixel index has none, got {found.name!r}")
-    pairs = {"name": (expected.name, found.name), "dimension": (dimension, embedder.dimension)}
-    if expected.sha256:  # else imported vectors, of which no more than the name is known
-        pairs["sha"] = (expected.sha256, found.sha256)
-        pairs["preprocessing"] = (expected.preprocessing, found.preprocessing)
+    pairs = {"name": (expected.name, found.name), "dimension": (manifest.dimension, embedder.dimension)}
+    known = {"sha": (expected.sha256, found.sha256)}
+    known["preprocessing"] = (expected.preprocessing, found.preprocessing)
+    if manifest.imported is not None:  # of what made its vectors no more than the name may be known
+        known = {key: pair for key, pair in known.items() if pair[0]}
+    pairs |= known
     different = [f"{key} {ours!r}, got {theirs!r}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if different:
         raise EmbedderMismatch(f"`embedder` must be the one the index was built with: {'; '.join(different)}")

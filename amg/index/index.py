@@ -14,11 +14,13 @@ import torch
 
 from amg.embed.precision import full_precision
 from amg.index.change import extend, remove
+from amg.index.coverage import warn_of_a_name_alone, warn_of_no_guard
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
 from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
 from amg.index.guard import Guard, map_guard
 from amg.index.hits import Closest, Hits
-from amg.index.imported.embeddings import LEAST_COSINE, from_embeddings, verify
+from amg.index.imported.embeddings import from_embeddings
+from amg.index.imported.verify import LEAST_COSINE, verify
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
@@ -32,9 +34,9 @@ class Index:
     metric: "cosine" (unit vectors of an embedder) or "nl2" (pixels). rows: [count, dimension] on `device`,
     fp16 or fp32 unit vectors, or uint8 pixels in CHW order. image_size: (H, W) of a pixel index, else None.
     manifest: what the index says of itself (store.Manifest). guard: sketches of every picture (guard.Guard),
-    None in an index of an earlier version. members: folded pictures, None where there are none. similarity is
-    larger = closer everywhere: the cosine, or −nL2. Nothing in it changes after opening, so threads may share
-    one.
+    None in an index of an earlier version or of imported vectors. members: folded pictures, None where there
+    are none. similarity is larger = closer everywhere: the cosine, or −nL2. Nothing in it changes after
+    opening, so threads may share one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
@@ -107,8 +109,10 @@ class Index:
         their rows, and the manifest says how many and the least cosine.
 
         pictures: what `Index.build` takes, or a dict {id: picture}; a row is found by its id, or by the name
-        without folder and suffix; others are passed over. Raises IndexBuildError naming a picture that is
-        below `least`, or where none is of a row; ValueError without an embedder.
+        without folder and suffix where one row alone has it; others are passed over. From then on the index
+        is held to all that this embedder says of itself. Raises IndexBuildError naming the picture that is
+        least alike to its row where it is below `least`, or one that cannot be read, or where none is of a
+        row; ValueError without an embedder.
         """
         if self.embedder is None:
             raise ValueError("`verify_embeddings` needs the embedder: pass it to Index.open(path, embedder)")
@@ -140,13 +144,7 @@ class Index:
                 "with fewer, its usual threshold of 1.4 does not mean the same",
                 stacklevel=2,
             )
-        if manifest.guard is None and manifest.imported is None:
-            warnings.warn(
-                f"{directory} has no guard (it was built by an earlier version): copies that guidance pushed "
-                "just under the metric's threshold pass its final check; "
-                f"`amg index guard {directory} IMAGES` adds one",
-                stacklevel=2,
-            )
+        warn_of_no_guard(directory, manifest)
         index = Index(directory, manifest, map_rows(data, manifest), map_codes(data, manifest))
         index = index.to(device)
         if embedder is not None:
@@ -167,8 +165,10 @@ class Index:
         return Index.open(self.path, self.embedder, searcher=self.searcher_spec, device=self.device)
 
     def attach(self, embedder: Any) -> Index:
-        """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with."""
-        check_embedder(embedder, self.manifest.embedder, self.dimension)
+        """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with; warns
+        where only its name says so (`from_embeddings`)."""
+        check_embedder(embedder, self.manifest)
+        warn_of_a_name_alone(self.path, self.manifest)
         attached = copy.copy(self)
         attached.embedder = embedder
         return attached

@@ -112,6 +112,8 @@ def plain_name(name: str | bytes) -> str:
     """A file name that can be stored: bytes that are not UTF-8, and halves of surrogate pairs, become
     U+FFFD."""
     if isinstance(name, str):
+        if name.isascii():
+            return name
         name = os.fsencode(_NO_BYTE.sub("\ufffd", name))
     return name.decode("utf-8", errors="replace")
 

@@ -1,14 +1,12 @@
 """Vectors that were embedded elsewhere: the same index as one of the pictures, from every kind of file."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
-from amg.cli import main
-from amg.index import EmbedderMismatch, Index, IndexBuildError
+from amg.index import Index, IndexBuildError
 from amg.index.encode import unit_vectors
+from amg.index.imported.names import AGAIN, NO_ID
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -54,9 +52,7 @@ def assert_same(index, other):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(
-    "kind", ["array", "half tensor times two", "npy", "parquet", "arrow", "clip-retrieval"]
-)
+@pytest.mark.parametrize("kind", ["array", "twice", "npy", "parquet", "arrow", "clip-retrieval"])
 def test_equals_the_index_of_the_pictures(tmp_path, many, vectors, texts, embedder, kind, dtype):
     ids = [f"p{number}.png" for number in range(COUNT)]
     built = Index.build(many, texts, embedder, tmp_path / "built", ids=ids, progress=False, dtype=dtype)
@@ -144,48 +140,6 @@ def test_a_killed_import_goes_on_and_sees_what_changed(tmp_path, monkeypatch, ve
     }
 
 
-def test_is_verified_by_pictures_of_its_rows(tmp_path, many, vectors, embedder, monkeypatch):
-    ids = [f"folder/p{number}.png" for number in range(COUNT)]
-    index = imported(vectors, tmp_path / "i", ids=ids, near_duplicate=False).attach(embedder)
-    with pytest.raises(IndexBuildError, match="none has the id of one"):
-        index.verify_embeddings({"another": many[0]})
-    with pytest.raises(IndexBuildError, match=r"p6\.png is at cosine -?0\.\d+ from its row, at least 0\.98"):
-        index.verify_embeddings({"folder/p5.png": many[5], "p6.png": many[7]})
-    assert not Index.open(tmp_path / "i").verified
-    sure = index.verify_embeddings({"p5.png": many[5], "elsewhere/p65.png": many[65]})
-    assert sure.verified and sure.embedder is embedder and sure.manifest.imported.pictures == 2
-    assert 0.999 < sure.manifest.imported.cosine <= 1.0
-    sure.seal.check()
-    with pytest.raises(ValueError, match="needs the embedder"):
-        Index.open(tmp_path / "i").verify_embeddings({})
-
-
-def test_an_embedder_is_held_to_what_is_known_of_it(tmp_path, vectors, embedder):
-    by_name = imported(vectors, tmp_path / "name", embedder="toy")
-    assert by_name.attach(embedder).embedder is embedder
-    with pytest.raises(EmbedderMismatch, match="sha"):
-        imported(vectors, tmp_path / "sha", embedder={**NAMED, "sha256": "b" * 64}).attach(embedder)
-    with pytest.raises(EmbedderMismatch, match="name 'other', got 'toy'"):
-        imported(vectors, tmp_path / "other", embedder="other").attach(embedder)
-    assert imported(vectors, tmp_path / "itself", embedder=embedder).manifest.embedder.sha256 == "a" * 64
-
-
-def test_verdicts_and_protection_say_that_nobody_verified(tmp_path, vectors, embedder, many):
-    import amg
-
-    index = imported(vectors, tmp_path / "i").attach(embedder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        (verdict,) = amg.check(many[:1].float() / 255, index)
-    assert not verdict.verified and "vectors not verified" in str(verdict) and verdict.memorized
-    from amg.index.coverage import warn_of_gaps
-
-    with pytest.warns(UserWarning, match="imported vectors that nobody has compared with pictures"):
-        warn_of_gaps([index])
-    sure = index.verify_embeddings({"0": many[0]})
-    assert amg.check(many[:1].float() / 255, sure)[0].verified
-
-
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
@@ -232,34 +186,117 @@ def test_files_that_do_not_fit_are_refused(tmp_path, vectors):
     assert imported(tmp_path / "two.parquet", tmp_path / "i", vector_column="b").count == 2
 
 
-def test_the_command(tmp_path, vectors, many, png, capsys, monkeypatch, embedder):
-    import amg
+def test_a_killed_import_goes_on_with_the_ids_it_has_seen(tmp_path, monkeypatch, vectors):
+    import amg.index.journal as journal
 
-    np.save(tmp_path / "v.npy", vectors.numpy())
-    out, sample = str(tmp_path / "i"), tmp_path / "sample"
-    assert (
-        main(["index", "import", str(tmp_path / "v.npy"), "--out", out, "--quiet", "--embedder-name", "toy"])
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "imported         not verified" in said and "none: imported vectors" in said
-    sample.mkdir()
-    table = pyarrow.table({"id": [f"p{number}" for number in range(COUNT)]})
+    ids = [f"p{number % 20}" for number in range(40)]
+    parquet.write_table(pyarrow.table({"key": ids, "v": vectors[:40].tolist()}), tmp_path / "v.parquet")
+    commit = journal.Journal.commit
+
+    def stopping(self, *arguments):
+        commit(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "commit", stopping)
+        imported(tmp_path / "v.parquet", tmp_path / "i")
+    index = imported(tmp_path / "v.parquet", tmp_path / "i")
+    assert index.ids == [*ids[:20], *(f"v.parquet#{row}" for row in range(20, 40))]
+
+
+def test_files_of_one_name_have_rows_of_different_ids(tmp_path, vectors):
+    for name in ("a", "b"):
+        (tmp_path / "v" / name / "img_emb").mkdir(parents=True)
+    np.save(tmp_path / "v" / "a" / "img_emb" / "img_emb_0.npy", vectors[:2].numpy())
+    np.save(tmp_path / "v" / "b" / "img_emb" / "img_emb_0.npy", vectors[2:4].numpy())
+    expected = [f"{name}/img_emb/img_emb_0.npy#{row}" for name in "ab" for row in range(2)]
+    several = imported([tmp_path / "v" / "a", tmp_path / "v" / "b"], tmp_path / "several")
+    assert several.ids == several.sources == expected == imported(tmp_path / "v", tmp_path / "one").ids
+    file = tmp_path / "v" / "a" / "img_emb" / "img_emb_0.npy"
+    with pytest.raises(IndexBuildError, match=r"`vectors` names .*img_emb_0\.npy twice"):
+        imported([tmp_path / "v" / "a", file], tmp_path / "i")
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_ids_are_distinct_and_there(tmp_path, vectors, kind):
+    ids: list = [f"p{number}" for number in range(40)]
+    ids[1], ids[2], ids[3], ids[30] = None, "", "p0", "p5"  # p5: of an earlier block
+    table = pyarrow.table({"key": ids, "embedding": vectors[:40].tolist()})
     parquet.write_table(table, tmp_path / "v.parquet")
-    for number in (3, 8):
-        (sample / f"p{number}.png").write_bytes(png(many[number]))
-    monkeypatch.setattr(amg.embed, "load", lambda spec: embedder)
-    words = [
-        "index",
-        "import",
-        str(tmp_path / "v.npy"),
-        "--out",
-        out + "2",
-        "--quiet",
-        "--embedder",
-        "photos",
-    ]
-    assert main([*words, "--sample", str(sample)]) == 0
-    assert "verified by 2 pictures, cosine 0.99" in capsys.readouterr().out
-    assert main([*words[:-2], "--embedder-name", "toy", "--sample", str(sample)]) == 2
-    assert "`--sample` needs `--embedder`" in capsys.readouterr().err
+    if kind == "npy":
+        np.save(tmp_path / "v.npy", vectors[:40].numpy())
+    index = imported(tmp_path / f"v.{kind}", tmp_path / "i")
+    expected = [f"v.{kind}#{at}" if at in (1, 2, 3, 30) else name for at, name in enumerate(ids)]
+    assert index.ids == expected
+    assert index.manifest.notes == {NO_ID: 2, AGAIN: 2}
+    assert index.manifest.examples[AGAIN] == [f"v.{kind}#3", f"v.{kind}#30"]
+    with pytest.raises(IndexBuildError, match=r"`id_column` must hold distinct ids, 'key' has 'p0' once"):
+        imported(tmp_path / f"v.{kind}", tmp_path / "j", id_column="key")
+
+
+def test_a_column_that_is_asked_for_has_to_be_there(tmp_path, vectors):
+    np.save(tmp_path / "v.npy", vectors.numpy())
+    for options, message in (
+        ({"captions": "caption"}, r"`captions` names column 'caption', and .*v\.npy has no table"),
+        ({"id_column": "key"}, r"`id_column` names column 'key', and .*v\.npy has no table"),
+        ({"vector_column": "v"}, r"`vector_column` names column 'v', and .*v\.npy has none"),
+    ):
+        with pytest.raises(IndexBuildError, match=message):
+            imported(tmp_path / "v.npy", tmp_path / "i", **options)
+    parquet.write_table(pyarrow.table({"embedding": vectors.tolist()}), tmp_path / "w.parquet")
+    with pytest.raises(
+        IndexBuildError, match=r"`id_column` must be a column of .*, \['embedding'\], got 'k'"
+    ):
+        imported(tmp_path / "w.parquet", tmp_path / "i", id_column="k")
+    with pytest.raises(IndexBuildError, match="`captions` names column 'c'"):
+        imported(tmp_path / "w.parquet", tmp_path / "i", captions="c")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1, and no more")
+    with pytest.raises(IndexBuildError, match=r"`vectors`: .*x\.parquet cannot be read as Parquet"):
+        imported(tmp_path / "x.parquet", tmp_path / "i")
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_files_without_rows_are_passed_over(tmp_path, vectors, kind):
+    (tmp_path / "v").mkdir()
+    for name, some in (("0", vectors[:0]), ("1", vectors[:40]), ("2", vectors[:0]), ("3", vectors[40:60])):
+        if kind == "npy":
+            np.save(tmp_path / "v" / f"{name}.npy", some.numpy())
+        else:
+            column = pyarrow.array(some.tolist(), pyarrow.list_(pyarrow.float32()))
+            parquet.write_table(pyarrow.table({"embedding": column}), tmp_path / "v" / f"{name}.parquet")
+    index = imported(tmp_path / "v", tmp_path / "i")
+    whole = imported(vectors[:60], tmp_path / "whole")
+    assert torch.equal(index.rows, whole.rows) and index.ids[40] == f"3.{kind}#0"
+    for name in "13":
+        (tmp_path / "v" / f"{name}.{kind}").unlink()
+    with pytest.raises(IndexBuildError, match=r"`vectors`: no vector in .*0\.\w+ and others"):
+        imported(tmp_path / "v", tmp_path / "j")
+
+
+@pytest.mark.parametrize("element", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["list", "large_list", "fixed"])
+def test_every_type_of_column_of_vectors(tmp_path, vectors, kind, element):
+    value = getattr(pyarrow, element)()
+    types = {"list": pyarrow.list_(value), "large_list": pyarrow.large_list(value)}
+    rows = [*vectors[:20].numpy().astype(element), None, *vectors[20:40].numpy().astype(element)]
+    table = pyarrow.table({"v": pyarrow.array(rows, types.get(kind, pyarrow.list_(value, 24)))})
+    parquet.write_table(table, tmp_path / "v.parquet", row_group_size=7)
+    with (
+        pyarrow.OSFile(str(tmp_path / "v.arrow"), "wb") as out,
+        pyarrow.ipc.new_file(out, table.schema) as file,
+    ):
+        file.write_table(table, max_chunksize=9)
+    exact = torch.from_numpy(vectors[:40].numpy().astype(element).astype(np.float64))
+    exact = (exact / exact.norm(dim=1, keepdim=True)).float()
+    for suffix in ("parquet", "arrow"):
+        index = imported(tmp_path / f"v.{suffix}", tmp_path / suffix, dtype="float32", near_duplicate=False)
+        torch.testing.assert_close(index.rows, exact, rtol=0, atol=1e-7)
+        assert index.manifest.coverage.skipped == {"no vector": 1}
+
+
+def test_what_is_done_to_captions_is_noted_as_by_a_build(tmp_path, many, vectors, embedder):
+    texts = ["a\x01b", None, ["", "second", "third"], " ", "plain", "half \ud800"]
+    built = Index.build(many[:6], texts, embedder, tmp_path / "built", progress=False)
+    index = imported(vectors[:6], tmp_path / "i", texts)
+    assert index.captions == built.captions == ["a b", None, "second", None, "plain", "half \ufffd"]
+    assert index.manifest.notes == built.manifest.notes and sum(index.manifest.notes.values()) == 3

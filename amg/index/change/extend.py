@@ -57,7 +57,7 @@ def extend(
             f"`path` must be an index of pictures to be extended by some, {directory} is of vectors"
         )
     if manifest.metric == "cosine" or embedder is not None:
-        check_embedder(embedder, manifest.embedder, manifest.dimension)
+        check_embedder(embedder, manifest)
     plan = plan_of(manifest, embedder, ids, batch_size, on_error, image_column)
     given = caption_column(images, captions)
     source = open_source(images, given, plan.background, image_column=image_column, least=plan.least)

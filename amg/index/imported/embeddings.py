@@ -13,30 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from amg.embed.network import is_sha256
 from amg.index.build import progress_bar, require_new, require_place, write_whole
-from amg.index.encode import check_embedder, embedder_record, resize_to_embed, unit_vectors
+from amg.index.encode import embedder_record
 from amg.index.errors import IndexBuildError
 from amg.index.finish import finish_index
+from amg.index.imported.names import Distinct
 from amg.index.imported.vectors import BLOCK, Block, Columns, VectorSource, open_vectors
 from amg.index.journal import Journal, LogEntry, State
-from amg.index.notes import Tally
+from amg.index.notes import Tally, pack_notes
 from amg.index.plan import BuildPlan, make_plan
-from amg.index.shards import chain_digest, to_float
-from amg.index.sources import open_source
-from amg.index.store import (
-    DTYPES,
-    EmbedderRecord,
-    Imported,
-    map_rows,
-    read_manifest,
-    read_meta,
-    write_manifest,
-)
+from amg.index.shards import chain_digest
+from amg.index.store import DTYPES, EmbedderRecord, Imported
 
 if TYPE_CHECKING:
     from amg.index.index import Index
 
-LEAST_COSINE = 0.98  # of a picture embedded again with its row: other decoders and resizers are a little off
 SMALLEST_NORM = 1e-12
 
 
@@ -60,9 +52,12 @@ def from_embeddings(
     clip-retrieval's `metadata_N.parquet` or a table of the same name beside them, or Parquet and Arrow with
     a column of lists of floats. Rows are unit vectors; a vector that is zero, not finite, missing or of
     another length is skipped by reason, as an unreadable picture is. embedder: what made them: an embedder,
-    its name, or a dict of name, sha256 and preprocessing; by a name alone it is taken at its word. captions:
-    as many as vectors, or for files the name of a column (by default a usual one); ids: distinct, as many as
-    an array's vectors (by default the position, or file and row); vector_column, id_column: of files.
+    its name, or a dict of name, sha256 and preprocessing; what is not given is held to nothing, until
+    `Index.verify_embeddings` fills it in. captions: as many as an array's vectors, or for files the name of
+    a column (by default a usual one); ids: distinct, as many as an array's vectors (by default the
+    position). vector_column, id_column: of files, by default a usual one; ids of a column that was named
+    must be distinct, else rows without an id, or with one that was there before, are called by file and
+    row, which is noted.
     dtype, near_duplicate, progress, resume: as in `Index.build`.
     No picture is seen: the index has no guard, and `manifest.verified` is False, which is warned of wherever
     it is used, until `Index.verify_embeddings` has compared some. Raises IndexBuildError, IndexStorageError.
@@ -106,7 +101,12 @@ def record_of(embedder: Any) -> EmbedderRecord:
         given = {"sha256": "", "preprocessing": "", **embedder}
         names = {field.name for field in dataclasses.fields(EmbedderRecord)}
         if set(given) == names and all(isinstance(value, str) for value in given.values()) and given["name"]:
-            return EmbedderRecord(**given)
+            record = EmbedderRecord(**{**given, "sha256": given["sha256"].lower()})
+            if record.sha256 and not is_sha256(record.sha256):
+                raise IndexBuildError(
+                    f"`embedder` must have a sha256 of 64 hex digits, got {record.sha256!r}"
+                )
+            return record
     elif callable(embedder):
         return embedder_record(embedder)
     raise IndexBuildError(
@@ -131,7 +131,7 @@ def _identity(source: VectorSource, plan: BuildPlan) -> dict[str, Any]:
 def _run(source: VectorSource, plan: BuildPlan, state: State, partial: Path, progress: bool) -> None:
     state = dataclasses.replace(state, dimension=source.dimension)
     journal = Journal(partial, state, plan.dtype, plan.fold_rule(None), guard=0)
-    blocks = _resumed(source, state)
+    blocks = _resumed(_distinct(source), state)
     with progress_bar(source.length, state.position, progress, "vector") as bar:
         for block, digest in blocks:
             rows, entries = _usable(block, plan.dtype)
@@ -143,10 +143,16 @@ def _run(source: VectorSource, plan: BuildPlan, state: State, partial: Path, pro
     finish_index(journal, plan, Tally(), Imported())
 
 
-def _resumed(source: VectorSource, state: State) -> Iterator[tuple[Block, tuple[str, str]]]:
+def _distinct(source: VectorSource) -> Iterator[Block]:
+    distinct = Distinct(source.asked_for)
+    for block in source.read():
+        yield dataclasses.replace(block, named=distinct(block.named))
+
+
+def _resumed(blocks: Iterator[Block], state: State) -> Iterator[tuple[Block, tuple[str, str]]]:
     """The blocks from the state's position on, with the digests of each and of all so far; those before are
     read again and have to be the same. Raises IndexBuildError."""
-    blocks, seen = source.read(), ""
+    seen = ""
     for block in islice(blocks, state.shards):
         seen = chain_digest(seen, _digest(block))
     if seen != state.all_digest:
@@ -162,7 +168,7 @@ def _resumed(source: VectorSource, state: State) -> Iterator[tuple[Block, tuple[
 
 def _digest(block: Block) -> str:
     content = blake2b(block.vectors.tobytes(), digest_size=16)
-    content.update(repr((block.ids, block.captions)).encode(errors="surrogatepass"))
+    content.update(repr((block.named.ids, block.named.captions)).encode(errors="surrogatepass"))
     return content.hexdigest()
 
 
@@ -171,54 +177,12 @@ def _usable(block: Block, dtype: str) -> tuple[torch.Tensor, list[LogEntry]]:
     vectors = torch.from_numpy(np.array(block.vectors, dtype=np.float64))
     norms = torch.linalg.vector_norm(vectors, dim=1)
     finite, some = torch.isfinite(norms), norms > SMALLEST_NORM
-    entries = []
+    entries, named = [], block.named
     for at, (usable, number) in enumerate(zip((finite & some).tolist(), finite.tolist(), strict=True)):
         reason = block.reasons.get(at)
         if reason is None and not usable:
             reason = "a vector of zeros" if number else "a vector that is not finite"
-        place = (block.position + at, block.ids[at], block.sources[at], block.captions[at])
-        entries.append(LogEntry(*place, -1, reason))
+        place = (block.position + at, named.ids[at], named.sources[at], named.captions[at])
+        entries.append(LogEntry(*place, -1, reason, pack_notes(named.notes.get(at, ()))))
     kept = torch.tensor([entry.reason is None for entry in entries])
     return (vectors[kept] / norms[kept, None]).to(DTYPES[dtype]), entries
-
-
-def verify(path: Path, embedder: Any, pictures: Any, least: float) -> Imported:
-    """See `Index.verify_embeddings`: what is recorded in the manifest. Raises IndexBuildError naming the
-    picture that is least alike to its row; EmbedderMismatch."""
-    manifest = read_manifest(path)
-    if manifest.imported is None:
-        raise IndexBuildError(f"`path` must be an index of imported vectors, {path} was built of pictures")
-    check_embedder(embedder, manifest.embedder, manifest.dimension)
-    data = path / manifest.folder
-    ids, rows = read_meta(data, manifest)["id"], map_rows(data, manifest)
-    known = {Path(name).stem: row for row, name in enumerate(ids)} | {
-        name: row for row, name in enumerate(ids)
-    }
-    compared, worst = 0, (2.0, "")
-    for name, picture in _named(pictures):
-        row = known.get(name, known.get(Path(name).stem))
-        if row is None:
-            continue
-        with torch.no_grad():
-            vector = unit_vectors(resize_to_embed(to_float(picture)[None], manifest.image_size), embedder)[0]
-        worst = min(worst, (float(vector.double() @ rows[row].double()), name))
-        compared += 1
-    if compared == 0:
-        raise IndexBuildError(f"`pictures` must be of rows of {path}: none has the id of one, or its name")
-    if worst[0] < least:
-        raise IndexBuildError(
-            f"`pictures`: {worst[1]} is at cosine {worst[0]:.4f} from its row, at least {least:g} was asked "
-            f"for: {path} was not made by this embedder, or of other pictures"
-        )
-    found = Imported(compared, min(worst[0], 1.0))
-    for place in dict.fromkeys((data, path)):
-        write_manifest(place, dataclasses.replace(manifest, imported=found))
-    return found
-
-
-def _named(pictures: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and pixels [3, H, W]: of a dict of pictures by id, or of what `Index.build` takes."""
-    names = [str(name) for name in pictures] if isinstance(pictures, Mapping) else None
-    source = open_source([*pictures.values()] if isinstance(pictures, Mapping) else pictures)
-    for at, image in enumerate(source.read(0)):
-        yield (image.id if names is None else names[at]), image.load().pixels

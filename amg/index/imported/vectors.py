@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from amg.index.errors import IndexBuildError
+from amg.index.imported.names import Named, named_rows
 from amg.index.sources.columns import Table, caption_column, is_list, open_table, readable
+from amg.index.sources.open import is_path, root_of
 from amg.index.store import import_parquet
-from amg.index.text import make_caption, plain_name
+from amg.index.text import plain_name
 
 BLOCK = 8192  # vectors that are read and folded at once
 VECTOR_COLUMNS = ("embedding", "embeddings", "vector", "vectors", "features", "image_embedding", "emb")
@@ -33,27 +35,30 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Vectors [n, D] fp32, from a position on; NaN where there is none, with the reason by number."""
+    """Vectors [n, D] fp32, from a position on, what they are called; NaN where there is none, with the reason
+    by number."""
 
     position: int
     vectors: np.ndarray
-    ids: list[str]
-    sources: list[str]
-    captions: list[str | None]
+    named: Named
     reasons: dict[int, str]
 
 
 class VectorSource(Protocol):
-    """`read` gives all of it in blocks of at most BLOCK, the same at every reading."""
+    """`read` gives all of it in blocks of at most BLOCK, the same at every reading. asked_for: the column of
+    ids that was named, which have to be distinct."""
 
     length: int
     dimension: int
+    asked_for: str | None
 
     def read(self) -> Iterator[Block]: ...
 
 
 class ArraySource:
     """An array or tensor [N, D], with ids and captions as long as it, or none."""
+
+    asked_for: str | None = None
 
     def __init__(self, vectors: Any, ids: Sequence[str] | None, captions: Sequence[Any] | None):
         self.vectors = vectors.detach().cpu() if isinstance(vectors, torch.Tensor) else vectors
@@ -75,9 +80,8 @@ class ArraySource:
             some = slice(start, min(start + BLOCK, self.length))
             numbers = [str(number) for number in range(some.start, some.stop)]
             ids = numbers if self.ids is None else [str(one) for one in self.ids[some]]
-            yield Block(
-                start, fp32(self.vectors[some]), ids, numbers, _captions(self.captions, some, numbers), {}
-            )
+            captions = None if self.captions is None else self.captions[some]
+            yield Block(start, fp32(self.vectors[some]), named_rows(ids, captions, numbers), {})
 
 
 def fp32(vectors: Any) -> np.ndarray:
@@ -87,69 +91,76 @@ def fp32(vectors: Any) -> np.ndarray:
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _captions(given: Sequence[Any] | None, some: slice, sources: list[str]) -> list[str | None]:
-    if given is None:
-        return [None] * (some.stop - some.start)
-    return [make_caption(value, where).text for value, where in zip(given[some], sources, strict=True)]
-
-
 class FileSource:
     """Files one after the other: .npy arrays, each with a table of ids and captions or none, and tables."""
 
-    def __init__(self, parts: Sequence[NpyPart | TablePart]):
-        self.parts = parts
-        self.length, self.dimension = sum(part.length for part in parts), parts[0].dimension
-        for part in parts:
+    def __init__(self, parts: Sequence[NpyPart | TablePart], asked_for: str | None):
+        self.parts, self.asked_for = parts, asked_for
+        self.length = sum(part.length for part in parts)
+        holding = [part for part in parts if part.dimension]
+        if not holding:
+            raise IndexBuildError(
+                f"`vectors`: no vector in {parts[0].file}{' and others' * (len(parts) > 1)}"
+            )
+        self.dimension = holding[0].dimension
+        for part in holding:
             if part.dimension != self.dimension:
                 raise IndexBuildError(
-                    f"`vectors` must be of one length, {self.dimension} in {parts[0].file}, "
+                    f"`vectors` must be of one length, {self.dimension} in {holding[0].file}, "
                     f"{part.dimension} in {part.file}"
                 )
-        if self.length == 0:
-            raise IndexBuildError(f"`vectors` is empty: no rows in {', '.join(str(p.file) for p in parts)}")
 
     def read(self) -> Iterator[Block]:
         position = 0
         for part in self.parts:
             for start in range(0, part.length, BLOCK):
                 some = slice(start, min(start + BLOCK, part.length))
-                yield part.block(position + start, some)
+                yield part.block(position + start, some, self.dimension)
             position += part.length
 
 
 class NpyPart:
-    """A .npy file [N, D], memory-mapped, and the table beside it."""
+    """A .npy file [N, D], memory-mapped, and the table beside it; N may be 0, as in the last of many."""
 
-    def __init__(self, file: Path, metadata: Path | None, columns: Columns):
-        self.file = file
+    def __init__(self, file: Path, name: str, metadata: Path | None, columns: Columns):
+        self.file, self.name = file, name
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # NumPy raises many types on damaged files
             raise IndexBuildError(f"`vectors`: {file} cannot be read as .npy ({error})") from error
         self.texts = None if metadata is None else _Texts(metadata, columns)
-        self.source = ArraySource(array, None, None)
-        self.length, self.dimension = self.source.length, self.source.dimension
+        self.array, empty = array, array.ndim == 2 and len(array) == 0
+        self.length, self.dimension = 0, 0
+        if not empty:
+            source = ArraySource(array, None, None)
+            self.length, self.dimension = source.length, source.dimension
+        if metadata is None and (columns.id or columns.caption):
+            named = "id_column" if columns.id else "captions"
+            raise IndexBuildError(
+                f"`{named}` names column {columns.id or columns.caption!r}, and {file} has no table of its "
+                "rows beside it"
+            )
         if self.texts is not None and self.texts.rows != self.length:
             raise IndexBuildError(
                 f"`vectors`: {metadata} must have a row for each of {self.length} vectors of {file}, "
                 f"got {self.texts.rows}"
             )
 
-    def block(self, position: int, some: slice) -> Block:
-        sources = [f"{plain_name(self.file.name)}#{row}" for row in range(some.start, some.stop)]
-        ids, captions = _texts([None, None], sources) if self.texts is None else self.texts.of(some, sources)
-        return Block(position, fp32(self.source.vectors[some]), ids, sources, captions, {})
+    def block(self, position: int, some: slice, _: int) -> Block:
+        ids, captions = (None, None) if self.texts is None else self.texts.of(some)
+        named = named_rows(ids, captions, _places(self.name, some))
+        return Block(position, fp32(self.array[some]), named, {})
 
 
 class _Texts:
     """Ids and captions of a table, held while its part is read."""
 
     def __init__(self, file: Path, columns: Columns):
-        self.table = open_table(file)
+        self.table = open_table(file, "vectors")
         self.rows, self.names = self.table.rows, _text_names(self.table, columns, None)
         self.columns: dict[str, Any] | None = None
 
-    def of(self, some: slice, sources: list[str]) -> tuple[list[str], list[str | None]]:
+    def of(self, some: slice) -> list[Any]:
         if self.columns is None:
             wanted = [name for name in self.names if name is not None]
             whole = list(batches(self.table, wanted))
@@ -161,14 +172,14 @@ class _Texts:
             columns, self.columns = self.columns, None
         else:
             columns = self.columns
-        return _texts([None if name is None else columns[name][some] for name in self.names], sources)
+        return [None if name is None else columns[name][some] for name in self.names]
 
 
 class TablePart:
     """A Parquet or Arrow file with a column of lists of numbers; read in order, once from its beginning."""
 
-    def __init__(self, file: Path, columns: Columns):
-        self.file, self.table = file, open_table(file)
+    def __init__(self, file: Path, name: str, columns: Columns):
+        self.file, self.name, self.table = file, name, open_table(file, "vectors")
         self.vector = _vector_column(self.table, columns.vector)
         self.names = _text_names(self.table, columns, self.vector)
         self.length = self.table.rows
@@ -178,34 +189,39 @@ class TablePart:
         self.rest: Iterator[Any] | None = None
 
     def _dimension(self) -> int:
+        """That of the first vector, 0 where there is none."""
         for batch in batches(self.table, [self.vector]):
             lengths = _lengths(batch.column(self.vector))
             if (lengths > 0).any():
                 return int(lengths[lengths > 0][0])
-        raise IndexBuildError(f"`vectors`: column {self.vector!r} of {self.file} holds no vector")
+        return 0
 
-    def block(self, position: int, some: slice) -> Block:
+    def block(self, position: int, some: slice, dimension: int) -> Block:
         import pyarrow
 
         if some.start == 0 or self.rest is None:
             self.rest = _rows(batches(self.table, self.wanted))
         taken = pyarrow.Table.from_batches([next(self.rest) for _ in range(some.start, some.stop, BLOCK)])
-        sources = [f"{plain_name(self.file.name)}#{row}" for row in range(some.start, some.stop)]
-        texts = [None if name is None else taken[name].to_pylist() for name in self.names]
-        ids, captions = _texts(texts, sources)
-        vectors, reasons = self._vectors(taken[self.vector].combine_chunks())
-        return Block(position, vectors, ids, sources, captions, reasons)
+        ids, captions = (None if name is None else taken[name].to_pylist() for name in self.names)
+        vectors, reasons = _vectors(taken[self.vector].combine_chunks(), dimension)
+        return Block(position, vectors, named_rows(ids, captions, _places(self.name, some)), reasons)
 
-    def _vectors(self, column: Any) -> tuple[np.ndarray, dict[int, str]]:
-        import pyarrow
 
-        lengths = _lengths(column)
-        whole = lengths == self.dimension
-        vectors = np.full((len(lengths), self.dimension), np.nan, dtype=np.float32)
-        values = column.filter(pyarrow.array(whole)).flatten().to_numpy(zero_copy_only=False)
-        vectors[whole] = values.astype(np.float32).reshape(-1, self.dimension)
-        wrong = np.flatnonzero(~whole).tolist()
-        return vectors, {row: _why(int(lengths[row]), self.dimension) for row in wrong}
+def _places(name: str, some: slice) -> list[str]:
+    return [f"{name}#{row}" for row in range(some.start, some.stop)]
+
+
+def _vectors(column: Any, dimension: int) -> tuple[np.ndarray, dict[int, str]]:
+    """A column of lists as [n, dimension], and why a row of it is NaN."""
+    import pyarrow
+
+    lengths = _lengths(column)
+    whole = lengths == dimension
+    vectors = np.full((len(lengths), dimension), np.nan, dtype=np.float32)
+    values = column.filter(pyarrow.array(whole)).flatten().to_numpy(zero_copy_only=False)
+    vectors[whole] = values.astype(np.float32).reshape(-1, dimension)
+    wrong = np.flatnonzero(~whole).tolist()
+    return vectors, {row: _why(int(lengths[row]), dimension) for row in wrong}
 
 
 def _why(length: int, dimension: int) -> str:
@@ -284,12 +300,6 @@ def _text_names(table: Table, columns: Columns, vector: str | None) -> tuple[str
     return ids, caption_column(table, columns.caption, vector)
 
 
-def _texts(columns: list[Any], sources: list[str]) -> tuple[list[str], list[str | None]]:
-    ids, captions = columns
-    named = sources if ids is None else [plain_name(str(one)) for one in ids]
-    return named, _captions(captions, slice(0, len(sources)), sources)
-
-
 def open_vectors(vectors: Any, ids: Any, captions: Any, columns: Columns) -> VectorSource:
     """What `Index.from_embeddings` was given as a source. Raises IndexBuildError."""
     if hasattr(vectors, "ndim") and hasattr(vectors, "dtype"):
@@ -298,16 +308,40 @@ def open_vectors(vectors: Any, ids: Any, captions: Any, columns: Columns) -> Vec
         return ArraySource(vectors, ids, captions)
     named = captions if isinstance(captions, str) else None
     if ids is not None or (captions is not None and named is None):
-        raise IndexBuildError("`ids` and `captions` must be names of columns for files, got lists")
-    listed = [vectors] if isinstance(vectors, (str, os.PathLike)) else vectors
-    if not isinstance(listed, Sequence) or not listed:
+        raise IndexBuildError(
+            "`ids` and `captions` are lists for an array alone; for files name their columns: "
+            "`id_column`, and `captions` as a name"
+        )
+    listed = [vectors] if is_path(vectors) else vectors
+    if not isinstance(listed, Sequence) or not listed or not all(map(is_path, listed)):
         raise IndexBuildError(f"`vectors` must be an array, a tensor, or paths, got {vectors!r:.100}")
     columns = columns._replace(caption=named or columns.caption)
-    return FileSource([part for path in listed for part in _parts(Path(path), columns)])
+    return FileSource(_parts([Path(path) for path in listed], columns), columns.id)
 
 
-def _parts(path: Path, columns: Columns) -> list[NpyPart | TablePart]:
-    """The files of a path: itself, or of a folder its .npy files, or its tables where it has none."""
+def _parts(paths: list[Path], columns: Columns) -> list[NpyPart | TablePart]:
+    """The files of all paths, called by their way from the folder that these have in common."""
+    files, top = [file for path in paths for file in _files(path)], root_of(paths) or "."
+    seen: set[str] = set()
+    for file in files:
+        real = os.path.realpath(file)
+        if real in seen:
+            raise IndexBuildError(f"`vectors` names {file} twice")
+        seen.add(real)
+    if columns.vector is not None and all(file.suffix == ".npy" for file in files):
+        raise IndexBuildError(f"`vector_column` names column {columns.vector!r}, and {files[0]} has none")
+    parts: list[NpyPart | TablePart] = []
+    for file in files:
+        name = plain_name(os.path.relpath(os.path.abspath(file), os.path.abspath(top)))
+        array = file.suffix == ".npy"
+        parts.append(
+            NpyPart(file, name, _metadata_of(file), columns) if array else TablePart(file, name, columns)
+        )
+    return parts
+
+
+def _files(path: Path) -> list[Path]:
+    """Those of a path: itself, or of a folder its .npy files, or its tables where it has none."""
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -321,10 +355,7 @@ def _parts(path: Path, columns: Columns) -> list[NpyPart | TablePart]:
         raise IndexBuildError(f"`vectors` must be .npy, Parquet or Arrow files, got {strange[0]}")
     if not files:
         raise IndexBuildError(f"`vectors`: {path} holds no .npy, Parquet or Arrow file")
-    return [
-        NpyPart(file, _metadata_of(file), columns) if file.suffix == ".npy" else TablePart(file, columns)
-        for file in files
-    ]
+    return files
 
 
 def _natural(file: Path) -> tuple[Any, ...]:

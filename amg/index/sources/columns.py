@@ -29,17 +29,17 @@ class Table:
         return sum(self.groups)
 
 
-def open_table(file: Path) -> Table:
+def open_table(file: Path, argument: str = "images") -> Table:
     """What a Parquet or Arrow file holds; it is opened again to be read, as there may be thousands of them.
-    Raises IndexBuildError."""
+    argument: which one gave the file, for the error. Raises IndexBuildError."""
     if file.suffix.lower() in (".arrow", ".feather"):
-        return _open_arrow(file)
+        return _open_arrow(file, argument)
     try:
         with _parquet(file) as opened:
             sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             schema = opened.schema_arrow
     except Exception as error:  # pyarrow raises many types on damaged files
-        raise IndexBuildError(f"`images`: {file} cannot be read as Parquet ({error})") from error
+        raise IndexBuildError(f"`{argument}`: {file} cannot be read as Parquet ({error})") from error
 
     def batches(group: int, columns: list[str]) -> Iterator[Any]:
         with _parquet(file) as opened:
@@ -52,12 +52,12 @@ def _parquet(file: Path) -> Any:
     return import_parquet().ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
-def _open_arrow(file: Path) -> Table:
+def _open_arrow(file: Path, argument: str) -> Table:
     """An Arrow file, of either kind, mapped; one group. `datasets` writes the kind without an index."""
     try:
         held = _arrow(file)
     except Exception as error:  # pyarrow raises many types on damaged files
-        raise IndexBuildError(f"`images`: {file} cannot be read as Arrow ({error})") from error
+        raise IndexBuildError(f"`{argument}`: {file} cannot be read as Arrow ({error})") from error
 
     def batches(_: int, columns: list[str]) -> Iterator[Any]:
         for batch in _arrow(file).select(columns).to_batches():
