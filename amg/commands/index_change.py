@@ -26,13 +26,15 @@ def add_changes(commands: Any, reporting: Callable[..., Any]) -> None:
     longer.add_argument("--strict", action="store_true", help="stop at an unreadable image, do not skip it")
     shorter = commands.add_parser(
         "remove",
-        help="take pictures out, by id or by where they lay; nothing of them stays",
+        help="take pictures out, by id, place or content; nothing of them stays",
         description="Take pictures out of an index: vectors, sketches, captions, names, and the files of "
         "before. A model that still knows them is then not kept from copying them, and coverage falls.",
     )
     shorter.add_argument("path", metavar="INDEX", help="directory of the index")
     shorter.add_argument("--id", action="append", default=[], help="id of a picture; repeat for several")
     shorter.add_argument("--source", action="append", default=[], help="where a picture lay; several")
+    shorter.add_argument("--picture", action="append", default=[], help="the picture itself; several")
+    shorter.add_argument("--embedder", metavar="SPEC", help="what the index was built with, for --picture")
     shorter.add_argument("--retrained", action="store_true", help="the model is another one, without them")
     joined = commands.add_parser("merge", help="join indexes of one embedder and size")
     joined.add_argument("paths", nargs="+", metavar="INDEX", help="directories of the indexes")
@@ -53,15 +55,18 @@ def _shown(path: str) -> None:
     print_info(Index.open(path))
 
 
-def _extend(arguments: argparse.Namespace) -> None:
+def _embedder(arguments: argparse.Namespace) -> Any:
     from amg import embed
 
-    chosen = None if arguments.embedder in (None, "pixels") else embed.load(arguments.embedder)
+    return None if arguments.embedder in (None, "pixels") else embed.load(arguments.embedder)
+
+
+def _extend(arguments: argparse.Namespace) -> None:
     extend(
         arguments.path,
         arguments.images[0] if len(arguments.images) == 1 else arguments.images,
         arguments.captions,
-        chosen,
+        _embedder(arguments),
         on_error="raise" if arguments.strict else "skip",
         progress=not arguments.quiet,
         resume=not arguments.no_resume,
@@ -74,6 +79,8 @@ def _remove(arguments: argparse.Namespace) -> None:
         arguments.path,
         ids=arguments.id,
         sources=arguments.source,
+        pictures=arguments.picture or None,
+        embedder=_embedder(arguments),
         retrained=arguments.retrained,
         progress=not arguments.quiet,
         resume=not arguments.no_resume,

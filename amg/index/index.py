@@ -158,7 +158,7 @@ class Index:
 
     def remove(self, **options: Any) -> Index:
         """This index without some pictures (`amg.index.remove`)."""
-        remove(self.path, **options)
+        remove(self.path, embedder=self.embedder, **options)
         return self._anew()
 
     def _anew(self) -> Index:

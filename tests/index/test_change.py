@@ -117,6 +117,24 @@ def test_nothing_of_a_removed_picture_stays(build, many):
             assert vector not in held and IDS[number].encode() not in held, path
 
 
+def test_pictures_themselves_say_what_is_to_go(build, many, tmp_path, png):
+    """As another decoder gives them; copies go with them, and near-duplicates stay."""
+    index = build("i", slice(0, 110))
+    number = next(n for n in range(110) if int((many == many[n]).flatten(1).all(1).sum()) == 2)
+    same = [n for n in range(110) if bool((many[n] == many[number]).all())]
+    (tmp_path / "shown.png").write_bytes(png(many[number]))
+    shorter = index.remove(pictures=tmp_path / "shown.png", retrained=True, progress=False)
+    whole = build("whole", [n for n in range(110) if n not in same])
+    assert shorter.manifest.images == 108 and torch.equal(shorter.rows, whole.rows)
+    assert shorter.ids == whole.ids
+    stranger = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(IndexBuildError, match="`pictures`: the index does not hold tensor#0"):
+        shorter.remove(pictures=stranger)
+    if build.embedder is not None:
+        with pytest.raises(IndexBuildError, match="need its `embedder`, got None"):
+            remove(shorter.path, pictures=many[:1])
+
+
 def _contents(index, number):
     """The bytes of a picture's own vector."""
     from amg.index.change.contents import Contents
@@ -166,7 +184,7 @@ def test_what_cannot_be_changed_is_refused(build, many, tmp_path, embedder):
         (lambda: index.extend(many[:5], ids=IDS[:4]), "`ids` do not match `images`"),
         (lambda: index.remove(ids=["nobody"]), "`ids`: no picture has the id 'nobody'"),
         (lambda: index.remove(sources=["nowhere"]), "`sources`: no picture has the source 'nowhere'"),
-        (lambda: index.remove(), "must name the pictures that are to go, got none"),
+        (lambda: index.remove(), "must say which pictures are to go, got none"),
         (lambda: index.remove(ids="p1.png"), "`ids` must be a list of texts"),
         (lambda: index.remove(ids=IDS[:60]), "no picture would be left"),
         (
