@@ -184,7 +184,7 @@ def test_what_cannot_be_changed_is_refused(build, many, tmp_path, embedder):
         (lambda: index.extend(many[:5], ids=IDS[:4]), "`ids` do not match `images`"),
         (lambda: index.remove(ids=["nobody"]), "`ids`: no picture has the id 'nobody'"),
         (lambda: index.remove(sources=["nowhere"]), "`sources`: no picture has the source 'nowhere'"),
-        (lambda: index.remove(), "must say which pictures are to go, got none"),
+        (lambda: index.remove(), "must name the pictures that are to go, got none"),
         (lambda: index.remove(ids="p1.png"), "`ids` must be a list of texts"),
         (lambda: index.remove(ids=IDS[:60]), "no picture would be left"),
         (
