@@ -9,7 +9,8 @@ U-Net without the added embedding of size and pooled text. The index holds `--ro
 million rows is timed by bench_kernels_gpu.py. Every contestant decodes; a call is timed by the wall clock
 until the device is done.
 
-Written where no GPU was at hand: it has not run on one yet.
+`amg ..., graphs` replays the U-Net from CUDA graphs (`Sampler(cuda_graphs=True)`); `network alone` is what
+none can do without: its replays and the decode, nothing between.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import sys
 import tempfile
 import time
@@ -31,12 +33,13 @@ from protocol import RESULTS, append, commit, percentiles, slug
 from sampling.models import SHAPES, RandomEmbedder, Shape, random_pipeline
 
 import amg
+from amg.engine.graphs import Graphs
 
 COLUMNS = (
     *("date", "commit", "device", "torch", "model", "batch", "contestant", "steps", "rows"),
     *("p20_s", "p50_s", "p80_s", "peak_mib", "evaluations", "note"),
 )
-BATCHES, ROUNDS, STEPS, ROWS = (1, 4, 16), 5, 30, 1024
+BATCHES, ROUNDS, STEPS, ROWS = "1,4,16", 5, 30, 1024
 SCALE, BRIGHT = 7.5, 0.8
 TINY = Shape(
     8,
@@ -57,13 +60,14 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured and where; `backend` is torch.compile's."""
+    """What is measured and where; `backend` is torch.compile's, `compiled` the batches it is tried at."""
 
     device: str
     steps: int
     rows: int
     rounds: int
     backend: str
+    compiled: tuple[int, ...]
 
 
 class FarEmbedder(torch.nn.Module):
@@ -128,12 +132,38 @@ def contestants(bench: Bench, batch: int, run: Run) -> Iterator[dict[str, Call]]
 
     found: dict[str, Call] = {"diffusers": lambda: call(bench.pipe)}
     with contextlib.ExitStack() as open_samplers:
-        for preset in ("off", "main"):
+        for preset, graphs in itertools.product(("off", "main"), (False, True)):
+            if graphs and run.device != "cuda":
+                continue
             config = amg.AMGConfig.preset(preset)
-            sampler = amg.Sampler(bench.pipe, bench.index, config, max_batch=max(batch, 2))
+            sampler = amg.Sampler(
+                bench.pipe, bench.index, config, max_batch=max(batch, 2), cuda_graphs=graphs
+            )
             open_samplers.enter_context(sampler)
-            found[f"amg {preset}"] = lambda sampler=sampler: call(sampler, progress=False)
+            name = f"amg {preset}, graphs" if graphs else f"amg {preset}"
+            found[name] = lambda sampler=sampler: call(sampler, progress=False)
+        if run.device == "cuda":
+            found["network alone"] = network_alone(bench.pipe, batch, run.steps)
         yield found
+
+
+@torch.no_grad()
+def network_alone(pipe: Any, batch: int, steps: int) -> Call:
+    """`steps` replays of the U-Net's captured call for both halves of a batch, and one decode."""
+    unet, replayed = pipe.unet, Graphs(lambda sample, t, **rest: pipe.unet(sample, t, **rest).sample)
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    like = {"device": unet.device, "dtype": unet.dtype}
+    sample = torch.randn(2 * batch, unet.config.in_channels, size, size, **like)
+    words = torch.randn(2 * batch, pipe.tokenizer.model_max_length, width, **like)
+    t = torch.tensor(500, device=unet.device)
+
+    @torch.no_grad()
+    def call() -> None:
+        for _ in range(steps):
+            replayed(sample, t, encoder_hidden_states=words)
+        pipe.vae.decode(sample[:batch])
+
+    return call
 
 
 def seconds(call: Call, device: str) -> float:
@@ -194,12 +224,14 @@ def measured(calls: dict[str, Call], run: Run) -> dict[str, dict[str, object]]:
 
 
 def lines_of(bench: Bench, batch: int, run: Run) -> list[dict[str, object]]:
-    """The CSV's lines for one model and batch: all as they are, then all with the U-Net compiled."""
+    """The CSV's lines for one model and batch: all as they are, then where asked all with the U-Net
+    compiled."""
     with contestants(bench, batch, run) as calls:
         figures = measured(calls, run)
-        with compiled(bench.pipe.unet, run.backend):
+    if batch in run.compiled:
+        with compiled(bench.pipe.unet, run.backend), contestants(bench, batch, run) as calls:
             inside = measured(calls, run)
-    figures |= {f"{name}, compiled": own for name, own in inside.items()}
+        figures |= {f"{name}, compiled": own for name, own in inside.items()}
     head = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
@@ -238,6 +270,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few of everything")
     parser.add_argument("--models", default="sd15,sdxl", help="of sd15 and sdxl")
+    parser.add_argument("--batches", default=BATCHES, help=f"images in a call (default {BATCHES})")
+    parser.add_argument("--compiled", default=BATCHES, help="batches at which torch.compile is tried, too")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rows", type=int, default=ROWS, help="pictures in the index")
@@ -253,15 +287,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Of a list with commas, which may be empty."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 where a batch failed or was not started in time."""
     options, start, failures = parse(arguments), time.monotonic(), []
     if options.tiny:
-        run = Run(options.device, 2, TINY.rows, 2, "eager")
+        run = Run(options.device, 2, TINY.rows, 2, "eager", (1, 2))
         shapes, batches = {"tiny": TINY}, (1, 2)
     else:
-        run = Run(options.device, options.steps, options.rows, options.rounds, "inductor")
-        shapes, batches = {name: SHAPES[name] for name in options.models.split(",")}, BATCHES
+        rest = (options.rows, options.rounds, "inductor", numbers(options.compiled))
+        run = Run(options.device, options.steps, *rest)
+        shapes = {name: SHAPES[name] for name in options.models.split(",")}
+        batches = numbers(options.batches)
     path = options.out / f"engine-{slug(device_name(run.device))}.csv"
     for name, shape in shapes.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -5,10 +5,11 @@
 #   benchmarks/gpu_check.sh --wheels DIR [--out DIR]   on the GPU machine: tests, sanitizer, benchmarks, summary
 #   ... --parts "tests engine"                         only some of: tests sanitizer benchmarks engine
 #
-# The GPU machine brings Python 3.12 (PYTHON=), torch >= 2.11, triton >= 3.6, a C++ compiler and cmake. A part that
-# fails or runs out of time does not stop the others; the exit status is 0 only if every part passed. --out
-# (benchmarks/results) receives kernels-<device>.csv, engine-<device>.csv and a log of each part. The parts' limits add up to more than the
-# whole's: where all are slow, run `engine` by itself. `engine` and the tests of it have not run on a GPU yet.
+# The GPU machine brings Python 3.12 (PYTHON=), torch >= 2.11, triton >= 3.6, a C++ compiler and cmake.
+# ENGINE_OPTIONS: further ones of bench_engine_gpu.py. A part that fails or runs out of time does not stop the others;
+# the exit status is 0 only if every part passed. --out (benchmarks/results) receives kernels-<device>.csv,
+# engine-<device>.csv and a log of each part. The parts' limits add up to more than the whole's: where all are slow,
+# run `engine` by itself.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 LIMIT=530  # seconds in all
 WHEELS="" PACK="" OUT=$ROOT/benchmarks/results PARTS="tests sanitizer benchmarks engine"
 # accelerate is left out: it would pull torch, which the GPU machine has.
-PACKAGES="diffusers>=0.36 transformers>=4.57 faiss-cpu>=1.12 pyarrow>=18 pillow>=11 tqdm numpy>=2.0 safetensors>=0.5
+PACKAGES="diffusers>=0.42 transformers>=5.0 pyarrow>=18 pillow>=11.3 tqdm numpy>=2.0 safetensors>=0.5
   pytest>=8 pytest-benchmark>=5 hypothesis>=6.100 pybind11>=3.0 scikit-build-core>=1.1 setuptools>=77 wheel ninja"
 
 usage() {
@@ -113,8 +114,9 @@ run_sanitizer() {
     -k "closed_sample or ties_go_to or predict_x0 or (nl2 and 13-130) or (search_finds and 5-257)"
 }
 
+# shellcheck disable=SC2086  # options
 run_engine() {
-  cd "$ROOT" && "$VENV/bin/python" benchmarks/bench_engine_gpu.py --out "$OUT" --seconds 100
+  cd "$ROOT" && "$VENV/bin/python" benchmarks/bench_engine_gpu.py --out "$OUT" --seconds 100 ${ENGINE_OPTIONS:-}
 }
 
 run_benchmarks() {

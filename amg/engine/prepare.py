@@ -15,6 +15,7 @@ from amg.config import AMGConfig
 from amg.embed.precision import Modes
 from amg.engine.arguments import require_generator, require_request
 from amg.engine.drive import started
+from amg.engine.graphs import Graphs, require_capturable, weights_held
 from amg.engine.job import Job
 from amg.engine.look import Tools
 from amg.engine.memory import PromptMemory
@@ -43,9 +44,14 @@ class Source:
     """A pipeline with what its samples are held to. What is made of its components is made anew where one was
     replaced since the last request."""
 
-    def __init__(self, pipe: Any, index: Any, config: AMGConfig | None, also: Sequence[Any]):
+    def __init__(
+        self, pipe: Any, index: Any, config: AMGConfig | None, also: Sequence[Any], cuda_graphs: bool = False
+    ):
         require_sampled(pipe)
         require_no_caches(network_of(pipe))
+        if cuda_graphs:
+            require_capturable(pipe)
+        self.cuda_graphs = cuda_graphs
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
@@ -62,9 +68,14 @@ class Source:
         pipe = self.pipe
         require_sampled(pipe)
         refit(self.screen, pipe)
-        if (made_of := state_of(pipe)) == self._made_of:
+        made_of = state_of(pipe)
+        if self.cuda_graphs:
+            made_of = (*made_of, weights_held(network_of(pipe)))
+        if made_of == self._made_of:
             return
         self.denoiser = denoiser_for(pipe)
+        if self.cuda_graphs:
+            self.denoiser = replace(self.denoiser, network=Graphs(self.denoiser.network))
         self.similarity = similarity_for(self.index, self.denoiser)
         self.judges = judges_for(self.also, self.denoiser)
         self._courses.clear()

@@ -68,8 +68,10 @@ class Sampler:
     config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may
     serve many samplers. What is replaced, loaded or moved on the pipeline is used from the next request on,
     once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending:
-    how many images run at the same time and how many requests may wait. Errors: TypeError, ValueError for a
-    pipeline that is not supported.
+    how many images run at the same time and how many requests may wait. cuda_graphs: replay the network from
+    CUDA graphs, one for each number of rows in a call, captured at its third: faster where launching its
+    kernels takes longer than running them (docs/performance.md); for a network whose forward only computes.
+    Errors: TypeError, ValueError for a pipeline that is not supported.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Sampler:
         *,
         max_batch: int = 16,
         max_pending: int = 64,
+        cuda_graphs: bool = False,
     ):
         self._queue = Queue(max_batch, max_pending)
-        self.source = Source(pipe, index, config, also)
+        self.source = Source(pipe, index, config, also, cuda_graphs)
         self._preparing = threading.Lock()
         warn_of_gaps((self.index, *self.also))
         if self.source.unwarned:

@@ -41,10 +41,10 @@ class Conditions:
         return self._changed(lambda tensor: tensor[rows])
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Conditions:
-        cond = {name: _map(change, value) for name, value in self.cond.items()}
+        cond = {name: mapped(change, value) for name, value in self.cond.items()}
         if self.uncond is None:
             return Conditions(cond, None, self.shared)
-        uncond = {name: _map(change, value) for name, value in self.uncond.items()}
+        uncond = {name: mapped(change, value) for name, value in self.uncond.items()}
         return Conditions(cond, uncond, self.shared)
 
 
@@ -163,7 +163,7 @@ def like_sequence(value: Any, items: Sequence[Any]) -> Any:
 
 def joined(values: Sequence[Any]) -> Any:
     """The rows of one condition after another, all of one form."""
-    return _map(lambda *tensors: torch.cat(tensors), *values)
+    return mapped(lambda *tensors: torch.cat(tensors), *values)
 
 
 def _told(own: Any, said: Any, rows: Sequence[int] | None = None) -> Any:
@@ -181,17 +181,17 @@ def _told(own: Any, said: Any, rows: Sequence[int] | None = None) -> Any:
 
 def plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the network takes them."""
-    return {name: _map(None, value) for name, value in mapping.items()}
+    return {name: mapped(None, value) for name, value in mapping.items()}
 
 
-def _map(change: Callable[..., Tensor] | None, value: Any, *others: Any) -> Any:
+def mapped(change: Callable[..., Tensor] | None, value: Any, *others: Any) -> Any:
     """`change` of every tensor with rows nested in `value` (and of its counterparts in `others`, which have
     the same form); None: they stay, and `Same` gives way to its value."""
     if isinstance(value, Mapping):
         parts = {name: (inner, *(other[name] for other in others)) for name, inner in value.items()}
-        return {name: _map(change, *part) for name, part in parts.items()}
+        return {name: mapped(change, *part) for name, part in parts.items()}
     if isinstance(value, (list, tuple)):
-        return like_sequence(value, [_map(change, *part) for part in zip(value, *others, strict=True)])
+        return like_sequence(value, [mapped(change, *part) for part in zip(value, *others, strict=True)])
     if isinstance(value, Same):
         return value.value if change is None else value
     return change(value, *others) if change is not None and isinstance(value, Tensor) else value

@@ -47,7 +47,7 @@ def test_a_call_out_of_memory_is_a_note_and_the_rest_go_on(bench):
     def full():
         raise torch.OutOfMemoryError("no room")
 
-    run = bench.Run("cpu", 3, 8, 2, "eager")
+    run = bench.Run("cpu", 3, 8, 2, "eager", ())
     found = bench.measured({"full": full, "fits": lambda: None}, run)
     assert found["full"] == {"note": "out of memory"}
     assert found["fits"]["evaluations"] == 6 and float(found["fits"]["p50_s"]) > 0

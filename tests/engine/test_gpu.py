@@ -1,4 +1,4 @@
-"""The engine on a GPU: the pictures of the CPU, and no wait between events. Not run on a GPU yet.
+"""The engine on a GPU: the pictures of the CPU, no wait between events, the network replayed from graphs.
 
 The cases "cpu" go the same way on a CPU: there pictures are compared with themselves, and instead of torch's
 mode that refuses to wait for the device, reads of values are counted.
@@ -39,13 +39,13 @@ def full_precision_convolutions():
     torch.backends.cudnn.allow_tf32 = before
 
 
-def sampler_on(device: str, index_path, preset: str) -> amg.Sampler:
+def sampler_on(device: str, index_path, preset: str, **options) -> amg.Sampler:
     from amg.embed.photos import load_photos
 
     pipe = open_pipeline("photos-sd").to(device)
     pipe.set_progress_bar_config(disable=True)
     index = amg.Index.open(index_path, load_photos().to(device), device=device)
-    return amg.Sampler(pipe, index, amg.AMGConfig.preset(preset), max_batch=len(PROMPTS))
+    return amg.Sampler(pipe, index, amg.AMGConfig.preset(preset), max_batch=len(PROMPTS), **options)
 
 
 def drawn(sampler: amg.Sampler, steps: int = FEW):
@@ -96,3 +96,38 @@ def test_the_host_waits_for_nothing_in_steps_between_events(device, index_path, 
     with sampler_on(device, index_path, "main") as sampler:
         drawn(sampler, MANY)
     assert len(quiet) > MANY / 2 and not any(quiet), quiet
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["off", "main"])
+def test_pictures_are_the_same_where_the_network_is_replayed(preset, index_path):
+    with (
+        sampler_on("cuda", index_path, preset) as plain,
+        sampler_on("cuda", index_path, preset, cuda_graphs=True) as replayed,
+    ):
+        one, other = drawn(plain, MANY), drawn(replayed, MANY)
+        graphs = replayed.source.denoiser.network
+    assert graphs.captured > 0
+    difference = (one.images - other.images).abs().amax((1, 2, 3))
+    assert difference.max() <= GREY_LEVEL, difference.tolist()
+    assert [v.evaluations for v in one.amg] == [v.evaluations for v in other.amg]
+
+
+@pytest.mark.gpu
+def test_a_network_that_reads_values_is_said_to_be_none_to_capture(index_path):
+    with sampler_on("cuda", index_path, "off", cuda_graphs=True) as sampler:
+        network = sampler.source.denoiser.network
+        network.network = lambda sample, t, **rest: sample * float(sample.mean())
+        with pytest.raises(RuntimeError, match="`cuda_graphs` must be False for this network"):
+            drawn(sampler, MANY)
+
+
+@pytest.mark.gpu
+def test_weights_that_moved_are_captured_anew(index_path):
+    with sampler_on("cuda", index_path, "off", cuda_graphs=True) as sampler:
+        before = drawn(sampler, MANY).images
+        sampler.pipe.unet.to(memory_format=torch.channels_last)
+        for weight in sampler.pipe.unet.parameters():
+            weight.data = weight.data.clone()
+        after = drawn(sampler, MANY).images
+    assert (before - after).abs().max() <= GREY_LEVEL
