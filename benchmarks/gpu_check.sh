@@ -18,6 +18,7 @@ LIMIT=530  # seconds in all
 WHEELS="" PACK="" OUT=$ROOT/benchmarks/results PARTS="tests sanitizer benchmarks engine"
 # accelerate is left out: it would pull torch, which the GPU machine has.
 PACKAGES="diffusers>=0.42 transformers>=5.0 pyarrow>=18 pillow>=11.3 tqdm numpy>=2.0 safetensors>=0.5
+  scikit-image>=0.25 scikit-learn>=1.6 pywavelets>=1.8
   pytest>=8 pytest-benchmark>=5 hypothesis>=6.100 pybind11>=3.0 scikit-build-core>=1.1 setuptools>=77 wheel ninja"
 
 usage() {
@@ -102,9 +103,10 @@ print(torch.cuda.get_device_name(), versions, REASON or "C++ extension built", s
 }
 
 # Only files with such tests are collected: others import packages that are not needed here.
+# shellcheck disable=SC2086  # options
 run_tests() {
   cd "$ROOT" && grep -rlE --include='test_*.py' 'mark\.gpu' tests |
-    xargs "$VENV/bin/python" -m pytest -q -m gpu -p no:cacheprovider
+    xargs "$VENV/bin/python" -m pytest -q -m gpu -p no:cacheprovider ${PYTEST_ARGS:-}
 }
 
 # Small launches of every kernel under memcheck; without torch's caching allocator each tensor has its own bounds.

@@ -47,9 +47,9 @@ def load_own(tensor, rows, number: tl.constexpr, count, wanted, batch, batches, 
 
 @triton.jit
 def gate_weights(row, similarity, output_scale, batch, WIDE: tl.constexpr):
-    """Return what m_u (None: 1), m_c − m_u and the two terms weigh; NaN where σ is not finite."""
+    """Return what m_u, m_c − m_u and the two terms weigh; NaN where σ is not finite."""
     s0 = tl.load(row + 6)
-    scale, guidance, caption, push = None, s0, s0 * 0, s0 * 0
+    scale, guidance, caption, push = tl.full([], 1, tl.float32), s0, s0 * 0, s0 * 0
     if output_scale is not None:
         scale = tl.load(output_scale + batch)
         guidance = s0 * scale
@@ -88,10 +88,7 @@ def guided_output(
         m_uncond = tl.where(has, m_uncond, m_cond)
         guidance = tl.where(has_cond, guidance, float("nan"))
     delta = m_cond - m_uncond
-    output = m_uncond
-    if scale is not None:
-        output *= scale
-    output += guidance * delta
+    output = m_uncond * scale + guidance * delta
     if eps_neighbour is not None:
         m_neighbour, has = load_own(
             eps_neighbour, rows, 2, counts[2], caption != 0, batch, batches, size, first, offsets
