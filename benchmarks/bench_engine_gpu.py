@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import datetime
 import itertools
 import sys
@@ -260,6 +261,23 @@ def show(lines: Sequence[dict[str, object]]) -> None:
             f" {line.get('evaluations', '-')} evaluations {line.get('note', '')}",
             flush=True,
         )
+
+
+def tables(path: Path) -> str:
+    """The Markdown of a device's CSV: of each case the last run of each contestant."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = {(line["model"], line["batch"], line["contestant"]): line for line in csv.DictReader(file)}
+    found, plain = [], "diffusers"
+    for (model, batch, name), line in lines.items():
+        base = lines[model, batch, plain]
+        spread = f"{line['p50_s']} ({line['p20_s']} – {line['p80_s']})"
+        over = f"{float(line['p50_s']) / float(base['p50_s']):.2f}" if line["p50_s"] else ""
+        found.append([model, batch, name, spread, over, line["peak_mib"], line["note"]])
+    first = next(iter(lines.values()))
+    heads = ["model", "batch", "contestant", "s a call", "× diffusers", "MiB", "note"]
+    bars = [" | ".join(row) for row in (heads, ["---"] * len(heads), *found)]
+    run = f"torch {first['torch']}, {first['steps']} steps, commit {first['commit']}, {first['date'][:10]}"
+    return "\n".join([f"### {first['device']}, {run}", "", *(f"| {bar} |" for bar in bars)])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -143,6 +143,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "diffusers-tests": whole("diffusers_tests.csv"),
     "guard-views": whole("guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
+    "engine-gpu": by("bench_engine_gpu", "engine-nvidia-h200.csv"),
     "interval": by("bench_interval", "interval.csv"),
 }
 

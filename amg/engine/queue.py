@@ -14,14 +14,15 @@ from amg.engine.job import Job
 from amg.engine.loop import Engine
 from amg.kernels import release_threads
 
-LINGER = 1.0  # seconds that an idle engine waits for the next request before its thread ends
+POLL = 1.0  # seconds between looks at the deadlines of requests that wait while none may run
 
 
 class Queue:
     """Runs requests, at most `max_images` images at the same time; at most `max_pending` requests wait.
 
-    A request of more images than that runs when no other does. One thread, which exists only while there are
-    requests and shortly after. Errors: ValueError naming the argument.
+    A request of more images than that runs when no other does. One thread, from the first request until
+    `close` or `abandon`: cuDNN keeps its plans of convolutions by thread, and a new thread would make them
+    all again. Errors: ValueError naming the argument.
     """
 
     def __init__(self, max_images: int, max_pending: int):
@@ -79,6 +80,12 @@ class Queue:
         if thread is not None and thread is not threading.current_thread():
             thread.join()  # not killed in the middle of something when the interpreter ends
 
+    def abandon(self) -> None:
+        """Nobody can submit any more: the thread ends once what is queued is done. Does not wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is in flight inside: requests that run are finished first, others wait until after."""
@@ -120,12 +127,12 @@ class Queue:
                     self._changed.notify_all()
                     return new
                 release_threads()  # of the engine's computing: others may want the cores
-                called = self._changed.wait(0 if self._closed else LINGER)
-                if not (called or self._pending) or (self._closed and not self._pending):
+                if self._closed and not self._pending:
                     self._thread = None
                     atexit.unregister(self.close)
                     self._changed.notify_all()
                     return None
+                self._changed.wait(POLL if self._pending else None)
 
     def _fitting(self, engine: Engine) -> list[Job]:
         """The requests, first come first served, that there is room for beside those in flight."""

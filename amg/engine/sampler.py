@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
@@ -70,7 +71,7 @@ class Sampler:
     once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending:
     how many images run at the same time and how many requests may wait. cuda_graphs: replay the network from
     CUDA graphs, one for each number of rows in a call, captured at its third: faster where launching its
-    kernels takes longer than running them (docs/performance.md); for a network whose forward only computes.
+    kernels takes longer than running them (docs/engine.md); for a network whose forward only computes.
     Errors: TypeError, ValueError for a pipeline that is not supported.
     """
 
@@ -86,6 +87,7 @@ class Sampler:
         cuda_graphs: bool = False,
     ):
         self._queue = Queue(max_batch, max_pending)
+        weakref.finalize(self, self._queue.abandon).atexit = False
         self.source = Source(pipe, index, config, also, cuda_graphs)
         self._preparing = threading.Lock()
         warn_of_gaps((self.index, *self.also))

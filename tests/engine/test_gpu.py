@@ -21,7 +21,7 @@ from .. import reads
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPTS = ["a red lighthouse on a cliff", "two boats, at dusk", "an empty street", "a bowl of fruit"]
 FEW, MANY = 6, 24  # steps; nearly all of a few have something to do
-GREY_LEVEL = 1 / 255
+GREY_LEVEL = 1 / 255 + 1e-6  # of float32 pictures
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Who comes next, who waits, and that nobody waits for ever."""
 
+import gc
 import queue
 import threading
 import time
 import types
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
@@ -249,16 +251,28 @@ def test_a_changed_pipeline_serves_new_requests_when_the_old_ones_are_done(sampl
     assert torch.equal(one.submit(request()).result(WAIT).images, before)
 
 
-def test_the_thread_ends_when_nobody_asks_and_starts_again(sampler, monkeypatch):
-    monkeypatch.setattr(amg.engine.queue, "LINGER", 0.05)
-    one = sampler()
+def test_one_thread_serves_a_sampler_and_ends_with_it(sampler):
+    """What cuDNN keeps is a thread's own: a second call finds what the first one made."""
+    one, threads = sampler(), set()
     for _ in range(2):
         assert one.submit(request()).result(WAIT).amg
-        thread = one._queue._thread
-        if thread is not None:
-            thread.join(WAIT)
-            assert not thread.is_alive()
-        assert one._queue._thread is None
+        assert one("abc", num_inference_steps=2, progress=False, output_type="latent").amg
+        threads.add(one._queue._thread)
+    (thread,) = threads
+    one.close()
+    assert not thread.is_alive() and one._queue._thread is None
+
+
+def test_a_sampler_that_nobody_holds_ends_its_thread_once_its_requests_are_done(sd, embedding_index):  # noqa: F811
+    one = amg.Sampler(sd, embedding_index, OFF)
+    future = one.submit(request())
+    thread, gone = one._queue._thread, weakref.ref(one)
+    del one
+    assert future.result(WAIT).amg
+    del future
+    gc.collect()
+    thread.join(WAIT)
+    assert gone() is None and not thread.is_alive()
 
 
 def test_a_callback_that_raises_is_its_caller_s_trouble(sampler, caplog):
