@@ -1,7 +1,10 @@
 """Shared by the whole suite: GPU tests are skipped where there is no GPU, seeds are fixed."""
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 # The same examples in every run; --hypothesis-profile=search draws many others.
@@ -40,3 +43,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos_sd_index(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of the index of photos-sd's training set, built once for all workers: not to be changed."""
+    from amg import zoo
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "photos-sd.amg"
+    with FileLock(folder / "photos-sd.lock"):
+        if not path.exists():
+            zoo.build_index("photos-sd", path, progress=False)
+    return str(path)

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from amg.commands import interval
 from amg.commands.said import Defaults
 from amg.extras import needed
 from amg.replacing import replacing
@@ -63,6 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the plot gets the suffix .png")
+    interval.add_arguments(parser)
     parser.set_defaults(run=run, interrupted="nothing is written")
 
 
@@ -80,6 +82,11 @@ def run(arguments: argparse.Namespace) -> int:
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
+    chosen = None
+    if arguments.choose_interval:
+        chosen = interval.choose(pipe, index, jobs, scale, arguments)
+        print(interval.summary(chosen))
+        arguments.guidance_interval = chosen["chosen"]
     recorded, key, config = record(pipe, index, jobs, scale, arguments)
     checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), key.steps)
     assert config.rewind_threshold is not None
@@ -94,13 +101,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     result = {"format": FORMAT, "version": VERSION, "key": asdict(key), "metric": index.metric, **body}
     result["ordinary_prompts"] = bank(jobs, recorded.copies.tolist())
+    if chosen is not None:
+        result["interval"] = chosen
     write_atomically(arguments.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"{summary(result)}\n{saving(result)}")
     print(f"{arguments.out}, {plot(result, arguments.out.with_suffix('.png'))}")
+    if chosen is not None:
+        low, high = chosen["chosen"]
+        print(f"{interval.sheet_path(arguments.out)}; for AMGConfig(guidance_interval=({low:g}, {high:g}))")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    interval.check(arguments)
     for name in ("images", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be >= 1, got {getattr(arguments, name)}")
@@ -140,8 +153,8 @@ def record(
     from amg.guidance.calibration import Recorded
     from amg.pipelines.identity import key_for
 
-    interval = tuple(arguments.guidance_interval)
-    config = AMGConfig.preset(arguments.preset, guidance_scale=scale, guidance_interval=interval)
+    guided = tuple(arguments.guidance_interval)
+    config = AMGConfig.preset(arguments.preset, guidance_scale=scale, guidance_interval=guided)
     config = config.for_metric(index.metric)
     sampler = Sampler(pipe, index, replace(config, **UNGUIDED, **EVERY_STEP))
     verdicts: list[Any] = []
@@ -149,7 +162,7 @@ def record(
         for start in range(0, len(jobs), arguments.batch_size):
             batch = jobs[start : start + arguments.batch_size]
             out = sampler(
-                **_condition(pipe, batch),
+                **condition(pipe, batch),
                 generator=[torch.Generator().manual_seed(job["seed"]) for job in batch],
                 num_inference_steps=arguments.steps,
                 output_type="latent",  # a safety checker has no say in what is a copy
@@ -175,7 +188,7 @@ def bank(jobs: Sequence[Mapping[str, Any]], copies: Sequence[bool]) -> list[str]
     return list(dict.fromkeys(job["prompt"] for job in jobs if job["ordinary"] and job["prompt"] not in bad))
 
 
-def _condition(pipe: Any, batch: list[dict[str, Any]]) -> dict[str, Any]:
+def condition(pipe: Any, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the sampler is asked: prompts of a text model, class numbers, or just a number of images."""
     from amg.pipelines.denoiser import is_latent
     from amg.pipelines.supported import network_of

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import amg
-from amg.commands.demo import open_index, open_pipeline
+from amg.commands.demo import open_pipeline
 from amg.engine import loop
 
 from .. import reads
@@ -22,12 +22,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPTS = ["a red lighthouse on a cliff", "two boats, at dusk", "an empty street", "a bowl of fruit"]
 FEW, MANY = 6, 24  # steps; nearly all of a few have something to do
 GREY_LEVEL = 1 / 255 + 1e-6  # of float32 pictures
-
-
-@pytest.fixture(scope="module")
-def index_path(tmp_path_factory):
-    """The index of photos-sd's training set."""
-    return open_index("photos-sd", tmp_path_factory.mktemp("gpu") / "photos-sd.amg").path
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +33,12 @@ def full_precision_convolutions():
     torch.backends.cudnn.allow_tf32 = before
 
 
-def sampler_on(device: str, index_path, preset: str, **options) -> amg.Sampler:
+def sampler_on(device: str, photos_sd_index, preset: str, **options) -> amg.Sampler:
     from amg.embed.photos import load_photos
 
     pipe = open_pipeline("photos-sd").to(device)
     pipe.set_progress_bar_config(disable=True)
-    index = amg.Index.open(index_path, load_photos().to(device), device=device)
+    index = amg.Index.open(photos_sd_index, load_photos().to(device), device=device)
     return amg.Sampler(pipe, index, amg.AMGConfig.preset(preset), max_batch=len(PROMPTS), **options)
 
 
@@ -58,8 +52,11 @@ def drawn(sampler: amg.Sampler, steps: int = FEW):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["off", "main"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_pictures_are_those_of_the_cpu_to_a_grey_level(device, preset, index_path):
-    with sampler_on("cpu", index_path, preset) as ours, sampler_on(device, index_path, preset) as theirs:
+def test_pictures_are_those_of_the_cpu_to_a_grey_level(device, preset, photos_sd_index):
+    with (
+        sampler_on("cpu", photos_sd_index, preset) as ours,
+        sampler_on(device, photos_sd_index, preset) as theirs,
+    ):
         here, there = drawn(ours), drawn(theirs)
     difference = (here.images.cpu().float() - there.images.cpu().float()).abs().amax((1, 2, 3))
     assert difference.max() <= GREY_LEVEL, difference.tolist()
@@ -74,7 +71,7 @@ def test_pictures_are_those_of_the_cpu_to_a_grey_level(device, preset, index_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_host_waits_for_nothing_in_steps_between_events(device, index_path, monkeypatch):
+def test_the_host_waits_for_nothing_in_steps_between_events(device, photos_sd_index, monkeypatch):
     quiet = []
 
     def step(slots, inner=loop.step):
@@ -93,17 +90,17 @@ def test_the_host_waits_for_nothing_in_steps_between_events(device, index_path, 
         return broken
 
     monkeypatch.setattr(loop, "step", step)
-    with sampler_on(device, index_path, "main") as sampler:
+    with sampler_on(device, photos_sd_index, "main") as sampler:
         drawn(sampler, MANY)
     assert len(quiet) > MANY / 2 and not any(quiet), quiet
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["off", "main"])
-def test_pictures_are_the_same_where_the_network_is_replayed(preset, index_path):
+def test_pictures_are_the_same_where_the_network_is_replayed(preset, photos_sd_index):
     with (
-        sampler_on("cuda", index_path, preset) as plain,
-        sampler_on("cuda", index_path, preset, cuda_graphs=True) as replayed,
+        sampler_on("cuda", photos_sd_index, preset) as plain,
+        sampler_on("cuda", photos_sd_index, preset, cuda_graphs=True) as replayed,
     ):
         one, other = drawn(plain, MANY), drawn(replayed, MANY)
         graphs = replayed.source.denoiser.network
@@ -114,8 +111,8 @@ def test_pictures_are_the_same_where_the_network_is_replayed(preset, index_path)
 
 
 @pytest.mark.gpu
-def test_a_network_that_reads_values_is_said_to_be_none_to_capture(index_path):
-    with sampler_on("cuda", index_path, "off", cuda_graphs=True) as sampler:
+def test_a_network_that_reads_values_is_said_to_be_none_to_capture(photos_sd_index):
+    with sampler_on("cuda", photos_sd_index, "off", cuda_graphs=True) as sampler:
         network = sampler.source.denoiser.network
         network.network = lambda sample, t, **rest: sample * float(sample.mean())
         with pytest.raises(RuntimeError, match="`cuda_graphs` must be False for this network"):
@@ -123,8 +120,8 @@ def test_a_network_that_reads_values_is_said_to_be_none_to_capture(index_path):
 
 
 @pytest.mark.gpu
-def test_weights_that_moved_are_captured_anew(index_path):
-    with sampler_on("cuda", index_path, "off", cuda_graphs=True) as sampler:
+def test_weights_that_moved_are_captured_anew(photos_sd_index):
+    with sampler_on("cuda", photos_sd_index, "off", cuda_graphs=True) as sampler:
         before = drawn(sampler, MANY).images
         sampler.pipe.unet.to(memory_format=torch.channels_last)
         for weight in sampler.pipe.unet.parameters():

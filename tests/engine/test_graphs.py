@@ -142,19 +142,19 @@ def test_a_pipeline_off_a_gpu_is_refused_before_work(tmp_path):
         amg.Sampler(pipe, index, cuda_graphs=True)
 
 
-def test_a_sampler_delivers_the_same_when_its_network_is_replayed(tmp_path):
+def test_a_sampler_delivers_the_same_when_its_network_is_replayed(photos_sd_index):
     """Rewinds and re-runs included: rows join and leave, so several forms are captured."""
     pytest.importorskip("diffusers")
     import dataclasses
 
     import amg
-    from amg.commands.demo import open_index, open_pipeline
+    from amg.commands.demo import open_pipeline
     from amg.embed.photos import load_photos
 
-    path, recorder, outputs = open_index("photos-sd", tmp_path / "photos-sd.amg").path, Recorder(), []
+    recorder, outputs = Recorder(), []
     prompts = ["a photo of a cat", "a rocket on its launch pad at night"]
     for graphs_made in (False, True):
-        pipe, index = open_pipeline("photos-sd"), amg.Index.open(path, load_photos())
+        pipe, index = open_pipeline("photos-sd"), amg.Index.open(photos_sd_index, load_photos())
         with amg.Sampler(pipe, index, amg.AMGConfig.preset("main")) as sampler:
             source = sampler.source
             if graphs_made:

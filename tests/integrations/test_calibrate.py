@@ -166,7 +166,7 @@ def test_a_failed_write_keeps_the_old_file(asked, tmp_path, monkeypatch, capsys)
 
 def test_classes_and_unconditional_models_are_recorded(class_ddpm, ddpm):
     jobs = [{"prompt": "3"}, {"prompt": "0"}]
-    assert calibrate._condition(class_ddpm, jobs) == {"class_labels": [3, 0]}
-    assert calibrate._condition(ddpm, jobs) == {"batch_size": 2}
+    assert calibrate.condition(class_ddpm, jobs) == {"class_labels": [3, 0]}
+    assert calibrate.condition(ddpm, jobs) == {"batch_size": 2}
     with pytest.raises(ValueError, match="class numbers"):
-        calibrate._condition(class_ddpm, [{"prompt": "a cat"}])
+        calibrate.condition(class_ddpm, [{"prompt": "a cat"}])
