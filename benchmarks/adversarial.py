@@ -31,9 +31,10 @@ from torch import Tensor
 
 import amg
 from amg.commands.demo import (
+    COPY_LIMITS,
     GUIDANCE_SCALES,
-    JUDGE_COPY,
     LUMINANCE_COPY,
+    copies_said,
     further_judges,
     open_index,
     open_pipeline,
@@ -54,7 +55,7 @@ PAGE, CSV = ROOT / "docs/adversarial.md", RESULTS / "adversarial.csv"
 COLUMNS = (
     *("date", "commit", "torch", "model", "group", "attack", "preset", "images", "broken", "largest"),
     *("marked", "blocked", "stepped_in", "retries", "rewinds", "views", "luminance_pct", "network_pct"),
-    *("evaluations", "seconds", "error"),
+    *("patches_pct", "evaluations", "seconds", "error"),
 )
 VIEW_COLUMNS = ("date", "commit", "torch", "view", "photos", "mean", "smallest", "over_main", "over_strong")
 VIEW_COLUMNS = (
@@ -64,7 +65,7 @@ VIEW_COLUMNS = (
     "over_main_with_views",
     "over_strong_with_views",
 )
-_JUDGES = (("luminance %", "luminance_pct"), ("network %", "network_pct"))
+_JUDGES = (("luminance %", "luminance_pct"), ("network %", "network_pct"), ("patches %", "patches_pct"))
 SHOWN = {  # by preset: the page's heads and columns
     "main": (
         *(("check stepped in %", "stepped_in"), ("near a view", "views"), ("rewinds", "rewinds")),
@@ -256,10 +257,10 @@ def figures(stage: Stage, drawn: Drawn, config: AMGConfig, index: Any) -> Line:
     unmarked = ~blocked & ~marked
     over, largest = exceeding(drawn.images, (index, *stage.also), config)
     delivered = drawn.images[~blocked].float() / 255
-    luminance = (
-        luminance_correlation(delivered, stage.data.images.float() / 255)[0] if len(delivered) else None
-    )
-    network = load_judge().copy_probability(delivered) if len(delivered) else None
+    said = copies_said(delivered, stage.data.images.float() / 255, load_judge()) if len(delivered) else {}
+    judged = {
+        name: f"{100 * (values > COPY_LIMITS[name]).float().mean():.1f}" for name, values in said.items()
+    }
     return {
         "broken": int((over & unmarked).sum()),
         "largest": f"{largest[unmarked].max():.4f}" if bool(unmarked.any()) else "",
@@ -269,10 +270,9 @@ def figures(stage: Stage, drawn: Drawn, config: AMGConfig, index: Any) -> Line:
         "retries": f"{sum(one.retries for one in verdicts) / count:.3f}",
         "rewinds": f"{sum(one.rewinds for one in verdicts) / count:.3f}",
         "views": views_among(stage, drawn.images[unmarked], config),
-        "luminance_pct": ""
-        if luminance is None
-        else f"{100 * (luminance > LUMINANCE_COPY).float().mean():.1f}",
-        "network_pct": "" if network is None else f"{100 * (network > JUDGE_COPY).float().mean():.1f}",
+        "luminance_pct": judged.get("luminance", ""),
+        "network_pct": judged.get("photos-judge", ""),
+        "patches_pct": judged.get("photos-judge-2", ""),
         "evaluations": f"{sum(one.evaluations for one in verdicts) / count:.1f}",
         "seconds": f"{drawn.seconds / count:.3f}",
     }
@@ -336,7 +336,7 @@ def read(path: Path) -> list[Line]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{**dict.fromkeys(COLUMNS, ""), **line} for line in csv.DictReader(file)]
 
 
 def tables(path: Path) -> str:

@@ -24,6 +24,7 @@ from amg.commands.demo import (
     COLUMN_NAMES,
     caption_jobs,
     class_jobs,
+    copies_said,
     draw,
     further_judges,
     measure,
@@ -31,7 +32,6 @@ from amg.commands.demo import (
     open_pipeline,
 )
 from amg.config import AMGConfig
-from amg.evaluate.judges import luminance_correlation
 from amg.zoo.judge import load_judge
 from amg.zoo.photos import training_set
 
@@ -95,11 +95,8 @@ def main() -> None:
         config = AMGConfig.preset(preset, **{**overrides, "on_memorized": "flag"})
         judges = further_judges(name, preset, arguments.work)
         column = draw(pipe, index, config, jobs, arguments.steps, title, judges)
-        luminance, copies = (
-            luminance_correlation(column.images, references)[0],
-            judge.copy_probability(column.images),
-        )
-        row = measure(title, column, jobs, judge, references, luminance, copies)
+        said = copies_said(column.images, references, judge)
+        row = measure(title, column, jobs, judge, references, said)
         _append(path, row, arguments)
         print(" ".join(value if isinstance(value, str) else f"{value:.3g}" for value in row), flush=True)
         if arguments.sheet:

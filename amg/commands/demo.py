@@ -31,6 +31,7 @@ from amg.replacing import held, replacing
 from amg.report import Report, Sample, Section, Table, table_text, write
 from amg.verdict import Verdict
 from amg.zoo.judge import PhotosJudge, load_judge
+from amg.zoo.judge_2 import load_judge_2
 from amg.zoo.photos import DUPLICATED, PHOTOS, TrainingSet, training_set
 
 # The released code's constants for pixels make x0_hat diverge here, so that column is left out.
@@ -41,6 +42,7 @@ COLUMNS = {
 GUIDANCE_SCALES = {"photos-ddpm": 2.5, "photos-sd": 7.5}  # chosen on other seeds than the demo's
 LUMINANCE_COPY = 0.9
 JUDGE_COPY = 0.5
+COPY_LIMITS = {"luminance": LUMINANCE_COPY, "photos-judge": JUDGE_COPY, "photos-judge-2": JUDGE_COPY}
 PACKAGES = (
     *("diffusers", "transformers", "tqdm", "pyarrow", "PIL", "jinja2", "torchmetrics", "skimage"),
     *("sklearn", "matplotlib", "pywt"),
@@ -55,6 +57,7 @@ COLUMN_NAMES = (
     "Top1",
     "luminance judge %",
     "network judge %",
+    "patch judge %",
     "FID",
     "subject %",
     "alignment",
@@ -157,17 +160,21 @@ def _section(name: str, out: Path, count: int, seed: int, steps: int, judge: Pho
         for preset in COLUMNS[name]
     }
     references = data.images.float() / 255
-    luminance = {
-        preset: luminance_correlation(column.images, references)[0] for preset, column in columns.items()
-    }
-    copies = {preset: judge.copy_probability(column.images) for preset, column in columns.items()}
+    said = {preset: copies_said(column.images, references, judge) for preset, column in columns.items()}
     rows = [
-        measure(preset, columns[preset], jobs, judge, references, luminance[preset], copies[preset])
-        for preset in COLUMNS[name]
+        measure(preset, columns[preset], jobs, judge, references, said[preset]) for preset in COLUMNS[name]
     ]
-    return _describe(
-        name, index, jobs, data, columns, luminance, copies, Table(COLUMN_NAMES, rows, _notes(name, data))
-    )
+    return _describe(name, index, jobs, data, columns, said, Table(COLUMN_NAMES, rows, _notes(name, data)))
+
+
+def copies_said(images: Tensor, references: Tensor, judge: PhotosJudge) -> dict[str, Tensor]:
+    """How much of a copy each picture [B, 3, H, W] is to the judges that guidance never saw, [B] by the names
+    of `COPY_LIMITS`, above which it is one."""
+    return {
+        "luminance": luminance_correlation(images, references)[0],
+        "photos-judge": judge.copy_probability(images),
+        "photos-judge-2": load_judge_2().copy_probability(images),
+    }
 
 
 def config_for(preset: str) -> AMGConfig:
@@ -280,10 +287,9 @@ def measure(
     jobs: Jobs,
     judge: PhotosJudge,
     references: Tensor,
-    luminance: Tensor,
-    copies: Tensor,
+    said: Mapping[str, Tensor],
 ) -> list[str | float]:
-    """One row of the table, in the order of `COLUMN_NAMES`."""
+    """One row of the table, in the order of `COLUMN_NAMES`; said: `copies_said` of the column's pictures."""
     similarity = torch.tensor([verdict.similarity for verdict in column.verdicts], dtype=torch.float32)
     delivered = torch.tensor([verdict.memorized and not verdict.blocked for verdict in column.verdicts])
     late = torch.tensor([bool(verdict.retries) or verdict.memorized for verdict in column.verdicts])
@@ -298,8 +304,7 @@ def measure(
         100 * late.float().mean().item(),
         sign * top5(similarity),
         sign * top1(similarity),
-        100 * memorized_share(luminance, (LUMINANCE_COPY,))[0],
-        100 * memorized_share(copies, (JUDGE_COPY,))[0],
+        *(100 * memorized_share(said[name], (limit,))[0] for name, limit in COPY_LIMITS.items()),
         fid(column.images, references, judge.features),
         100 * class_accuracy(logits, jobs.labels[named]),
         alignment(logits.softmax(1), jobs.labels[named]),
@@ -320,7 +325,7 @@ def _notes(name: str, data: TrainingSet) -> list[str]:
         if name == "photos-ddpm"
         else "photos-embedder measures and guides",
         "luminance judge: correlation of standardised luminance > 0.9 with a training image; network judge: "
-        "photos-judge calls the picture a copy; guidance saw neither",
+        "photos-judge calls the picture a copy; patch judge: photos-judge-2 does; guidance saw none of them",
         f"FID: photos-judge features, against the {len(data.ids)} distinct training images",
         "subject and alignment: photos-judge, how often and how surely it names the intended subject",
     ]
@@ -351,8 +356,7 @@ def _describe(
     jobs: Jobs,
     data: TrainingSet,
     columns: Mapping[str, Column],
-    luminance: Mapping[str, Tensor],
-    copies: Mapping[str, Tensor],
+    said: Mapping[str, Mapping[str, Tensor]],
     table: Table,
 ) -> Section:
     place = {identity: row for row, identity in enumerate(data.ids)}
@@ -368,8 +372,7 @@ def _describe(
                 for preset, column in columns.items()
             },
             judges={
-                "luminance": {preset: luminance[preset][i].item() for preset in columns},
-                "photos-judge": {preset: copies[preset][i].item() for preset in columns},
+                judge: {preset: said[preset][judge][i].item() for preset in columns} for judge in COPY_LIMITS
             },
         )
         for i in range(len(jobs.seeds))
@@ -394,5 +397,5 @@ def _describe(
         columns=COLUMNS[name],
         samples=samples,
         table=table,
-        judges={"luminance": LUMINANCE_COPY, "photos-judge": JUDGE_COPY},
+        judges=COPY_LIMITS,
     )

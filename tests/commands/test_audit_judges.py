@@ -31,7 +31,7 @@ def looked_at(similarity, blocked=(), per_prompt=1):
         records.append(Record(n, n // per_prompt, n, Prompt("a"), Path("x"), verdict, 0.1, 2, 100.0))
     count = len(records)
     values = torch.tensor(similarity)
-    return Looked(records, values, torch.eye(count, 9), torch.rand(count, 3, 4, 4), (4, 4), {})
+    return Looked(records, values, torch.eye(count, 9), torch.rand(count, 3, 4, 4), (4, 4), {}, {})
 
 
 def judges_of(missing):

@@ -11,7 +11,7 @@ from torch import Tensor
 from amg import zoo
 from amg.commands.audit.references import References
 
-COPY = 0.5  # photos-judge calls a picture a copy above this
+COPY = 0.5  # photos-judge and photos-judge-2 call a picture a copy above this
 
 
 def bundled_name(model: str, pipe: object) -> str | None:
@@ -73,11 +73,14 @@ def subject_of(prompt: str) -> int:
     return -1
 
 
-def copy_judge(device: str) -> Callable[[Tensor], Tensor]:
-    """photos-judge's probability that a picture copies a whole training photograph, float32 [B]."""
+def copy_judges(device: str) -> tuple[tuple[str, Callable[[Tensor], Tensor]], ...]:
+    """By name each bundled judge's probability that a picture copies a whole training photograph, float32
+    [B]."""
     from amg.zoo.judge import load_judge
+    from amg.zoo.judge_2 import load_judge_2
 
-    return load_judge(device=device).copy_probability
+    judges = (("photos-judge", load_judge(device=device)), ("photos-judge-2", load_judge_2(device=device)))
+    return tuple((name, judge.copy_probability) for name, judge in judges)
 
 
 def fid_features(device: str) -> Callable[[Tensor], Tensor]:

@@ -30,14 +30,14 @@ class Scorer(Protocol):
 class Judges:
     """`index` guided, `also` bound the final check; all else guidance never saw.
 
-    `further`: indexes of other embedders by name; `copies`: photos-judge, for the bundled models; `network`:
-    name and FID features. What is None or empty has its reason in `missing`.
+    `further`: indexes of other embedders by name; `copies`: by name who knows copies of the bundled models'
+    photographs; `network`: name and FID features. What is None or empty has its reason in `missing`.
     """
 
     index: Any
     also: tuple[tuple[str, Any], ...] = ()
     further: tuple[tuple[str, Any], ...] = ()
-    copies: Callable[[Tensor], Tensor] | None = None
+    copies: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
     alignment: Scorer | None = None
     network: tuple[str, Callable[[Tensor], Tensor]] | None = None
     references: References | None = None
@@ -49,8 +49,8 @@ class Looked:
     """What one guidance's N pictures look like to each judge, on the CPU.
 
     `similarity` and those of `by_index` (sigma, float32 [N]) are measured again on the pictures kept;
-    `vectors` [N, D] are the guiding index's embeddings, `small` [N, 3, h, w] float32 what the structural
-    judge compares, `size` that of the pictures.
+    `copies` are a judge's probabilities [N], `vectors` [N, D] the guiding index's embeddings, `small`
+    [N, 3, h, w] float32 what the structural judge compares, `size` that of the pictures.
     """
 
     records: list[Record]
@@ -59,7 +59,7 @@ class Looked:
     small: Tensor
     size: tuple[int, int]
     by_index: dict[str, Tensor]
-    copies: Tensor | None = None
+    copies: dict[str, Tensor]
     alignment: Tensor | None = None
     features: Tensor | None = None
 
@@ -140,7 +140,8 @@ def look(records: Sequence[Record], judges: Judges, batch_size: int, device: str
         whole["small"],
         size,
         {name: whole[f"index {name}"] for name in named},
-        *(whole.get(key) for key in ("copies", "alignment", "features")),
+        {name: whole[f"copies {name}"] for name, _ in judges.copies},
+        *(whole.get(key) for key in ("alignment", "features")),
     )
 
 
@@ -153,8 +154,8 @@ def _seen_by(images: Tensor, prompts: list[str], judges: Judges) -> dict[str, Te
     }
     for name, index in (*judges.also, *judges.further):
         found[f"index {name}"] = index.with_searcher("exact").nearest(index.embed(images)).similarity
-    if judges.copies is not None:
-        found["copies"] = judges.copies(images)
+    for name, copies in judges.copies:
+        found[f"copies {name}"] = copies(images)
     if judges.alignment is not None:
         found["alignment"] = judges.alignment(images, prompts)
     if judges.network is not None:

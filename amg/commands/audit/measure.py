@@ -97,9 +97,15 @@ def _unseen(columns: Columns, seen: Seen | None, judges: Judges) -> list[Measure
                 },
             )
         ]
-    if judges.copies is not None:
+    for name, _ in judges.copies:
         rows.append(
-            _share("photos_judge", "photos-judge: a copy %", UNSEEN, columns, lambda one: _said(one.copies))
+            _share(
+                _key(name),
+                f"{name}: a copy %",
+                UNSEEN,
+                columns,
+                lambda one, name=name: _copies(one.copies[name]),  # type: ignore[misc]
+            )
         )
     for name, index in judges.further:
         rows += _similarity(_key(name) + "_", name, index.metric, columns, UNSEEN, name)
@@ -278,10 +284,9 @@ def _flag(one: Looked, name: str) -> Tensor:
     return torch.tensor(found, dtype=torch.float32)
 
 
-def _said(copies: Tensor | None) -> Tensor:
+def _copies(copies: Tensor) -> Tensor:
     from amg.commands.audit.bundled import COPY
 
-    assert copies is not None
     return (copies > COPY).float()
 
 

@@ -95,11 +95,8 @@ def _said(
     found = {}
     if seen is not None:
         found["luminance"] = {name: seen.structure[name][position].item() for name in order}
-    if judges.copies is not None:
-        copies = {name: columns[name].copies for name in order}
-        found["photos-judge"] = {
-            name: own[position].item() for name, own in copies.items() if own is not None
-        }
+    for judge, _ in judges.copies:
+        found[judge] = {name: columns[name].copies[judge][position].item() for name in order}
     for judge, _ in judges.further:
         found[judge] = {name: columns[name].by_index[judge][position].item() for name in order}
     return found
@@ -107,8 +104,7 @@ def _said(
 
 def _limits(seen: Seen | None, judges: Judges) -> dict[str, float]:
     limits = {} if seen is None else {"luminance": MEMORIZED_CORRELATION}
-    if judges.copies is not None:
-        limits["photos-judge"] = COPY
+    limits |= {name: COPY for name, _ in judges.copies}
     return limits | {name: 0.5 if one.metric == "cosine" else -1.4 for name, one in judges.further}
 
 

@@ -129,7 +129,7 @@ def judges_of(arguments: argparse.Namespace, pipe: Any, index: Any, also: list[A
         index,
         tuple(zip(distinct_names(also), also, strict=True)),
         tuple(further),
-        bundled.copy_judge(device) if name else None,
+        bundled.copy_judges(device) if name else (),
         alignment,
         network,
         references,
