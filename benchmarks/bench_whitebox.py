@@ -32,6 +32,7 @@ from amg.zoo.photos import training_set
 
 STEPS, RATE, MARGIN = 100, 0.01, 0.02
 WEIGHT = 30.0  # of what is over the threshold, against the mean squared change
+GROWTH = 1.03  # of the weight, a step, until it passes
 ATTACKED = {"nothing": (), "the metric": ("metric",), "metric and guard": ("metric", "guard")}
 COLUMNS = (
     *("date", "commit", "torch", "changed", "attacked", "photographs", "passed by the metric"),
@@ -80,6 +81,7 @@ def attack(
     changed = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([changed], RATE)
     best, smallest = shown(start).detach(), torch.full((len(photos),), torch.inf)
+    weight = torch.full((len(photos),), WEIGHT)
     for _ in range(steps):
         images = shown(changed)
         over = sum((target.similarity(images) - target.threshold + MARGIN).clamp(min=0) for target in targets)
@@ -91,8 +93,9 @@ def attack(
             unsolved = torch.isinf(smallest) & ~passed
             best = torch.where((better | unsolved)[:, None, None, None], rounded, best)
             smallest = torch.where(better, away, smallest)
+            weight = torch.where(passed, weight, weight * GROWTH)
         optimizer.zero_grad()
-        (WEIGHT * over + 100 * away).sum().backward()
+        (weight * over + 100 * away).sum().backward()
         optimizer.step()
     return best
 
