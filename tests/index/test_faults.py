@@ -173,6 +173,8 @@ def test_an_embedder_that_misbehaves(tmp_path, pictures, embedder, output, messa
 
 def test_an_embedder_without_identity(tmp_path, pictures):
     refuse_build(tmp_path, "function.name is None", pictures, None, lambda images: images, error=TypeError)
+    hint = r"got 'photos': give amg.embed.load\('photos'\)"
+    refuse_build(tmp_path, hint, pictures, None, "photos", error=TypeError)
 
 
 @pytest.fixture
