@@ -28,7 +28,7 @@ class Embedder(Protocol):
 def embedder_record(embedder: Any) -> EmbedderRecord:
     """What the manifest says of an embedder. Raises TypeError when it lacks an attribute."""
     if isinstance(embedder, str):
-        raise TypeError(f"`embedder` must be an embedder, got {embedder!r}: give amg.embed.load({embedder!r})")
+        raise TypeError(f"`embedder` must be callable, got {embedder!r}: give amg.embed.load({embedder!r})")
     for attribute, kind in (("name", str), ("dimension", int), ("sha", str)):
         value = getattr(embedder, attribute, None)
         if not callable(embedder) or not isinstance(value, kind):
