@@ -116,6 +116,13 @@ def own_loop(pipe, index, config, generators, steps):
     return images, scheduler.verdicts(images)
 
 
+def assert_same_pictures(images, expected):
+    """To 1e-4, but for a value in 500 that was rounded to the next of 255 levels: which of two ways a tie goes
+    depends on the processor."""
+    apart = (images - expected).abs()
+    assert apart.max() <= 1 / 255 + 1e-6 and (apart > 1e-4).float().mean() <= 1 / 500, apart.max()
+
+
 def assert_acted(way, index, verdicts):
     """Every term that this door and this metric have acted on every sample."""
     wanted = {"dissimilarity"}
@@ -289,7 +296,7 @@ def test_inference_mode_gives_the_pictures_of_no_grad(way, name, tmp_path):
 
     (plain, _), _ = drawn(torch.no_grad, tmp_path / "no_grad")
     (images, verdicts), index = drawn(torch.inference_mode, tmp_path / "inference")
-    torch.testing.assert_close(images, plain, rtol=0, atol=1e-4)
+    assert_same_pictures(images, plain)
     assert_acted(way, index, verdicts)
 
 
@@ -303,7 +310,7 @@ def test_weights_made_in_inference_mode_and_used_outside(way, tmp_path):
     with torch.inference_mode():
         pipe, loaded = tiny_sd(), index.attach(embedder_named("tiny"))
     images, verdicts = draw(way, pipe, loaded, acting(index, gradient=gradient), steps=4)
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert_same_pictures(images, expected)
     assert_acted(way, index, verdicts)
 
 

@@ -81,7 +81,9 @@ def test_closed_gates_leave_every_bit_and_the_level_is_said(name, tmp_path):
 
 @pytest.mark.parametrize("name", FULL + STEP)
 def test_rows_alone_are_what_they_are_in_the_batch(name, tmp_path):
-    """Guided at every step, and sent back where the loop allows it."""
+    """Guided at every step, and sent back where the loop allows it. SANA's rows alone are the batch's to 3e-7
+    without guidance, which the push makes 1.4e-5 of on processors with AVX-512 (docs/pipelines.md)."""
+    near = 2e-5 if name == "sana" else 1e-5
     pipe, call = pipelines_tiny.build(name)
     plain = drawn(pipe, call).images
     protected(pipe, index_of(noise(60, plain), tmp_path), **OPEN)
@@ -90,7 +92,7 @@ def test_rows_alone_are_what_they_are_in_the_batch(name, tmp_path):
     assert [verdict.rewinds for verdict in out.amg] == [int(name in BARE)] * 2
     for row in (0, 1):
         alone = drawn(pipe, pipelines_tiny.cut(call, row), seeds=(row + 1,)).images
-        torch.testing.assert_close(alone[0], out.images[row], rtol=0, atol=1e-5)
+        torch.testing.assert_close(alone[0], out.images[row], rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("name", FULL + STEP)
