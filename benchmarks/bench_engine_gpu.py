@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 1 where a batch failed or was not started in time."""
     options, start, failures = parse(arguments), time.monotonic(), []
     if options.tiny:
-        run = Run(options.device, 2, TINY.rows, 2, "eager", (1, 2))
+        run = Run(options.device, 2, TINY.rows, 2, "eager", (1,))
         shapes, batches = {"tiny": TINY}, (1, 2)
     else:
         rest = (options.rows, options.rounds, "inductor", numbers(options.compiled))

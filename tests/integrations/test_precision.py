@@ -117,8 +117,8 @@ def own_loop(pipe, index, config, generators, steps):
 
 
 def assert_same_pictures(images, expected):
-    """To 1e-4, but for a value in 500 that was rounded to the next of 255 levels: which of two ways a tie goes
-    depends on the processor."""
+    """To 1e-4, but for a value in 500 that was rounded to the next of 255 levels: ties go as the processor
+    rounds."""
     apart = (images - expected).abs()
     assert apart.max() <= 1 / 255 + 1e-6 and (apart > 1e-4).float().mean() <= 1 / 500, apart.max()
 
