@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from amg.pipelines.families import family_of
+from amg.pipelines.families import FAMILIES, family_of
 
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 XL = "StableDiffusionXLPipeline"
-SD3 = "StableDiffusion3Pipeline"
-SAMPLED = (*SUPPORTED, SD3)  # by `Sampler`
-TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL, SD3)
+TEXT_TO_IMAGE = tuple(name for family in FAMILIES for name in family.bare)
+SAMPLED = ("DDPMPipeline", "DDIMPipeline", *TEXT_TO_IMAGE)  # by `Sampler`
 # what a subclass may not change of a pipeline that `Sampler` samples from, as it runs none of it
 LOOP = (
     "__call__",
@@ -90,23 +89,22 @@ def is_xl(pipe: Any) -> bool:
     return any(base.__name__ == XL for base in type(pipe).__mro__)
 
 
-def is_sd3(pipe: Any) -> bool:
-    """Whether a pipeline is Stable Diffusion 3's, with a transformer and flow matching."""
-    return any(base.__name__ == SD3 for base in type(pipe).__mro__)
-
-
 def require_supported(pipe: Any) -> None:
     """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
     (inpainting, upscaling, learned variances)."""
     kind = require_class(base.__name__ for base in type(pipe).__mro__)
-    text, network = kind in TEXT_TO_IMAGE, "transformer" if kind == SD3 else "unet"
-    for name in (network, "scheduler", *(("vae",) if text else ())):
+    family = family_of(pipe)
+    network = "unet" if family is None else family.network
+    for name in (network, "scheduler", *(("vae",) if family is not None else ())):
         if getattr(pipe, name, None) is None:
             raise ValueError(f"`pipe.{name}` must not be None: nothing can be sampled or checked without it")
     config = getattr(pipe, network).config
     channels = {f"pipe.{network}'s out_channels": config.out_channels}
-    if text:
-        channels["pipe.vae's latent_channels"] = getattr(pipe.vae.config, "latent_channels", None)
+    if family is not None:
+        decoded = getattr(pipe.vae.config, "latent_channels", None)
+        channels["pipe.vae's latent_channels"] = decoded and family.packed * decoded
+        if family.variances and config.out_channels == 2 * config.in_channels:
+            del channels[f"pipe.{network}'s out_channels"]
     for name, found in channels.items():
         if found is not None and found != config.in_channels:
             raise ValueError(
