@@ -1,11 +1,15 @@
 """PixArt and FLUX.1 in the engine: from their components, with their own conditions, in the same slots."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import amg
+from amg.engine.graphs import Graphs
 
 from .. import pipelines_tiny
+from ..engine.test_graphs import Recorder
 from .conftest import TinyEmbedder
 from .test_watch import OPEN, PLANTED, drawn, generators, index_of, noise, protected
 
@@ -241,3 +245,15 @@ def test_half_precision(name, gradient, tmp_path):
         out = sample(sampler, call)
     assert bool(out.images.isfinite().all()) and all(verdict.trace[0].terms for verdict in out.amg)
     assert [verdict.rewinds for verdict in out.amg] == [1, 1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_their_networks_are_replayed_as_graphs_are(name, tmp_path):
+    """What they are called with is told apart, copied and replayed: a closure stands for CUDA's capture."""
+    pipe, call = build(name)
+    plain = drawn(pipe, call).images
+    sampler = amg.Sampler(pipe, index_of(noise(60, plain), tmp_path), config("off"))
+    source, recorder = sampler.source, Recorder()
+    source.denoiser = replace(source.denoiser, network=Graphs(source.denoiser.network, recorder))
+    assert (sample(sampler, call).images - plain.clamp(0, 1)).abs().max() <= 1 / 255
+    assert (recorder.captures, recorder.replays) == (1, STEPS - 2)
