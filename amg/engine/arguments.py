@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COUNTS = ("num_inference_steps", "num_images_per_prompt")
 OPEN_COUNTS = ("batch_size", "height", "width", "clip_skip", "max_sequence_length")
 NUMBERS = ("guidance_rescale", "eta")
-OPEN_NUMBERS = ("guidance_scale", "true_cfg_scale", "deadline")
+OPEN_NUMBERS = ("guidance_scale", "true_cfg_scale", "strength", "deadline")
 TEXTS = ("prompt", "negative_prompt")
 LISTED = ("class_labels", "timesteps", "sigmas")
 TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")

@@ -42,7 +42,8 @@ def send_back(slots: Slots) -> None:
         _close_segment(slots, slot)
         slot.plan, slot.first = slot.job.course.again(slot.plan.config, slot.plan.total), False
         went_back(slot.flight, slot.segments[-1].plan.start + slot.segments[-1].count)
-    sample = torch.cat([slot.flight.noise(slots.sample[:1]) * slot.plan.size for slot in back])
+    like = slots.sample[:1]
+    sample = torch.cat([slot.job.again(slot.place, slot.plan.size, like).to(like) for slot in back])
     recaption(slots.denoiser, back)
     slots.start_again(rows, sample)
 

@@ -69,13 +69,18 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """How a request is run: its scheduler with timesteps set, and its guidance scale. Plans are kept."""
+    """How a request is run: its scheduler with timesteps set, and its guidance scale. Plans are kept.
+
+    first: the step that its runs begin with, later tries too, which begin with the picture that was put in;
+    None: the first of all, and a sample that is sent back goes to an early one.
+    """
 
     setting: Setting
     tables: Tables
     scale: float
     gate: Gate | None
     device: torch.device
+    first: int | None = None
 
     @functools.cached_property
     def _plans(self) -> dict[tuple[AMGConfig, int], Plan]:
@@ -86,8 +91,10 @@ class Course:
         """How large a whole run's first sample is."""
         return noise_scale(self.setting.scheduler)
 
-    def plan(self, config: AMGConfig, start: int = 0) -> Plan:
-        """The plan of a run under `config` that starts at step `start`. Errors: `Refused`."""
+    def plan(self, config: AMGConfig, start: int | None = None) -> Plan:
+        """The plan of a run under `config` that starts at step `start`, None: where runs begin. Errors:
+        `Refused`."""
+        start = (self.first or 0) if start is None else start
         key = (config, start)
         if key not in self._plans:
             table = self.tables.table(self.setting, start)
@@ -97,6 +104,8 @@ class Course:
     def again(self, config: AMGConfig, total: int) -> Plan:
         """The plan of a sample that was sent back: from the last step up to `rewind_to` where a fresh
         scheduler can start."""
+        if self.first is not None:
+            return self.plan(config)
         return self.plan(config, self.tables.latest(self.setting, restart(config, total)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,6 +26,7 @@ from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Same
+from amg.pipelines.check import rows_of
 from amg.pipelines.conditions import asked_of, count_of, of_request, scale_of, shift_of, size_of
 from amg.pipelines.denoiser import (
     CaptionCache,
@@ -35,6 +37,15 @@ from amg.pipelines.denoiser import (
     weights_of,
 )
 from amg.pipelines.families import Size, family_of
+from amg.pipelines.given import (
+    Begun,
+    begin,
+    begin_again,
+    beside,
+    first_step,
+    kind_of,
+    require_shared_out,
+)
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
 from amg.pipelines.supported import network_of, require_no_caches, require_sampled
@@ -123,7 +134,8 @@ class Source:
             return of_request(self.pipe, request, self.config.null_class, scale, device)
 
     def course(self, request: Request, scale: float, device: torch.device) -> Course:
-        """How a request is run; `Refused` for a scheduler that cannot be."""
+        """How a request is run; `Refused` for a scheduler that cannot be, ValueError for a `strength` that
+        leaves no step."""
         given: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         family = family_of(self.pipe)
         if all(value is None for value in given.values()) and family is not None:
@@ -133,11 +145,12 @@ class Source:
         given["mu"] = shift_of(self.pipe, request.height, request.width)
         known = step_arguments(self.pipe.scheduler, {"eta": request.eta})
         ready = setting(self.pipe.scheduler, given, known)
-        key = (ready, scale, device)
+        first = first_step(request, ready.scheduler) if kind_of(self.pipe) is not None else None
+        key = (ready, scale, device, first)
         if key not in self._courses:
             while len(self._courses) >= COURSES:
                 self._courses.pop(next(iter(self._courses)))
-            self._courses[key] = Course(ready, self.tables, scale, self.gate, device)
+            self._courses[key] = Course(ready, self.tables, scale, self.gate, device, first)
         return self._courses[key]
 
     def generator(self, seed: int | Sequence[int] | None) -> torch.Generator | list[torch.Generator]:
@@ -178,10 +191,14 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     for index in (source.index, *source.also):
         index.seal.check()  # before any work, and before a truncated map is touched
     pipe, config = source.pipe, source.config
+    own = rows_of(request.image, source.index, config, source.also)
     request, shown = asked_of(pipe, request)
     batch = count_of(request)
     require_generator(generator, batch)
+    require_shared_out(request, batch)
     shape = _shape(pipe, request, batch)
+    if own and not config.block_input_copies:  # what the user put in is nothing to push away from
+        config = replace(config, preset_name="off")
     scale = scale_of(pipe, request, config.guidance_scale)
     device = pipe._execution_device  # once: the pipeline walks through all its modules for it
     conditions = source.conditions(request, scale, device)
@@ -189,8 +206,8 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     scheduler = course.setting.scheduler
     if source.gate is not None:
         source.gate.require(key_for(pipe, source.index, scheduler, scale, config))
-    sample = _noise(pipe, request, shape, generator, device) * course.noise_scale
-    flights = _flights(source, request, course, sample)
+    begun = _begun(pipe, request, course, shape, generator)
+    flights = _flights(source, request, course, config, begun.sample)
     modes, tools = Modes.here(), source.tools(request, shown)
     safety = None
     if request.output_type != "latent" and is_latent(pipe):
@@ -200,8 +217,10 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         config=config,
         tools=tools,
         also=source.also,
-        conditions=conditions,
-        sample=sample,
+        conditions=beside(conditions, begun.channels),
+        sample=begun.sample,
+        begin=None if course.first is None else functools.partial(_begun_again, pipe, request, course),
+        own=own,
         flights=flights,
         memory=source.memory,
         generator=generator,
@@ -209,7 +228,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         output_type=request.output_type,
         safety=safety,
         dtype=weights_of(network_of(pipe))[0],
-        key=(id(tools.index), modes, shown, form_of(sample[:1]), _alike(conditions)),
+        key=(id(tools.index), modes, shown, form_of(begun.sample[:1]), _alike(conditions)),
         owner=source.owner,
         modes=modes,
         late_at=late_at,
@@ -227,16 +246,18 @@ def _require(request: Request, generator: Any) -> None:
         raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
 
 
-def _flights(source: Source, request: Request, course: Course, sample: Tensor) -> list[Flight]:
+def _flights(
+    source: Source, request: Request, course: Course, config: AMGConfig, sample: Tensor
+) -> list[Flight]:
     """A flight for each first sample, those whose prompt is remembered as later tries."""
-    plan, scheduler, initial = course.plan(source.config), course.setting.scheduler, sample
+    plan, scheduler, initial = course.plan(config), course.setting.scheduler, sample
     if plan.scaled:  # in the scheduler's own operations: equal noise is to have equal bits on every way
-        first = scheduler.timesteps[0].to(sample.device)
-        initial = started(scheduler, 0).scale_model_input(sample, first)
+        t = scheduler.timesteps[plan.start].to(sample.device)
+        initial = started(scheduler, plan.start).scale_model_input(sample, t)
     texts = texts_of(request.prompt, request.num_images_per_prompt, len(sample))
     flights = [Flight.from_noise(row, text) for row, text in zip(initial, texts, strict=True)]
-    if source.config.active:
-        source.memory.recall(flights, course, past_first_checkpoint(source.config, plan.total))
+    if config.active:
+        source.memory.recall(flights, course, past_first_checkpoint(config, plan.total))
     return flights
 
 
@@ -263,12 +284,31 @@ def _shape(pipe: Any, request: Request, batch: int) -> tuple[int, ...]:
     """Of a request's first noise, [batch, C, H, W], or [batch, N, C] where the network takes tokens.
     ValueError where its `latents` are of another."""
     size = size_of(pipe, request.height, request.width)
-    shape: tuple[int, ...] = (batch, network_of(pipe).config.in_channels, *size)
+    channels = (
+        network_of(pipe).config.in_channels if kind_of(pipe) is None else pipe.vae.config.latent_channels
+    )
+    shape: tuple[int, ...] = (batch, channels, *size)
     if is_packed(pipe):
         shape = (batch, size[0] * size[1] // 4, shape[1])
     if request.latents is not None and tuple(request.latents.shape) != shape:
         raise ValueError(f"`latents` must be {list(shape)}, got {list(request.latents.shape)}")
     return shape
+
+
+def _begun(pipe: Any, request: Request, course: Course, shape: tuple[int, ...], generator: Any) -> Begun:
+    """What a request's samples start from."""
+    if course.first is None:
+        return Begun(_noise(pipe, request, shape, generator, course.device) * course.noise_scale, None)
+    scheduler = started(course.setting.scheduler, course.first)
+    return begin(pipe, request, scheduler, course.first, generator, shape[0])
+
+
+def _begun_again(
+    pipe: Any, request: Request, course: Course, place: int, generator: torch.Generator
+) -> Tensor:
+    assert course.first is not None
+    scheduler = started(course.setting.scheduler, course.first)
+    return begin_again(pipe, request, scheduler, course.first, generator, place)
 
 
 def _noise(

@@ -57,6 +57,9 @@ class Request:
     max_sequence_length: int | None = None
     true_cfg_scale: float | None = None
     use_resolution_binning: bool | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
 
 
 ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
@@ -136,6 +139,9 @@ class Sampler:
         max_sequence_length: int | None = None,
         true_cfg_scale: float | None = None,
         use_resolution_binning: bool | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         progress: bool = True,
     ) -> SamplerOutput:
         """Sample. `prompt` for Stable Diffusion; `class_labels` (int [B]) or `batch_size` for pixel models.
@@ -148,7 +154,8 @@ class Sampler:
         `num_inference_steps`, `prompt_embeds`, `negative_prompt_embeds`, `clip_skip`, `max_sequence_length`,
         `use_resolution_binning` (PixArt): as the pipeline takes them. `guidance_scale`: s0, None: the
         config's; for FLUX.1 s0 is `true_cfg_scale`, which counts with a `negative_prompt` alone, as there,
-        and `guidance_scale` what its distilled network is told (None: 3.5). Errors: ValueError naming the
+        and `guidance_scale` what its distilled network is told (None: 3.5). `image`, `mask_image` and
+        `strength`: for the pipelines that paint into a picture, as they take them. Errors: ValueError naming the
         argument, one that this pipeline does not take among them; `Refused`, a ValueError, for a scheduler
         that cannot be run here.
         """

@@ -99,7 +99,8 @@ class Slot:
         each = 1 if self.conditions.uncond is None else 2
         rest = (len(plan.steps) - row - 1) * each
         low, step = plan.start + row < self.low, plan.steps[row]
-        return Seat(self.flight, plan.config, step, plan.scale, low, self.guided, plan.total * each, rest)
+        whole = self.job.steps * each
+        return Seat(self.flight, plan.config, step, plan.scale, low, self.guided, whole, rest)
 
 
 class Slots:

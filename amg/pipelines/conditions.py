@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from amg.guidance.predict import Conditions
 from amg.pipelines.denoiser import class_conditions
 from amg.pipelines.families import FAMILIES, Family, Size, family_of
-from amg.pipelines.supported import network_of
+from amg.pipelines.given import TAKES, kind_of, pictured
+from amg.pipelines.supported import INPAINT, network_of
 
 if TYPE_CHECKING:
     from amg.engine.sampler import Request
@@ -22,10 +23,10 @@ def asked_of(pipe: Any, request: Request) -> tuple[Request, Size | None]:
     its pictures are brought to then, None: they are of that size. Errors: ValueError naming the argument,
     also one that this pipeline does not take."""
     family = family_of(pipe)
-    _require_taken(family, request)
+    _require_taken(pipe, family, request)
     if family is None:
         return request, None
-    request = _listed(family, request)
+    request = pictured(pipe, _listed(family, request))
     own = (pipe.vae_scale_factor * side for side in size_of(pipe, None, None))
     height, width = (asked or side for asked, side in zip((request.height, request.width), own, strict=True))
     drawn = height, width
@@ -57,19 +58,20 @@ def of_request(pipe: Any, request: Request, null_class: int | None, scale: float
     return class_conditions(pipe.unet, request.class_labels, count_of(request), null_class, scale)
 
 
-def _require_taken(family: Family | None, request: Request) -> None:
-    """ValueError for an argument that is another family's."""
+def _require_taken(pipe: Any, family: Family | None, request: Request) -> None:
+    """ValueError for an argument that is another pipeline's."""
     if family is None and request.prompt is not None:
         raise ValueError(
             "`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`"
         )
     takers = {name: [one.name for one in FAMILIES if name in one.takes] for name in _limited()}
-    taken = OF_PIXELS if family is None else (*OF_TEXT, *family.takes)
+    takers |= {name: [kind for kind, taken in TAKES.items() if name in taken] for name in TAKES[INPAINT]}
+    taken = OF_PIXELS if family is None else (*OF_TEXT, *family.takes, *TAKES.get(kind_of(pipe) or "", ()))
     for name, names in takers.items():
         value = getattr(request, name)
         if name in taken or value is None:
             continue
-        if family is None:
+        if family is None and name not in TAKES[INPAINT]:
             names = ["text-to-image pipelines"]
         raise ValueError(f"`{name}` is for {', '.join(names) or 'pixel models'}, got {value!r:.100}")
 

@@ -35,7 +35,8 @@ def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denois
 
 def _of_unet(forward: Callable[..., Any]) -> Callable[..., Tensor]:
     def run(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        output: Tensor = forward(sample, t, **{**conditions, "return_dict": False})[0]
+        whole = with_channels(sample, conditions.pop(CHANNELS, None))
+        output: Tensor = forward(whole, t, **{**conditions, "return_dict": False})[0]
         return output
 
     return run
@@ -45,8 +46,7 @@ def asked(family: Family, forward: Callable[..., Any]) -> Callable[..., Tensor]:
     """network(sample, t, **conditions) -> raw output in the channels of x_t, t being one timestep or [B]."""
 
     def network(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        more = conditions.pop(CHANNELS, None)
-        whole = sample if more is None else torch.cat([sample, more.to(sample)], 1)
+        whole = with_channels(sample, conditions.pop(CHANNELS, None))
         times = torch.as_tensor(t, device=sample.device).expand(len(sample))
         if family.divisor != 1:
             times = times.to(sample.dtype) / family.divisor
@@ -54,6 +54,11 @@ def asked(family: Family, forward: Callable[..., Any]) -> Callable[..., Tensor]:
         return without_variance(forward(**named)[0], sample)
 
     return network
+
+
+def with_channels(sample: Tensor, more: Tensor | None) -> Tensor:
+    """What an inpainting network is given: x_t and what lies beside it."""
+    return sample if more is None else torch.cat([sample, more.to(sample)], 1)
 
 
 def without_variance(output: Tensor, sample: Tensor) -> Tensor:
