@@ -96,9 +96,10 @@ def _again(slot: Slot, verdict: Verdict, like: Tensor) -> tuple[Slot, Tensor]:
     began_again(flight, config, slot.plan.total)
     plan = job.course.plan(config)
     conditions = job.conditions_of(slot.place)
-    fresh = Slot(job, slot.place, flight, plan, 0, False, conditions)
+    begun = job.again(slot.place, job.course.noise_scale, like)
+    fresh = Slot(job, slot.place, flight, plan, 0, False, conditions, begun.kept)
     recaption(job.tools.denoiser, [fresh])
-    return fresh, job.again(slot.place, job.course.noise_scale, like)
+    return fresh, begun.sample
 
 
 def _keep(one: Done, image: Tensor, verdict: Verdict) -> None:

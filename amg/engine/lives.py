@@ -43,9 +43,11 @@ def send_back(slots: Slots) -> None:
         slot.plan, slot.first = slot.job.course.again(slot.plan.config, slot.plan.total), False
         went_back(slot.flight, slot.segments[-1].plan.start + slot.segments[-1].count)
     like = slots.sample[:1]
-    sample = torch.cat([slot.job.again(slot.place, slot.plan.size, like).to(like) for slot in back])
+    begun = [slot.job.again(slot.place, slot.plan.size, like) for slot in back]
+    for slot, one in zip(back, begun, strict=True):
+        slot.kept = one.kept
     recaption(slots.denoiser, back)
-    slots.start_again(rows, sample)
+    slots.start_again(rows, torch.cat([one.sample for one in begun]))
 
 
 def went_back(flight: Flight, position: int) -> None:

@@ -43,6 +43,7 @@ from amg.pipelines.given import (
     begin_again,
     beside,
     first_step,
+    keeps,
     kind_of,
     require_shared_out,
 )
@@ -146,11 +147,11 @@ class Source:
         known = step_arguments(self.pipe.scheduler, {"eta": request.eta})
         ready = setting(self.pipe.scheduler, given, known)
         first = first_step(request, ready.scheduler) if kind_of(self.pipe) is not None else None
-        key = (ready, scale, device, first)
+        key = (ready, scale, device, first, keeps(self.pipe))
         if key not in self._courses:
             while len(self._courses) >= COURSES:
                 self._courses.pop(next(iter(self._courses)))
-            self._courses[key] = Course(ready, self.tables, scale, self.gate, device, first)
+            self._courses[key] = Course(ready, self.tables, scale, self.gate, *key[2:])
         return self._courses[key]
 
     def generator(self, seed: int | Sequence[int] | None) -> torch.Generator | list[torch.Generator]:
@@ -219,6 +220,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         also=source.also,
         conditions=beside(conditions, begun.channels),
         sample=begun.sample,
+        kept=begun.kept,
         begin=None if course.first is None else functools.partial(_begun_again, pipe, request, course),
         own=own,
         flights=flights,
@@ -298,14 +300,14 @@ def _shape(pipe: Any, request: Request, batch: int) -> tuple[int, ...]:
 def _begun(pipe: Any, request: Request, course: Course, shape: tuple[int, ...], generator: Any) -> Begun:
     """What a request's samples start from."""
     if course.first is None:
-        return Begun(_noise(pipe, request, shape, generator, course.device) * course.noise_scale, None)
+        return Begun(_noise(pipe, request, shape, generator, course.device) * course.noise_scale)
     scheduler = started(course.setting.scheduler, course.first)
     return begin(pipe, request, scheduler, course.first, generator, shape[0])
 
 
 def _begun_again(
     pipe: Any, request: Request, course: Course, place: int, generator: torch.Generator
-) -> Tensor:
+) -> Begun:
     assert course.first is not None
     scheduler = started(course.setting.scheduler, course.first)
     return begin_again(pipe, request, scheduler, course.first, generator, place)

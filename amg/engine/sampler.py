@@ -155,7 +155,7 @@ class Sampler:
         `use_resolution_binning` (PixArt): as the pipeline takes them. `guidance_scale`: s0, None: the
         config's; for FLUX.1 s0 is `true_cfg_scale`, which counts with a `negative_prompt` alone, as there,
         and `guidance_scale` what its distilled network is told (None: 3.5). `image`, `mask_image` and
-        `strength`: for the pipelines that paint into a picture, as they take them. Errors: ValueError naming the
+        `strength`: for pipelines that paint into a picture, as they take them. Errors: ValueError naming the
         argument, one that this pipeline does not take among them; `Refused`, a ValueError, for a scheduler
         that cannot be run here.
         """

@@ -26,17 +26,36 @@ STRENGTH = {IMG2IMG: 0.8, INPAINT: 1.0}
 ITS_OWN = ("height", "width", "latents")  # image to image has these of its picture
 
 
+class Kept(NamedTuple):
+    """What is kept of a picture outside a mask: mask [n, 1, h, w], 1 where it is painted; picture and noise
+    [n, C, h, w], latents."""
+
+    mask: Tensor
+    picture: Tensor
+    noise: Tensor
+
+    def row(self, place: int) -> Kept:
+        """Of one image."""
+        return Kept(*(part[place : place + 1] for part in self))
+
+
 class Begun(NamedTuple):
     """sample [n, C, h, w]: what a run starts from; channels [n, C + 1, h, w]: mask and masked picture that
-    the network is given beside it, None: nothing."""
+    the network is given beside it, None: nothing; kept: what is not painted, None: all is."""
 
     sample: Tensor
-    channels: Tensor | None
+    channels: Tensor | None = None
+    kept: Kept | None = None
 
 
 def kind_of(pipe: Any) -> str | None:
     """Which of the pipelines that a picture is put into, None: none of them."""
     return next((base.__name__ for base in type(pipe).__mro__ if base.__name__ in TAKES), None)
+
+
+def keeps(pipe: Any) -> bool:
+    """Whether an inpainting network is told nothing of the picture, which is kept by the loop instead."""
+    return kind_of(pipe) == INPAINT and pipe.unet.config.in_channels == pipe.vae.config.latent_channels
 
 
 def pictured(pipe: Any, request: Request) -> Request:
@@ -112,32 +131,34 @@ def begin(pipe: Any, request: Request, scheduler: Any, first: int, generator: An
     dtype, device = weights_of(pipe.unet)[0], pipe._execution_device
     t = scheduler.timesteps[first : first + 1].to(device).repeat(batch)
     if request.mask_image is None:
-        return Begun(own.prepare_latents(request.image, t, batch, 1, dtype, device, generator), None)
+        return Begun(own.prepare_latents(request.image, t, batch, 1, dtype, device, generator))
     channels, size = pipe.vae.config.latent_channels, (request.height, request.width)
     drawn = own.prepare_latents(
         *(batch, channels, *size, dtype, device, generator, request.latents),
         image=request.image,
         timestep=t,
         is_strength_max=request.strength == 1,
+        return_noise=True,
+        return_image_latents=keeps(pipe),
     )
     masked = request.image * (request.mask_image < 0.5)
-    beside = own.prepare_mask_latents(
+    mask, masked = own.prepare_mask_latents(
         request.mask_image, masked, batch, *size, dtype, device, generator, False
     )
-    return Begun(drawn[0], torch.cat(beside, 1))
+    if keeps(pipe):
+        return Begun(drawn[0], kept=Kept(mask.float(), drawn[2].float(), drawn[1].float()))
+    return Begun(drawn[0], torch.cat([mask, masked], 1))
 
 
-def begin_again(
-    pipe: Any, request: Request, scheduler: Any, first: int, generator: Any, place: int
-) -> Tensor:
-    """What a later try of the image `place` starts from, [1, C, h, w]: fresh noise on its own picture."""
+def begin_again(pipe: Any, request: Request, scheduler: Any, first: int, generator: Any, place: int) -> Begun:
+    """What a later try of the image `place` starts from: fresh noise on its own picture."""
     parts = {
         name: given[place % len(given)][None]
         for name in ("image", "mask_image")
         if (given := getattr(request, name)) is not None
     }
     one = replace(request, latents=None, **parts)
-    return begin(pipe, one, scheduler, first, generator, 1).sample
+    return begin(pipe, one, scheduler, first, generator, 1)
 
 
 def beside(conditions: Conditions, channels: Tensor | None) -> Conditions:
