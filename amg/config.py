@@ -229,11 +229,14 @@ class AMGConfig:
         share = 1.0 if retries else rewinds / (self.max_rewinds or 1)
         return guidance_scale + (self.rewind_guidance - guidance_scale) * min(share, 1.0)
 
-    def warn_without_guidance(self, guidance_scale: float | None, stacklevel: int = 3) -> None:
-        """Say to the caller's caller, or further up, which terms a scale of at most 1 leaves idle."""
+    def warn_without_guidance(
+        self, guidance_scale: float | None, name: str = "guidance_scale", stacklevel: int = 3
+    ) -> None:
+        """Say to the caller's caller, or further up, which terms a scale of at most 1 leaves idle; `name`: of
+        the argument that it is."""
         if guidance_scale is not None and guidance_scale <= 1 and self.active and (self.c1 or self.c2):
             warnings.warn(
-                f"`guidance_scale` is {guidance_scale}: despecification and caption de-duplication need a "
+                f"`{name}` is {guidance_scale}: despecification and caption de-duplication need a "
                 "scale > 1 to act on; only dissimilarity, rewinds and the final check protect this call",
                 stacklevel=stacklevel,
             )

@@ -71,15 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
     from amg.commands.sample import open_model
     from amg.embed.student import save_student
     from amg.index.claim import claimed, remove
-    from amg.pipelines.denoiser import is_latent
+    from amg.pipelines.denoiser import is_latent, is_packed
 
     _check(arguments)
     pipe = open_model(arguments.model, arguments.scheduler, arguments.device)
     index = open_index(arguments.index, arguments.embedder, arguments.device)
-    if not is_latent(pipe) or index.metric != "cosine":
+    if not is_latent(pipe) or is_packed(pipe) or index.metric != "cosine":
         raise ValueError(
-            f"`MODEL` must denoise latents and `--index` be a cosine one, got {arguments.model} and "
-            f"{arguments.index} ({index.metric})"
+            "`MODEL` must denoise latents, not packed ones, and `--index` be a cosine one, got "
+            f"{arguments.model} and {arguments.index} ({index.metric})"
         )
     texts, folder = _prompts(index, arguments), _folder(arguments)
     with claimed(folder, lambda: _of_earlier_version(folder)):

@@ -120,14 +120,16 @@ def _summary(delivered: Sequence[Any]) -> str:
 def open_model(model: str, scheduler: str | None, device: str) -> Any:
     """A bundled model by name, or a pipeline from a local diffusers folder, with the scheduler asked for."""
     from amg.extras import needed
-    from amg.pipelines.supported import is_sd3, require_sampled
+    from amg.pipelines.families import family_of
+    from amg.pipelines.supported import require_sampled
 
     pipe = open_pipeline(model, device, sampled=True)
     require_sampled(pipe)
     if scheduler is not None:
         if scheduler not in SCHEDULERS:
             raise ValueError(f"`--scheduler` must be one of {tuple(SCHEDULERS)}, got {scheduler!r}")
-        if is_sd3(pipe):
+        family = family_of(pipe)
+        if family is not None and family.flow:
             raise ValueError(
                 f"`--scheduler` must be left out for {type(pipe).__name__}, whose flow matching has its own, "
                 f"got {scheduler!r}"

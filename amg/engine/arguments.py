@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from amg.engine.sampler import Request
 
 COUNTS = ("num_inference_steps", "num_images_per_prompt")
-OPEN_COUNTS = ("batch_size", "height", "width", "clip_skip")
+OPEN_COUNTS = ("batch_size", "height", "width", "clip_skip", "max_sequence_length")
 NUMBERS = ("guidance_rescale", "eta")
-OPEN_NUMBERS = ("guidance_scale", "deadline")
+OPEN_NUMBERS = ("guidance_scale", "true_cfg_scale", "strength", "deadline")
 TEXTS = ("prompt", "negative_prompt")
 LISTED = ("class_labels", "timesteps", "sigmas")
 TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -41,6 +41,8 @@ def require_request(request: Request) -> None:
     for name in TENSORS:
         if values[name] is not None and not isinstance(values[name], Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {_short(values[name])}")
+    if not isinstance(values["use_resolution_binning"], bool | None):
+        raise TypeError(f"`use_resolution_binning` must be a bool, got {values['use_resolution_binning']!r}")
     if values["num_images_per_prompt"] < 1:
         raise ValueError(f"`num_images_per_prompt` must be >= 1, got {values['num_images_per_prompt']}")
     _require_as_many(values["prompt"], values["negative_prompt"])

@@ -27,6 +27,7 @@ def finish(done: Sequence[Done]) -> list[tuple[Slot, Tensor]]:
     images = torch.cat([_shown(one.slot, images[at : at + 1]) for at, one in enumerate(done)])
     flights = [one.slot.flight for one in done]
     verdicts = check(images, job.tools.index, job.also, job.config, flights)
+    verdicts = [_from_input(one.slot.job, verdict) for one, verdict in zip(done, verdicts, strict=True)]
     again = []
     for at, (one, verdict) in enumerate(zip(done, verdicts, strict=True)):
         if _runs_again(one.slot, verdict):
@@ -43,7 +44,7 @@ def conclude(job: Job) -> None:
     verdicts = [job.verdicts[place] for place in range(len(job))]
     if not job.claim():
         return
-    if job.config.on_memorized == "raise" and any(verdict.memorized for verdict in verdicts):
+    if job.config.on_memorized == "raise" and any(_withheld(job, verdict) for verdict in verdicts):
         job.future.set_exception(MemorizedError(verdicts))
         return
     try:
@@ -60,12 +61,25 @@ def _shown(slot: Slot, image: Tensor) -> Tensor:
     return image if safety is None else safety(image, [slot.place])
 
 
+def _from_input(job: Job, verdict: Verdict) -> Verdict:
+    """The verdict, marked where its training image is what the user put in."""
+    return replace(verdict, from_input=verdict.memorized and memorized_row(verdict) in job.own)
+
+
+def _withheld(job: Job, verdict: Verdict) -> bool:
+    return verdict.memorized and (job.config.block_input_copies or not verdict.from_input)
+
+
 def _runs_again(slot: Slot, verdict: Verdict) -> bool:
     """Whether a re-run is allowed, affordable, and likely to be done in time."""
     config, flight, job = slot.job.config, slot.flight, slot.job
-    if not verdict.memorized or config.on_memorized != "resample" or flight.retries >= config.max_retries:
+    if (
+        not _withheld(job, verdict)
+        or config.on_memorized != "resample"
+        or flight.retries >= config.max_retries
+    ):
         return False
-    plain = slot.plan.total * (1 if slot.conditions.uncond is None else 2)
+    plain = job.steps * (1 if slot.conditions.uncond is None else 2)
     if not affords(config, flight, plain, plain):
         return False
     now = time.monotonic()
@@ -82,14 +96,15 @@ def _again(slot: Slot, verdict: Verdict, like: Tensor) -> tuple[Slot, Tensor]:
     began_again(flight, config, slot.plan.total)
     plan = job.course.plan(config)
     conditions = job.conditions_of(slot.place)
-    fresh = Slot(job, slot.place, flight, plan, 0, False, conditions)
+    begun = job.again(slot.place, job.course.noise_scale, like)
+    fresh = Slot(job, slot.place, flight, plan, 0, False, conditions, begun.kept)
     recaption(job.tools.denoiser, [fresh])
-    return fresh, flight.noise(like) * job.course.noise_scale
+    return fresh, begun.sample
 
 
 def _keep(one: Done, image: Tensor, verdict: Verdict) -> None:
     job, place, sample = one.slot.job, one.slot.place, one.sample
-    if verdict.memorized and job.config.on_memorized in ("resample", "block"):
+    if _withheld(job, verdict) and job.config.on_memorized in ("resample", "block"):
         image, sample = _shown(one.slot, torch.zeros_like(image)), torch.zeros_like(sample)
         verdict = replace(verdict, blocked=True)
     if job.memory is not None and (verdict.rewinds or verdict.retries):

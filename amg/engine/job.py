@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +17,16 @@ from amg.engine.memory import PromptMemory
 from amg.engine.plan import Course
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Conditions
+from amg.pipelines.given import Begun, Kept
 from amg.pipelines.safety import SafetyCheck, Watermark
 from amg.verdict import Verdict
 
 
 @dataclass(eq=False)
 class Job:
-    """sample [n, ...]: its images' initial noise, as the scheduler keeps it. course: how it is run.
+    """sample [n, ...]: what its images start from, as the scheduler keeps it; kept: of a picture that is
+    painted into; begin: (place, generator) -> what a later try of one starts from, None: noise alone. own:
+    rows of the index that the user put in. course: how it is run.
     generator: the caller's, one or a list of n, or None. key: of the slot set it joins. owner: what it was
     prepared from; requests of different owners never run at the same time. late_at: time.monotonic() after
     which nobody wants it. bar: shows progress, or None. memory: of prompts, or None. dtype: of the network's
@@ -48,6 +51,9 @@ class Job:
     owner: Hashable
     modes: Modes
     late_at: float
+    kept: Kept | None = None
+    begin: Callable[[int, torch.Generator], Begun] | None = None
+    own: frozenset[int] = frozenset()
     bar: Any = None
     memory: PromptMemory | None = None
     future: Future = field(default_factory=Future)
@@ -61,7 +67,7 @@ class Job:
     @property
     def steps(self) -> int:
         """Of a whole run."""
-        return self.course.plan(self.config).total
+        return len(self.course.plan(self.config).steps)
 
     @property
     def scale(self) -> float | None:
@@ -79,6 +85,15 @@ class Job:
     def conditions_of(self, place: int) -> Conditions:
         """The conditions of one image, tensors of one row."""
         return self.conditions.part(slice(place, place + 1))
+
+    def again(self, place: int, size: float, like: Tensor) -> Begun:
+        """What a later try of an image starts from, like `like` [1, ...]: noise of its own, `size` large, on
+        the picture that was put in, if one was."""
+        flight = self.flights[place]
+        if self.begin is None:
+            return Begun(flight.noise(like) * size)
+        begun = self.begin(place, flight.generator)
+        return begun._replace(sample=begun.sample.to(like))
 
     def claim(self) -> bool:
         """Whether the future is still to be answered, by whoever asks first."""

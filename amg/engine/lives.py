@@ -42,9 +42,12 @@ def send_back(slots: Slots) -> None:
         _close_segment(slots, slot)
         slot.plan, slot.first = slot.job.course.again(slot.plan.config, slot.plan.total), False
         went_back(slot.flight, slot.segments[-1].plan.start + slot.segments[-1].count)
-    sample = torch.cat([slot.flight.noise(slots.sample[:1]) * slot.plan.size for slot in back])
+    like = slots.sample[:1]
+    begun = [slot.job.again(slot.place, slot.plan.size, like) for slot in back]
+    for slot, one in zip(back, begun, strict=True):
+        slot.kept = one.kept
     recaption(slots.denoiser, back)
-    slots.start_again(rows, sample)
+    slots.start_again(rows, torch.cat([one.sample for one in begun]))
 
 
 def went_back(flight: Flight, position: int) -> None:

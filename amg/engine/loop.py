@@ -157,7 +157,7 @@ def first_slots(job: Job) -> list[Slot]:
     """A slot for every image of a request, at the beginning of its run."""
     plan = job.course.plan(job.config)
     slots = [
-        Slot(job, place, flight, plan, 0, True, job.conditions_of(place))
+        Slot(job, place, flight, plan, 0, True, job.conditions_of(place), job.kept and job.kept.row(place))
         for place, flight in enumerate(job.flights)
     ]
     recaption(job.tools.denoiser, slots)  # those whose prompt is remembered

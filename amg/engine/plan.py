@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
+from amg.engine.drive import in_double, make_step, quietly, started
 from amg.engine.frame import COLUMN
 from amg.engine.table import Setting, StepTable, Tables
 from amg.guidance.checkpoint import guided_steps, is_check, restart
@@ -26,7 +27,8 @@ class Plan:
 
     coefficients float32 [N, 42] of `amg.kernels.guided_step`, all gates closed; t [N]; steps: what the host
     knows of each; halves: whether classifier-free guidance, where there is any, acts in each; attended:
-    whether the host looks at each.
+    whether the host looks at each; after [N, 2]: alpha and sigma that its scheduler noises a picture with
+    after each, None: none is.
     """
 
     table: StepTable
@@ -37,6 +39,7 @@ class Plan:
     steps: tuple[Step, ...]
     attended: tuple[bool, ...]
     halves: tuple[bool, ...]
+    after: Tensor | None = None
 
     @property
     def start(self) -> int:
@@ -69,13 +72,20 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """How a request is run: its scheduler with timesteps set, and its guidance scale. Plans are kept."""
+    """How a request is run: its scheduler with timesteps set, and its guidance scale. Plans are kept.
+
+    first: the step that its runs begin with, later tries too, which begin with the picture that was put in;
+    None: the first of all, and a sample that is sent back goes to an early one. keeps: whether that picture
+    is kept outside a mask, noised as its samples are.
+    """
 
     setting: Setting
     tables: Tables
     scale: float
     gate: Gate | None
     device: torch.device
+    first: int | None = None
+    keeps: bool = False
 
     @functools.cached_property
     def _plans(self) -> dict[tuple[AMGConfig, int], Plan]:
@@ -86,18 +96,45 @@ class Course:
         """How large a whole run's first sample is."""
         return noise_scale(self.setting.scheduler)
 
-    def plan(self, config: AMGConfig, start: int = 0) -> Plan:
-        """The plan of a run under `config` that starts at step `start`. Errors: `Refused`."""
+    def plan(self, config: AMGConfig, start: int | None = None) -> Plan:
+        """The plan of a run under `config` that starts at step `start`, None: where runs begin. Errors:
+        `Refused`."""
+        start = (self.first or 0) if start is None else start
         key = (config, start)
         if key not in self._plans:
             table = self.tables.table(self.setting, start)
-            self._plans[key] = planned(table, config, self.scale, self.gate, self.device)
+            plan = planned(table, config, self.scale, self.gate, self.device)
+            if self.keeps:
+                plan = replace(plan, after=noised_after(self.setting, start).to(self.device))
+            self._plans[key] = plan
         return self._plans[key]
 
     def again(self, config: AMGConfig, total: int) -> Plan:
         """The plan of a sample that was sent back: from the last step up to `rewind_to` where a fresh
         scheduler can start."""
+        if self.first is not None:
+            return self.plan(config)
         return self.plan(config, self.tables.latest(self.setting, restart(config, total)))
+
+
+@quietly
+def noised_after(setting: Setting, start: int) -> Tensor:
+    """float32 [N, 2]: what a scheduler that starts at step `start` makes of a picture and of noise after each
+    step (`add_noise`); after the last, the picture as it is."""
+    return in_double(functools.partial(_noised_after, setting, start)).float()
+
+
+def _noised_after(setting: Setting, start: int, dtype: torch.dtype) -> Tensor:
+    running, rows = started(setting.scheduler, start), []
+    steps = running.timesteps
+    nothing, one = torch.zeros(2, 1, 1, 1, 1, dtype=dtype, device="cpu").unbind(0)
+    one = one + 1
+    for step in range(start, len(steps) - 1):
+        make_step(running, step, nothing, nothing, nothing, setting.step_arguments)
+        t = steps[step + 1 : step + 2]
+        pairs = ((one, nothing), (nothing, one))
+        rows.append([float(running.add_noise(picture, noise, t)) for picture, noise in pairs])
+    return torch.tensor([*rows, [1.0, 0.0]], dtype=torch.float64, device="cpu")
 
 
 def noise_scale(scheduler: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,8 +26,27 @@ from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Same
-from amg.pipelines.conditions import of_request, shift_of, size_of
-from amg.pipelines.denoiser import CaptionCache, denoiser_for, is_latent, weights_of
+from amg.pipelines.check import rows_of
+from amg.pipelines.conditions import asked_of, count_of, of_request, scale_of, shift_of, size_of
+from amg.pipelines.denoiser import (
+    CaptionCache,
+    decoder_of,
+    denoiser_for,
+    is_latent,
+    is_packed,
+    weights_of,
+)
+from amg.pipelines.families import Size, family_of
+from amg.pipelines.given import (
+    Begun,
+    begin,
+    begin_again,
+    beside,
+    first_step,
+    keeps,
+    kind_of,
+    require_shared_out,
+)
 from amg.pipelines.identity import asked, gate_of, key_for, refit, require_indexes, screen_of, state_of
 from amg.pipelines.safety import safety_of
 from amg.pipelines.supported import network_of, require_no_caches, require_sampled
@@ -86,12 +106,17 @@ class Source:
         """What the requests that are prepared now were made of."""
         return self._made_of
 
-    def tools(self, request: Request) -> Tools:
+    def tools(self, request: Request, shown: Size | None) -> Tools:
         """What a request's samples are held to, with a cache of captions of its own, so that none outlives
-        the text encoder that encoded it."""
+        the text encoder that encoded it. shown: see `decoder_of`."""
         own = replace(self.denoiser, encode_captions=self._captions(request))
-        rest = (self.judges, self.gate, self.screen, self.ordinary)
-        return Tools(self.index, self.similarity, own, *rest)
+        similarity, judges = self.similarity, self.judges
+        if shown is not None or is_packed(self.pipe):  # its pictures are of its own size
+            sides = size_of(self.pipe, request.height, request.width)
+            height, width = (self.pipe.vae_scale_factor * side for side in sides)
+            own = replace(own, decode=decoder_of(self.pipe, (height, width), shown))
+            similarity, judges = similarity_for(self.index, own), judges_for(self.also, own)
+        return Tools(self.index, similarity, own, judges, self.gate, self.screen, self.ordinary)
 
     def _captions(self, request: Request) -> Any:
         if self.denoiser.encode_captions is None:
@@ -104,24 +129,29 @@ class Source:
 
         return encode_captions
 
-    def conditions(self, request: Request, scale: float, device: Any) -> tuple[Conditions, int]:
-        """What a request is conditioned on, and how many images it has."""
+    def conditions(self, request: Request, scale: float, device: Any) -> Conditions:
+        """What a request is conditioned on."""
         with self._texts:
             return of_request(self.pipe, request, self.config.null_class, scale, device)
 
     def course(self, request: Request, scale: float, device: torch.device) -> Course:
-        """How a request is run; `Refused` for a scheduler that cannot be."""
+        """How a request is run; `Refused` for a scheduler that cannot be, ValueError for a `strength` that
+        leaves no step."""
         given: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
+        family = family_of(self.pipe)
+        if all(value is None for value in given.values()) and family is not None:
+            given["sigmas"] = family.sigmas(self.pipe, request.num_inference_steps)
         if all(value is None for value in given.values()):
             given = {"num_inference_steps": request.num_inference_steps}
         given["mu"] = shift_of(self.pipe, request.height, request.width)
         known = step_arguments(self.pipe.scheduler, {"eta": request.eta})
         ready = setting(self.pipe.scheduler, given, known)
-        key = (ready, scale, device)
+        first = first_step(request, ready.scheduler) if kind_of(self.pipe) is not None else None
+        key = (ready, scale, device, first, keeps(self.pipe))
         if key not in self._courses:
             while len(self._courses) >= COURSES:
                 self._courses.pop(next(iter(self._courses)))
-            self._courses[key] = Course(ready, self.tables, scale, self.gate, device)
+            self._courses[key] = Course(ready, self.tables, scale, self.gate, *key[2:])
         return self._courses[key]
 
     def generator(self, seed: int | Sequence[int] | None) -> torch.Generator | list[torch.Generator]:
@@ -134,6 +164,12 @@ class Source:
             generator.seed()
             return generator
         return generator.manual_seed(seed)
+
+    @property
+    def scale_name(self) -> str:
+        """The argument of a call that is s0."""
+        family = family_of(self.pipe)
+        return "guidance_scale" if family is None else family.scale
 
     @property
     def unwarned(self) -> bool:
@@ -151,6 +187,58 @@ def step_arguments(scheduler: Any, given: dict[str, Any]) -> dict[str, Any]:
 def prepare(source: Source, request: Request, generator: Any, late_at: float) -> Job:
     """Find a request to be in order, and draw its first noise. Errors: ValueError naming the argument,
     `Refused` for the scheduler."""
+    _require(request, generator)
+    source.renew()
+    for index in (source.index, *source.also):
+        index.seal.check()  # before any work, and before a truncated map is touched
+    pipe, config = source.pipe, source.config
+    own = rows_of(request.image, source.index, config, source.also)
+    request, shown = asked_of(pipe, request)
+    batch = count_of(request)
+    require_generator(generator, batch)
+    require_shared_out(request, batch)
+    shape = _shape(pipe, request, batch)
+    if own and not config.block_input_copies:  # what the user put in is nothing to push away from
+        config = replace(config, preset_name="off")
+    scale = scale_of(pipe, request, config.guidance_scale)
+    device = pipe._execution_device  # once: the pipeline walks through all its modules for it
+    conditions = source.conditions(request, scale, device)
+    course = source.course(request, scale, device)
+    scheduler = course.setting.scheduler
+    if source.gate is not None:
+        source.gate.require(key_for(pipe, source.index, scheduler, scale, config))
+    begun = _begun(pipe, request, course, shape, generator)
+    flights = _flights(source, request, course, config, begun.sample)
+    modes, tools = Modes.here(), source.tools(request, shown)
+    safety = None
+    if request.output_type != "latent" and is_latent(pipe):
+        safety = safety_of(pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
+    return Job(
+        course=course,
+        config=config,
+        tools=tools,
+        also=source.also,
+        conditions=beside(conditions, begun.channels),
+        sample=begun.sample,
+        kept=begun.kept,
+        begin=None if course.first is None else functools.partial(_begun_again, pipe, request, course),
+        own=own,
+        flights=flights,
+        memory=source.memory,
+        generator=generator,
+        rescale=request.guidance_rescale,
+        output_type=request.output_type,
+        safety=safety,
+        dtype=weights_of(network_of(pipe))[0],
+        key=(id(tools.index), modes, shown, form_of(begun.sample[:1]), _alike(conditions)),
+        owner=source.owner,
+        modes=modes,
+        late_at=late_at,
+    )
+
+
+def _require(request: Request, generator: Any) -> None:
+    """TypeError or ValueError for what no pipeline takes."""
     require_request(request)
     require_generator(generator)
     steps, output_type = request.num_inference_steps, request.output_type
@@ -158,50 +246,21 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
-    source.renew()
-    for index in (source.index, *source.also):
-        index.seal.check()  # before any work, and before a truncated map is touched
-    pipe, config = source.pipe, source.config
-    scale = config.guidance_scale if request.guidance_scale is None else float(request.guidance_scale)
-    device = pipe._execution_device  # once: the pipeline walks through all its modules for it
-    conditions, batch = source.conditions(request, scale, device)
-    course = source.course(request, scale, device)
-    scheduler = course.setting.scheduler
-    if source.gate is not None:
-        source.gate.require(key_for(pipe, source.index, scheduler, scale, config))
-    plan = course.plan(config)
-    noise = _noise(pipe, request, batch, generator, device)
-    sample = noise * course.noise_scale
-    initial = sample
+
+
+def _flights(
+    source: Source, request: Request, course: Course, config: AMGConfig, sample: Tensor
+) -> list[Flight]:
+    """A flight for each first sample, those whose prompt is remembered as later tries."""
+    plan, scheduler, initial = course.plan(config), course.setting.scheduler, sample
     if plan.scaled:  # in the scheduler's own operations: equal noise is to have equal bits on every way
-        initial = started(scheduler, 0).scale_model_input(sample, scheduler.timesteps[0].to(device))
-    texts = texts_of(request.prompt, request.num_images_per_prompt, batch)
+        t = scheduler.timesteps[plan.start].to(sample.device)
+        initial = started(scheduler, plan.start).scale_model_input(sample, t)
+    texts = texts_of(request.prompt, request.num_images_per_prompt, len(sample))
     flights = [Flight.from_noise(row, text) for row, text in zip(initial, texts, strict=True)]
-    if source.config.active:
+    if config.active:
         source.memory.recall(flights, course, past_first_checkpoint(config, plan.total))
-    modes, tools = Modes.here(), source.tools(request)
-    safety = None
-    if output_type != "latent" and is_latent(pipe):
-        safety = safety_of(pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
-    return Job(
-        course=course,
-        config=config,
-        tools=tools,
-        also=source.also,
-        conditions=conditions,
-        sample=sample,
-        flights=flights,
-        memory=source.memory,
-        generator=generator,
-        rescale=request.guidance_rescale,
-        output_type=output_type,
-        safety=safety,
-        dtype=weights_of(network_of(pipe))[0],
-        key=(id(tools.index), modes, form_of(sample[:1]), form_of(conditions.cond), _shared(conditions)),
-        owner=source.owner,
-        modes=modes,
-        late_at=late_at,
-    )
+    return flights
 
 
 def form_of(value: Any) -> Hashable:
@@ -217,18 +276,52 @@ def form_of(value: Any) -> Hashable:
     return held if isinstance(held, Hashable) and not isinstance(held, Tensor) else id(held)
 
 
-def _shared(conditions: Conditions) -> Any:
-    return tuple((name, id(value)) for name, value in sorted(conditions.shared.items()))
+def _alike(conditions: Conditions) -> Hashable:
+    """What conditions of samples that share calls have in common."""
+    shared = tuple((name, id(value)) for name, value in sorted(conditions.shared.items()))
+    return form_of(conditions.cond), shared
 
 
-def _noise(pipe: Any, request: Request, batch: int, generator: Any, device: torch.device) -> Tensor:
-    """The first noise [batch, ...] of a request, as its pipeline would draw it, or the caller's."""
-    network = network_of(pipe)
-    shape = (batch, network.config.in_channels, *size_of(pipe, request.height, request.width))
-    require_generator(generator, batch)
-    dtype = weights_of(network)[0]
-    if request.latents is None:
-        return standard_normal(shape, generator, device, dtype)
-    if tuple(request.latents.shape) != shape:
+def _shape(pipe: Any, request: Request, batch: int) -> tuple[int, ...]:
+    """Of a request's first noise, [batch, C, H, W], or [batch, N, C] where the network takes tokens.
+    ValueError where its `latents` are of another."""
+    size = size_of(pipe, request.height, request.width)
+    channels = (
+        network_of(pipe).config.in_channels if kind_of(pipe) is None else pipe.vae.config.latent_channels
+    )
+    shape: tuple[int, ...] = (batch, channels, *size)
+    if is_packed(pipe):
+        shape = (batch, size[0] * size[1] // 4, shape[1])
+    if request.latents is not None and tuple(request.latents.shape) != shape:
         raise ValueError(f"`latents` must be {list(shape)}, got {list(request.latents.shape)}")
-    return request.latents.to(device, dtype)
+    return shape
+
+
+def _begun(pipe: Any, request: Request, course: Course, shape: tuple[int, ...], generator: Any) -> Begun:
+    """What a request's samples start from."""
+    if course.first is None:
+        return Begun(_noise(pipe, request, shape, generator, course.device) * course.noise_scale)
+    scheduler = started(course.setting.scheduler, course.first)
+    return begin(pipe, request, scheduler, course.first, generator, shape[0])
+
+
+def _begun_again(
+    pipe: Any, request: Request, course: Course, place: int, generator: torch.Generator
+) -> Begun:
+    assert course.first is not None
+    scheduler = started(course.setting.scheduler, course.first)
+    return begin_again(pipe, request, scheduler, course.first, generator, place)
+
+
+def _noise(
+    pipe: Any, request: Request, shape: tuple[int, ...], generator: Any, device: torch.device
+) -> Tensor:
+    """The first noise of a request, as its pipeline would draw it, or the caller's."""
+    dtype = weights_of(network_of(pipe))[0]
+    if request.latents is not None:
+        return request.latents.to(device, dtype)
+    if not is_packed(pipe):
+        return standard_normal(shape, generator, device, dtype)
+    drawn = (shape[0], shape[2] // 4, *size_of(pipe, request.height, request.width))
+    packed: Tensor = pipe._pack_latents(standard_normal(drawn, generator, device, dtype), *drawn)
+    return packed

@@ -56,6 +56,11 @@ class Request:
     negative_prompt_embeds: Tensor | None = None
     clip_skip: int | None = None
     max_sequence_length: int | None = None
+    true_cfg_scale: float | None = None
+    use_resolution_binning: bool | None = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
 
 
 ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
@@ -64,15 +69,15 @@ ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM, Stable Diffusion 1, 2, XL or 3 text-to-image pipeline (unprotected; it is not
-    changed), or a subclass that does not change the loop, with any scheduler whose steps are linear. index,
-    config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so one pipeline may
-    serve many samplers. What is replaced, loaded or moved on the pipeline is used from the next request on,
-    once those that run are done; `with sampler.paused():` changes what they share. max_batch, max_pending:
-    how many images run at the same time and how many requests may wait. cuda_graphs: replay the network from
-    CUDA graphs, one for each number of rows in a call, captured at its third: faster where launching its
-    kernels takes longer than running them (docs/engine.md); for a network whose forward only computes.
-    Errors: TypeError, ValueError for a pipeline that is not supported.
+    pipe: a DDPM, DDIM, Stable Diffusion 1, 2, XL or 3, FLUX.1 or PixArt text-to-image pipeline (unprotected;
+    it is not changed), or a subclass that does not change the loop, with any scheduler whose steps are
+    linear. index, config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so
+    one pipeline may serve many samplers. What is replaced, loaded or moved on the pipeline is used from the
+    next request on, once those that run are done; `with sampler.paused():` changes what they share.
+    max_batch, max_pending: how many images run at the same time and how many requests may wait. cuda_graphs:
+    replay the network from CUDA graphs, one for each number of rows in a call, captured at its third: faster
+    where launching its kernels takes longer than running them (docs/engine.md); for a network whose
+    forward only computes. Errors: TypeError, ValueError for a pipeline that is not supported.
     """
 
     def __init__(
@@ -134,6 +139,11 @@ class Sampler:
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
         max_sequence_length: int | None = None,
+        true_cfg_scale: float | None = None,
+        use_resolution_binning: bool | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         progress: bool = True,
     ) -> SamplerOutput:
         """Sample. `prompt` for Stable Diffusion; `class_labels` (int [B]) or `batch_size` for pixel models.
@@ -142,16 +152,20 @@ class Sampler:
         opens. `generator`: one, or a list with one per image (then an image never depends on its
         batch-mates); a sample that goes back draws from one of its own, made of its first noise.
         `output_type`: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W]) or "latent". `height`,
-        `width`: of the picture in pixels, for Stable Diffusion; `timesteps` or `sigmas` instead of
-        `num_inference_steps`, `prompt_embeds`, `negative_prompt_embeds`, `clip_skip`, `max_sequence_length`
-        (Stable Diffusion 3): as the pipeline takes them. Errors: ValueError naming the argument; `Refused`, a
-        ValueError, for a scheduler that cannot be run here.
+        `width`: of the picture in pixels, for text to image; `timesteps` or `sigmas` instead of
+        `num_inference_steps`, `prompt_embeds`, `negative_prompt_embeds`, `clip_skip`, `max_sequence_length`,
+        `use_resolution_binning` (PixArt): as the pipeline takes them. `guidance_scale`: s0, None: the
+        config's; for FLUX.1 s0 is `true_cfg_scale`, which counts with a `negative_prompt` alone, as there,
+        and `guidance_scale` what its distilled network is told (None: 3.5). `image`, `mask_image` and
+        `strength`: for pipelines that paint into a picture, as they take them. Errors: ValueError naming the
+        argument, one that this pipeline does not take among them; `Refused`, a ValueError, for a scheduler
+        that cannot be run here.
         """
         given = {name: value for name, value in locals().items() if name in ASKED}
         request = Request(**given)
         with self._preparing:
             job = prepare(self.source, request, generator, math.inf)
-        self.config.warn_without_guidance(job.scale)
+        self.config.warn_without_guidance(job.scale, self.source.scale_name)
         job.called = True
         with _bar(job.steps, progress) as job.bar:
             self._queue.submit(job)
@@ -183,7 +197,7 @@ class Sampler:
         late_at = math.inf if deadline is None else start + deadline
         with self._preparing:
             job = prepare(self.source, request, self.source.generator(request.seed), late_at)
-        self.config.warn_without_guidance(job.scale)
+        self.config.warn_without_guidance(job.scale, self.source.scale_name)
         self._queue.submit(job, block, timeout)
         return job.future
 

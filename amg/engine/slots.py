@@ -16,6 +16,7 @@ from amg.engine.plan import Plan
 from amg.guidance.flight import Flight
 from amg.guidance.note import Note
 from amg.guidance.predict import Conditions, Denoiser, joined, plain
+from amg.pipelines.given import Kept
 
 TRACE = 64  # steps a trace has room for at first
 BANK = 32  # plans kept in the bank although no sample follows them
@@ -34,7 +35,8 @@ class Segment:
 class Slot:
     """One sample in flight: the image `place` of `job`, at row `tick - began` of its plan.
 
-    `first`: on its request's first run, whose noise the caller's generators draw. `segments`: the steps made
+    `first`: on its request's first run, whose noise the caller's generators draw. `kept`: of the picture that
+    it paints into. `segments`: the steps made
     before this plan; `notes`: of its steps that looked, by their place in the trace.
     """
 
@@ -45,6 +47,7 @@ class Slot:
     began: int
     first: bool
     conditions: Conditions
+    kept: Kept | None = None
     segments: list[Segment] = field(default_factory=list)
     notes: dict[int, Note] = field(default_factory=dict)
     guided: bool = False
@@ -99,7 +102,8 @@ class Slot:
         each = 1 if self.conditions.uncond is None else 2
         rest = (len(plan.steps) - row - 1) * each
         low, step = plan.start + row < self.low, plan.steps[row]
-        return Seat(self.flight, plan.config, step, plan.scale, low, self.guided, plan.total * each, rest)
+        whole = self.job.steps * each
+        return Seat(self.flight, plan.config, step, plan.scale, low, self.guided, whole, rest)
 
 
 class Slots:
@@ -205,6 +209,8 @@ class Slots:
             self.state = torch.cat([self.state, more])
         self._fill_bank()
         self._pack_network()
+        kept = [slot.kept for slot in slots if slot.kept is not None]
+        self.kept = Kept(*map(torch.cat, zip(*kept, strict=True))) if kept else None
         room = max(slot.traced + len(slot.plan.steps) for slot in slots)
         if room > self.trace.shape[1]:
             longer = self.trace.new_zeros(batch, 2 * room, 4)
@@ -233,6 +239,8 @@ class Slots:
             self.plans[plan], first = first, first + len(plan.steps)
         self.bank = torch.cat([plan.coefficients for plan in self.plans])
         self.bank_t = torch.cat([plan.t for plan in self.plans])
+        after = [plan.after for plan in self.plans if plan.after is not None]
+        self.bank_after = torch.cat(after) if after else None
 
     def _pack_network(self) -> None:
         guided = [at for at, slot in enumerate(self.slots) if slot.guided]

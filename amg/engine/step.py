@@ -112,5 +112,16 @@ def update(
         flags=slots.flags,
     )
     slots.sample, slots.spare = slots.spare, slots.sample
+    if slots.kept is not None:
+        keep(slots)
     slots.trace.view(-1, 4).index_copy_(0, slots.traced, slots.signals)
     slots.cursor.add_(1)
+
+
+def keep(slots: Slots) -> None:
+    """Put what is not painted of the pictures that were put in back around the mask, as noisy as the samples
+    are now."""
+    assert slots.kept is not None and slots.bank_after is not None
+    mask, picture, noise = slots.kept
+    alpha, sigma = slots.bank_after.index_select(0, slots.place).view(-1, 2, 1, 1, 1).unbind(1)
+    slots.sample.mul_(mask).add_((1 - mask) * (alpha * picture + sigma * noise))

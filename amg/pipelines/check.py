@@ -15,6 +15,7 @@ from amg.guidance.flight import Flight
 from amg.pipelines.identity import asked, require_indexes
 from amg.pipelines.pictures import to_tensor
 from amg.promise import check as promised
+from amg.promise import memorized_row
 from amg.verdict import Verdict
 
 AT_ONCE = 32  # pictures embedded together
@@ -38,6 +39,15 @@ def check(
         flights = [Flight.from_noise(picture) for picture in batch]
         found += promised(batch, index, also, resolved, flights)
     return [replace(verdict, level="final") for verdict in found]
+
+
+def rows_of(given: Any, index: Any, config: AMGConfig, also: Sequence[Any]) -> frozenset[int]:
+    """The training images that a user's own pictures are copies of; none of what is no PIL picture."""
+    pictures = given if isinstance(given, (list, tuple)) else [given]
+    if given is None or not all(hasattr(picture, "convert") for picture in pictures):
+        return frozenset()
+    found = check([picture.convert("RGB") for picture in pictures], index, config, also)
+    return frozenset(row for verdict in found if (row := memorized_row(verdict)) is not None)
 
 
 def _batches(images: Any) -> list[Tensor]:

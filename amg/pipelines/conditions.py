@@ -2,132 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from amg.guidance.predict import Conditions
-from amg.pipelines.denoiser import class_conditions, is_latent
-from amg.pipelines.families import family_of
-from amg.pipelines.supported import is_sd3, network_of
+from amg.pipelines.denoiser import class_conditions
+from amg.pipelines.families import FAMILIES, Family, Size, family_of
+from amg.pipelines.given import TAKES, kind_of, pictured
+from amg.pipelines.supported import INPAINT, network_of
 
 if TYPE_CHECKING:
     from amg.engine.sampler import Request
 
-TEXT_ONLY = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "clip_skip",
-    "height",
-    "width",
-    "max_sequence_length",
-)
+OF_TEXT = ("prompt_embeds", "negative_prompt_embeds", "height", "width")
+OF_PIXELS = ("class_labels", "batch_size", "timesteps")
 
 
-def of_request(
-    pipe: Any, request: Request, null_class: int | None, scale: float, device: Any
-) -> tuple[Conditions, int]:
-    """The conditions of a request, and how many images it has. Errors: ValueError naming the argument."""
-    if is_latent(pipe):
-        return _of_text(pipe, request, scale, device)
-    if request.prompt is not None:
-        raise ValueError(
-            "`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`"
-        )
-    for name in TEXT_ONLY:
-        if getattr(request, name) is not None:
-            raise ValueError(f"`{name}` is for text-to-image pipelines, got {getattr(request, name)!r}")
+def asked_of(pipe: Any, request: Request) -> tuple[Request, Size | None]:
+    """The request as its family is run: prompts in lists, of the size that is drawn for it; and the size that
+    its pictures are brought to then, None: they are of that size. Errors: ValueError naming the argument,
+    also one that this pipeline does not take."""
+    family = family_of(pipe)
+    _require_taken(pipe, family, request)
+    if family is None:
+        return request, None
+    request = pictured(pipe, _listed(family, request))
+    own = (pipe.vae_scale_factor * side for side in size_of(pipe, None, None))
+    height, width = (asked or side for asked, side in zip((request.height, request.width), own, strict=True))
+    drawn = height, width
+    if family.drawn is not None:
+        drawn = family.drawn(pipe, request)
+        request = replace(request, height=drawn[0], width=drawn[1])
+    size_of(pipe, request.height, request.width)
+    return request, None if drawn == (height, width) else (height, width)
+
+
+def count_of(request: Request) -> int:
+    """How many images a request has whose prompts are lists; ValueError for none."""
+    texts = request.prompt if request.prompt_embeds is None else request.prompt_embeds
+    if texts is not None:
+        return len(texts) * request.num_images_per_prompt
     labels, batch = request.class_labels, request.batch_size
     count = len(labels) if labels is not None else (1 if batch is None else batch)
     if count < 1:
         raise ValueError(f"`batch_size` must be >= 1, got {batch}")
+    return count
+
+
+def of_request(pipe: Any, request: Request, null_class: int | None, scale: float, device: Any) -> Conditions:
+    """What a request is conditioned on that is as its family is run."""
+    if (family := family_of(pipe)) is not None:
+        return family.condition(pipe, request, scale > 1, device)
     if getattr(pipe.unet.config, "num_class_embeds", None) is None:
-        return Conditions({}, None, {}), count
-    return class_conditions(pipe.unet, labels, count, null_class, scale), count
+        return Conditions({}, None, {})
+    return class_conditions(pipe.unet, request.class_labels, count_of(request), null_class, scale)
 
 
-def _of_text(pipe: Any, request: Request, scale: float, device: Any) -> tuple[Conditions, int]:
-    prompt, negative, guided = request.prompt, request.negative_prompt, scale > 1
-    embeds = request.prompt_embeds
+def _require_taken(pipe: Any, family: Family | None, request: Request) -> None:
+    """ValueError for an argument that is another pipeline's."""
+    if family is None and request.prompt is not None:
+        raise ValueError(
+            "`prompt` is for text-to-image pipelines; this one takes `class_labels` or `batch_size`"
+        )
+    takers = {name: [one.name for one in FAMILIES if name in one.takes] for name in _limited()}
+    takers |= {name: [kind for kind, taken in TAKES.items() if name in taken] for name in TAKES[INPAINT]}
+    taken = OF_PIXELS if family is None else (*OF_TEXT, *family.takes, *TAKES.get(kind_of(pipe) or "", ()))
+    for name, names in takers.items():
+        value = getattr(request, name)
+        if name in taken or value is None:
+            continue
+        if family is None and name not in TAKES[INPAINT]:
+            names = ["text-to-image pipelines"]
+        raise ValueError(f"`{name}` is for {', '.join(names) or 'pixel models'}, got {value!r:.100}")
+
+
+def _limited() -> list[str]:
+    """The arguments that not every pipeline takes."""
+    return list(dict.fromkeys([*OF_TEXT, *OF_PIXELS, *(name for one in FAMILIES for name in one.takes)]))
+
+
+def _listed(family: Family, request: Request) -> Request:
+    """The request with its prompts as lists; ValueError unless it says what is wanted, once."""
+    prompt, embeds, negative = request.prompt, request.prompt_embeds, request.negative_prompt
     if (prompt is None) == (embeds is None):
         got = "neither" if prompt is None else "both"
         raise ValueError(
             "`prompt` must be a text or a list of texts for a text-to-image pipeline, or `prompt_embeds` be "
             f"given instead, got {got}"
         )
-    family = family_of(pipe)
-    if family is not None and len(family.said) > 1 and embeds is not None:
-        raise ValueError(
-            f"`prompt_embeds` must be None for {family.name}, which needs pooled ones too: give the `prompt`"
-        )
-    length = request.max_sequence_length
-    if length is not None and not is_sd3(pipe):
-        raise ValueError(f"`max_sequence_length` is for Stable Diffusion 3, got {length}")
-    prompt = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
-    count = len(embeds) if embeds is not None else (1 if isinstance(prompt, str) else len(prompt or ()))
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if len(family.said) > 1 and getattr(request, name) is not None:
+            raise ValueError(
+                f"`{name}` must be None for {family.name}, whose network is told more of a text than these: "
+                "give the text"
+            )
+    if prompt is not None:
+        prompt = [prompt] if isinstance(prompt, str) else [*prompt]
+    texts: Any = prompt if embeds is None else embeds
     if isinstance(negative, str):
-        negative = [negative] * count
-    more: dict[str, Any] = {}
-    if is_sd3(pipe):
-        more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": length or 256}
-    cond, uncond, *pooled = pipe.encode_prompt(
-        [prompt] if isinstance(prompt, str) else prompt,
-        **more,
-        device=device,
-        num_images_per_prompt=request.num_images_per_prompt,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative,
-        prompt_embeds=embeds,
-        negative_prompt_embeds=request.negative_prompt_embeds,
-        clip_skip=request.clip_skip,
-    )
-    own, other = {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
-    if is_sd3(pipe):
-        for half, text in zip((own, other), pooled, strict=True):
-            half["pooled_projections"] = text
-    elif pooled:
-        sizes = _sizes(pipe, request, cond)
-        for half, text in zip((own, other), pooled, strict=True):
-            half["added_cond_kwargs"] = {"text_embeds": text, "time_ids": sizes}
-    return Conditions(own, other if guided else None, {}), len(cond)
+        negative = [negative] * len(texts)
+    return replace(request, prompt=prompt, negative_prompt=negative)
 
 
-def _sizes(pipe: Any, request: Request, cond: Tensor) -> Tensor:
-    """What SDXL is told of sizes [B, 6]: a picture as large as asked for, not cut."""
-    own = pipe.default_sample_size * pipe.vae_scale_factor
-    size = (request.height or own, request.width or own)
-    width = pipe.text_encoder_2.config.projection_dim
-    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=cond.dtype, text_encoder_projection_dim=width)
-    sizes: Tensor = ids.to(cond.device).repeat(len(cond), 1)
-    return sizes
+def scale_of(pipe: Any, request: Request, default: float) -> float:
+    """s0 of a request; 1 for FLUX.1 without a negative prompt, which is guided by its own distillation."""
+    family = family_of(pipe)
+    name = "guidance_scale" if family is None else family.scale
+    if name == "true_cfg_scale" and request.negative_prompt is None:
+        return 1.0
+    asked = getattr(request, name)
+    return default if asked is None else float(asked)
 
 
-def size_of(pipe: Any, height: int | None, width: int | None) -> Sequence[int]:
-    """Height and width of what the network denoises, for a picture of a size in pixels; ValueError where the
-    decoder cannot make that size."""
-    own = network_of(pipe).config.sample_size
+def size_of(pipe: Any, height: int | None, width: int | None) -> Size:
+    """Height and width of what the network denoises, for a picture of a size in pixels (of latents before
+    they are packed); ValueError where the decoder cannot make that size."""
+    config = network_of(pipe).config
+    own = getattr(config, "sample_size", None) or pipe.default_sample_size
     size = [own, own] if isinstance(own, int) else list(own)
-    if not is_latent(pipe):
-        return size
-    factor = pipe.vae_scale_factor
-    least = factor * pipe.patch_size if is_sd3(pipe) else 8
-    for at, (name, asked) in enumerate((("height", height), ("width", width))):
-        if asked is None:
-            continue
-        if asked < 1 or asked % least:
-            raise ValueError(f"`{name}` must be a multiple of {least}, got {asked}")
-        size[at] = asked // factor
-    return size
+    if (family := family_of(pipe)) is not None:
+        least = family.token(pipe)
+        for at, (name, asked) in enumerate((("height", height), ("width", width))):
+            if asked is None:
+                continue
+            if asked < 1 or asked % least:
+                raise ValueError(f"`{name}` must be a multiple of {least}, got {asked}")
+            size[at] = asked // pipe.vae_scale_factor
+    return size[0], size[1]
 
 
 def shift_of(pipe: Any, height: int | None, width: int | None) -> float | None:
     """mu of a flow-matching scheduler whose levels depend on the size of the picture, linear in the number of
-    tokens as Stable Diffusion 3's pipeline has it; None for any other."""
-    config = pipe.scheduler.config
-    if not config.get("use_dynamic_shifting", False):
+    tokens as Stable Diffusion 3's and FLUX.1's pipelines have it; None for any other."""
+    config, family = pipe.scheduler.config, family_of(pipe)
+    if family is None or not family.flow or not config.get("use_dynamic_shifting", False):
         return None
-    rows, columns = (side // pipe.patch_size for side in size_of(pipe, height, width))
+    patch = family.token(pipe) // pipe.vae_scale_factor
+    rows, columns = (side // patch for side in size_of(pipe, height, width))
     least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", family.max_shift)
     return float(low + (high - low) * (rows * columns - least) / (most - least))

@@ -12,39 +12,58 @@ import torch
 from torch import Tensor
 
 from amg.guidance.predict import Conditions, Denoiser, Same, like_sequence
-from amg.pipelines.families import family_of
-from amg.pipelines.supported import is_sd3, is_xl
+from amg.pipelines.families import Family, Size, family_of
+from amg.pipelines.supported import is_xl
 
 CAPTIONS_KEPT = 4096
+CHANNELS = "amg_channels"  # what an inpainting network is given beside x_t, kept as a condition
 
 
 def denoiser_for(pipe: Any, network: Callable[..., Any] | None = None) -> Denoiser:
-    """The `Denoiser` of a supported pipeline; `network` replaces its U-Net's forward."""
-    if is_sd3(pipe):
-        forward = pipe.transformer if network is None else network
-        return Denoiser(_of_flow(forward), decoder_of(pipe), "flow", False, captions_of(pipe))
-    forward = network if network is not None else pipe.unet
+    """The `Denoiser` of a supported pipeline; `network` replaces its own network's forward. Of packed latents
+    it decodes nothing yet: that wants their size (`decoder_of`)."""
+    family = family_of(pipe)
     prediction_type = getattr(pipe.scheduler.config, "prediction_type", "epsilon")
-
-    def run(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        output: Tensor = forward(sample, t, **{**conditions, "return_dict": False})[0]
-        return output
-
-    if not is_latent(pipe):
+    if family is None:
+        run = _of_unet(pipe.unet if network is None else network)
         return Denoiser(run, lambda x0: x0 / 2 + 0.5, prediction_type, pixels=True)
-    return Denoiser(run, decoder_of(pipe), prediction_type, pixels=False, encode_captions=captions_of(pipe))
+    forward = getattr(pipe, family.network) if network is None else network
+    run = _of_unet(forward) if family.network == "unet" else asked(family, forward)
+    kind = "flow" if family.flow else prediction_type
+    return Denoiser(run, decoder_of(pipe), kind, pixels=False, encode_captions=captions_of(pipe))
 
 
-def _of_flow(forward: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Stable Diffusion 3's transformer, which takes a timestep for each row."""
-
+def _of_unet(forward: Callable[..., Any]) -> Callable[..., Tensor]:
     def run(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        times = torch.as_tensor(t, device=sample.device).expand(len(sample))
-        named = {"hidden_states": sample, "timestep": times, "return_dict": False}
-        output: Tensor = forward(**{**conditions, **named})[0]
+        whole = with_channels(sample, conditions.pop(CHANNELS, None))
+        output: Tensor = forward(whole, t, **{**conditions, "return_dict": False})[0]
         return output
 
     return run
+
+
+def asked(family: Family, forward: Callable[..., Any]) -> Callable[..., Tensor]:
+    """network(sample, t, **conditions) -> raw output in the channels of x_t, t being one timestep or [B]."""
+
+    def network(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
+        whole = with_channels(sample, conditions.pop(CHANNELS, None))
+        times = torch.as_tensor(t, device=sample.device).expand(len(sample))
+        if family.divisor != 1:
+            times = times.to(sample.dtype) / family.divisor
+        named = {family.sample: whole, "timestep": times, **conditions, "return_dict": False}
+        return without_variance(forward(**named)[0], sample)
+
+    return network
+
+
+def with_channels(sample: Tensor, more: Tensor | None) -> Tensor:
+    """What an inpainting network is given: x_t and what lies beside it."""
+    return sample if more is None else torch.cat([sample, more.to(sample)], 1)
+
+
+def without_variance(output: Tensor, sample: Tensor) -> Tensor:
+    """The network's output in the channels of x_t: a learned variance is cut off."""
+    return output[:, : sample.shape[1]] if output.ndim == 4 else output
 
 
 def captions_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> CaptionCache | None:
@@ -63,10 +82,11 @@ def captions_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> Captio
     return None
 
 
-def decoder_of(pipe: Any, size: tuple[int, int] | None = None) -> Callable[[Tensor], Tensor]:
+def decoder_of(pipe: Any, size: Size | None = None, shown: Size | None = None) -> Callable[[Tensor], Tensor]:
     """x0 -> picture [B, 3, H, W], float32, mostly in [0, 1], as the pipeline itself decodes its latents.
 
-    `size`: height and width of the picture, which packed latents [B, N, C] are unpacked for.
+    `size`: height and width of the picture, which packed latents [B, N, C] are unpacked for; `shown`: those
+    that it is resized and cropped to, None: as it is.
     """
     vae, config, scale = pipe.vae, pipe.vae.config, getattr(pipe.vae.config, "scaling_factor", None) or 1.0
     mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
@@ -88,12 +108,14 @@ def decoder_of(pipe: Any, size: tuple[int, int] | None = None) -> Callable[[Tens
             return in_float32(vae, latents).float() / 2 + 0.5
         picture = vae.decode(latents.to(dtype), return_dict=False)[0]
         picture = picture[:, :, 0] if picture.ndim == 5 else picture  # a video's decoder, of one frame
+        if shown is not None:
+            picture = pipe.image_processor.resize_and_crop_tensor(picture, shown[1], shown[0])
         return picture.float() / 2 + 0.5
 
     return decode
 
 
-def _unpacked(pipe: Any, x0: Tensor, size: tuple[int, int] | None) -> Tensor:
+def _unpacked(pipe: Any, x0: Tensor, size: Size | None) -> Tensor:
     """Latents as the decoder takes them, of those that a transformer takes as tokens."""
     unpack = getattr(pipe, "_unpack_latents", None)
     if x0.ndim != 3 or unpack is None or size is None:
@@ -132,6 +154,12 @@ def weights_of(network: Any) -> tuple[torch.dtype, torch.device]:
 def is_latent(pipe: Any) -> bool:
     """Whether the pipeline denoises a VAE's latents rather than pixels."""
     return getattr(pipe, "vae", None) is not None
+
+
+def is_packed(pipe: Any) -> bool:
+    """Whether the network takes its latents as tokens, several pixels of them in one."""
+    family = family_of(pipe)
+    return family is not None and family.packed > 1
 
 
 class CaptionCache:

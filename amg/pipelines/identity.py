@@ -14,7 +14,7 @@ from amg.config import PRESETS, AMGConfig
 from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
 from amg.index.store import MANIFEST
-from amg.pipelines.denoiser import is_latent, weights_of
+from amg.pipelines.denoiser import is_latent, is_packed, weights_of
 from amg.pipelines.supported import network_of
 from amg.similarity.student import Screen
 
@@ -82,8 +82,11 @@ def screen_of(config: AMGConfig, pipe: Any, index: Any) -> Screen | None:
     """The student of the config's file over its teacher's index, if it names one; ValueError for another."""
     if config.student is None:
         return None
-    if index.metric != "cosine" or not is_latent(pipe):
-        raise ValueError("`student` must be None without latents and a cosine index, got a file")
+    if index.metric != "cosine" or not is_latent(pipe) or is_packed(pipe):
+        raise ValueError(
+            "`student` must be None without latents that are not packed, and a cosine index, got "
+            f"{config.student}"
+        )
     screen = Screen(load_student(config.student, pipe.device), index)
     screen.require(origin_of(pipe, index))
     return screen

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from amg.pipelines.families import family_of
+from amg.pipelines.families import FAMILIES, family_of
 
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 XL = "StableDiffusionXLPipeline"
-SD3 = "StableDiffusion3Pipeline"
-SAMPLED = (*SUPPORTED, SD3)  # by `Sampler`
-TEXT_TO_IMAGE = ("StableDiffusionPipeline", XL, SD3)
+TEXT_TO_IMAGE = tuple(name for family in FAMILIES for name in family.bare)
+SAMPLED = ("DDPMPipeline", "DDIMPipeline", *TEXT_TO_IMAGE)  # by `Sampler`, and by commands
+IMG2IMG, INPAINT = "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
+PICTURED = (IMG2IMG, INPAINT)  # by `Sampler`, into a picture
 # what a subclass may not change of a pipeline that `Sampler` samples from, as it runs none of it
 LOOP = (
     "__call__",
@@ -27,7 +28,10 @@ LOOP = (
 # value that its own may have
 FOREIGN = {"num_class_embeds": None, "class_embed_type": None, "addition_embed_type": None}
 FOREIGN_XL = {**FOREIGN, "addition_embed_type": "text_time"}
-FOREIGN_OF: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": FOREIGN, XL: FOREIGN_XL}
+FOREIGN_OF: dict[str, dict[str, Any]] = {
+    XL: FOREIGN_XL,
+    **dict.fromkeys(("StableDiffusionPipeline", IMG2IMG, INPAINT), FOREIGN),
+}
 # and those whose inputs it makes, in a part of its call that `Sampler` has no counterpart of
 UNSAMPLED = {
     "time_cond_proj_dim": "a distilled U-Net's embedded guidance scale",
@@ -35,14 +39,14 @@ UNSAMPLED = {
 }
 
 
-def require_class(names: Iterable[str], argument: str = "pipe") -> str:
-    """The class that `Sampler` takes among `names`, a pipeline's class and its bases; TypeError naming the
-    first if there is none."""
+def require_class(names: Iterable[str], argument: str = "pipe", among: tuple[str, ...] = SAMPLED) -> str:
+    """The class that is taken among `names`, a pipeline's class and its bases; TypeError naming the first if
+    there is none."""
     names = [*names]
     for name in names:
-        if name in SAMPLED:
+        if name in among:
             return name
-    raise TypeError(f"`{argument}` must be one of {SAMPLED}, got {names[0]}")
+    raise TypeError(f"`{argument}` must be one of {among}, got {names[0]}")
 
 
 def network_of(pipe: Any) -> Any:
@@ -90,23 +94,24 @@ def is_xl(pipe: Any) -> bool:
     return any(base.__name__ == XL for base in type(pipe).__mro__)
 
 
-def is_sd3(pipe: Any) -> bool:
-    """Whether a pipeline is Stable Diffusion 3's, with a transformer and flow matching."""
-    return any(base.__name__ == SD3 for base in type(pipe).__mro__)
-
-
 def require_supported(pipe: Any) -> None:
     """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
     (inpainting, upscaling, learned variances)."""
-    kind = require_class(base.__name__ for base in type(pipe).__mro__)
-    text, network = kind in TEXT_TO_IMAGE, "transformer" if kind == SD3 else "unet"
-    for name in (network, "scheduler", *(("vae",) if text else ())):
+    kind = require_class((base.__name__ for base in type(pipe).__mro__), among=(*SAMPLED, *PICTURED))
+    family = family_of(pipe)
+    network = "unet" if family is None else family.network
+    for name in (network, "scheduler", *(("vae",) if family is not None else ())):
         if getattr(pipe, name, None) is None:
             raise ValueError(f"`pipe.{name}` must not be None: nothing can be sampled or checked without it")
     config = getattr(pipe, network).config
     channels = {f"pipe.{network}'s out_channels": config.out_channels}
-    if text:
-        channels["pipe.vae's latent_channels"] = getattr(pipe.vae.config, "latent_channels", None)
+    if family is not None:
+        decoded = getattr(pipe.vae.config, "latent_channels", None)
+        channels["pipe.vae's latent_channels"] = decoded and family.packed * decoded
+        if kind == INPAINT and config.in_channels == 2 * config.out_channels + 1:
+            channels = {}  # a mask and the masked picture beside what it denoises
+        if family.variances and config.out_channels == 2 * config.in_channels:
+            del channels[f"pipe.{network}'s out_channels"]
     for name, found in channels.items():
         if found is not None and found != config.in_channels:
             raise ValueError(
@@ -139,7 +144,7 @@ def require_sampled(pipe: Any) -> None:
     with a loop of its own, ValueError for a U-Net with further inputs."""
     require_supported(pipe)
     kind = type(pipe).__mro__[1] if hasattr(pipe, "_amg_protection") else type(pipe)
-    base = next(base for base in kind.__mro__ if base.__name__ in SAMPLED)
+    base = next(base for base in kind.__mro__ if base.__name__ in (*SAMPLED, *PICTURED))
     for name in LOOP:
         if getattr(kind, name, None) is not getattr(base, name, None):
             raise TypeError(
@@ -147,7 +152,7 @@ def require_sampled(pipe: Any) -> None:
                 "its own and which `Sampler` does not run: use `amg.protect`, or give the Sampler "
                 f"{base.__name__}(**pipe.components)"
             )
-    for name, what in UNSAMPLED.items() if base.__name__ in TEXT_TO_IMAGE else ():
+    for name, what in UNSAMPLED.items() if family_of(pipe) is not None else ():
         if getattr(network_of(pipe).config, name, None) is not None:
             raise ValueError(
                 f"`pipe.unet` must not need {what} for `Sampler`, got {name}="

@@ -13,9 +13,9 @@ from amg.engine.drive import Refused
 from amg.engine.level import Level, levels
 from amg.guidance.flight import Flight
 from amg.guidance.predict import Denoiser
-from amg.pipelines.denoiser import captions_of
+from amg.pipelines.denoiser import asked, captions_of
 from amg.protection.guide import Guide
-from amg.protection.halves import Unknown, asked
+from amg.protection.halves import Unknown
 from amg.protection.shown import decoder, tried
 from amg.protection.tries import Try
 from amg.similarity import judges_for, similarity_for

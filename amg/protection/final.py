@@ -20,7 +20,7 @@ from amg.engine.arguments import images_of, require_generator
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, ordinary_caption
 from amg.pipelines.again import Asked
-from amg.pipelines.check import check
+from amg.pipelines.check import check, rows_of
 from amg.pipelines.pictures import put, require_no_others, to_tensor
 from amg.pipelines.safety import flagged_pictures_kept_right
 from amg.promise import check as promised
@@ -44,6 +44,9 @@ class Held(NamedTuple):
 
     def check(self, images: Any) -> list[Verdict]:
         return check(images, self.index, self.config, self.also)
+
+    def rows_of(self, given: Any) -> frozenset[int]:
+        return rows_of(given, self.index, self.config, self.also)
 
     def verdicts(self, made: Made) -> list[Verdict]:
         """Verdicts on what a call made, with what happened to its samples; looked at once."""
@@ -135,7 +138,7 @@ def checked_call(
             f"got {LATENT!r}"
         )
     require_generator(arguments.get("generator"), images_of(arguments))
-    own = {row for name in GIVEN for row in _rows_of(held, arguments.get(name))}
+    own = {row for name in GIVEN for row in held.rows_of(arguments.get(name))}
     if own and held.watched is not None and not held.config.block_input_copies:
         # what the user put in is nothing to push away from
         held = held._replace(watched=replace(held.watched, guides=False))
@@ -313,15 +316,6 @@ def _captions(
 def _from_input(verdict: Verdict, own: set[int]) -> Verdict:
     """The verdict, marked where its training image is what the user put in."""
     return replace(verdict, from_input=verdict.memorized and memorized_row(verdict) in own)
-
-
-def _rows_of(held: Held, given: Any) -> set[int]:
-    """The training images that a user's own pictures are copies of; none of what is no picture."""
-    pictures = given if isinstance(given, (list, tuple)) else [given]
-    if given is None or not all(hasattr(picture, "convert") for picture in pictures):
-        return set()
-    found = held.check([picture.convert("RGB") for picture in pictures])
-    return {row for verdict in found if (row := memorized_row(verdict)) is not None}
 
 
 def _repeat(image: Any, count: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from amg.guidance.predict import Conditions, Denoiser, joined, plain, replace_captions
 from amg.guidance.terms import classifier_free, rescale
-from amg.pipelines.denoiser import split_call
+from amg.pipelines.denoiser import CHANNELS, split_call, without_variance
 from amg.pipelines.families import Family
 
-CHANNELS = "amg_channels"  # what an inpainting network is given beside x_t, kept as a condition
 PROVED = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the output's deviation; halves of 16 bits: COARSE
 COARSE = 0.1
 
@@ -76,20 +75,6 @@ def require_proved(halves: Halves, output: Tensor, scale: float, rescaled: float
         raise Unknown("its guided output is not that of the two halves of its network")
 
 
-def asked(family: Family, forward: Callable[..., Any]) -> Callable[..., Tensor]:
-    """network(sample, t, **conditions) -> raw output, for other rows than the loop's own."""
-
-    def network(sample: Tensor, t: Any, **conditions: Any) -> Tensor:
-        more = conditions.pop(CHANNELS, None)
-        whole = sample if more is None else torch.cat([sample, more.to(sample)], 1)
-        times = torch.as_tensor(t, device=sample.device).expand(len(sample)) / family.divisor
-        times = times.to(sample.dtype) if family.divisor != 1 else times
-        named = {family.sample: whole, "timestep": times, **conditions, "return_dict": False}
-        return without_variance(forward(**named)[0], sample)
-
-    return network
-
-
 def told(
     family: Family, pipe: Any, denoiser: Denoiser, arguments: dict[str, Any], captions: Sequence[str | None]
 ) -> dict[str, Any]:
@@ -102,8 +87,3 @@ def told(
     if said.uncond is not None:
         changed = {name: joined([said.uncond[name], value]) for name, value in changed.items()}
     return {**arguments, **plain(changed)}
-
-
-def without_variance(output: Tensor, sample: Tensor) -> Tensor:
-    """The network's output in the channels of x_t: a learned variance is cut off."""
-    return output[:, : sample.shape[1]] if output.ndim == 4 else output

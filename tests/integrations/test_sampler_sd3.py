@@ -88,10 +88,3 @@ def test_bad_input(sd3, given, message, tmp_path):
     prompt = None if "prompt_embeds" in given else "abc"
     with pytest.raises(ValueError, match=message):
         sampler(prompt, num_inference_steps=2, progress=False, **given)
-
-
-def test_the_length_of_sequences_is_stable_diffusion_3_s(tmp_path):
-    pipe, _ = pipelines_tiny.build("sd")
-    sampler = amg.Sampler(pipe, index_of(noise(60, torch.zeros(1, 3, 16, 16)), tmp_path), config())
-    with pytest.raises(ValueError, match="`max_sequence_length` is for Stable Diffusion 3, got 4"):
-        sampler("abc", num_inference_steps=2, max_sequence_length=4, progress=False)

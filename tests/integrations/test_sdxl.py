@@ -115,8 +115,8 @@ def test_a_row_does_not_depend_on_its_batch(xl, embedding_index):
 
 def test_captions_replace_states_and_pooled_ones_and_leave_the_sizes(xl):
     request = amg.Request(prompt=["abc", "de"], height=24, width=16)
-    given, count = of_request(xl, request, None, 5.0, "cpu")
-    assert count == 2 and given.cond["added_cond_kwargs"]["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]] * 2
+    given = of_request(xl, request, None, 5.0, "cpu")
+    assert given.cond["added_cond_kwargs"]["time_ids"].tolist() == [[24, 16, 0, 0, 24, 16]] * 2
     states, _, pooled, _ = xl.encode_prompt(["fgh"], device="cpu", do_classifier_free_guidance=False)
     from amg.guidance.predict import captioned, replace_captions
 

@@ -22,7 +22,8 @@ OTHERS = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLImg2ImgPipeline",
-    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxKontextPipeline",
     "ConsistencyModelPipeline",
 )
 

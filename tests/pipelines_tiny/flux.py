@@ -5,10 +5,11 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from .parts import SIZE, drawn, picture, vae
+from ..integrations.conftest import tiny_sd
+from .parts import SIZE, drawn, picture, prompts, t5, vae
 
 
-def _flux_parts():
+def _flux_parts(**more):
     torch.manual_seed(4)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -18,8 +19,8 @@ def _flux_parts():
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
-        pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
+        **{"pooled_projection_dim": 32, **more},
     ).eval()
     return {
         "transformer": transformer,
@@ -42,6 +43,17 @@ def flux_cfg(batch):
         "negative_pooled_prompt_embeds": drawn(batch, 32, seed=8),
         "true_cfg_scale": 3.0,
     }
+
+
+def flux_text(batch):
+    """With its text encoders, true CFG and an embedding of its distilled scale."""
+    base = tiny_sd()
+    parts = _flux_parts(pooled_projection_dim=16, guidance_embeds=True)
+    parts |= {"text_encoder": base.text_encoder, "tokenizer": base.tokenizer}
+    parts |= {"text_encoder_2": t5(base.tokenizer), "tokenizer_2": base.tokenizer}
+    scales = {"guidance_scale": 2.5, "true_cfg_scale": 3.0}
+    text = {"prompt": prompts(batch), "negative_prompt": ["z"] * batch, "max_sequence_length": 4}
+    return diffusers.FluxPipeline(**parts), {**text, **scales, **SIZE}
 
 
 def flux_img2img(batch):

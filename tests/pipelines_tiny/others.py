@@ -5,21 +5,19 @@ from __future__ import annotations
 import diffusers
 import torch
 
-from ..integrations.conftest import tiny_ddpm
-from .parts import SIZE, drawn, masked, none, vae
+from ..integrations.conftest import tiny_ddpm, tiny_sd
+from .parts import SIZE, drawn, masked, none, t5, text, vae
 
 
-def pixart(batch):
+def _pixart_transformer(**more):
     torch.manual_seed(5)
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8,
+    sizes = {"attention_head_dim": 8, "cross_attention_dim": 16}
+    return diffusers.PixArtTransformer2DModel(
         num_layers=1,
         patch_size=2,
-        attention_head_dim=8,
         num_attention_heads=2,
         caption_channels=32,
         in_channels=4,
-        cross_attention_dim=16,
         out_channels=8,
         attention_bias=True,
         activation_fn="gelu-approximate",
@@ -27,16 +25,45 @@ def pixart(batch):
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        use_additional_conditions=False,
+        **{"sample_size": 8, "use_additional_conditions": False, **sizes, **more},
     ).eval()
+
+
+def pixart(batch):
     pipe = diffusers.PixArtSigmaPipeline(
-        transformer=transformer,
+        transformer=_pixart_transformer(),
         scheduler=diffusers.DDIMScheduler(),
         vae=vae(4),
         **none("text_encoder", "tokenizer"),
     )
     call = masked(batch) | {"negative_prompt": None, "use_resolution_binning": False}
     return pipe, {**call, **SIZE}
+
+
+def _pixart_text(pipeline, scheduler, batch, **transformer):
+    base = tiny_sd()
+    pipe = pipeline(
+        transformer=_pixart_transformer(**transformer),
+        scheduler=scheduler,
+        vae=vae(4),
+        text_encoder=t5(base.tokenizer),
+        tokenizer=base.tokenizer,
+    )
+    more = {"negative_prompt": ["z"] * batch, "max_sequence_length": 6, "use_resolution_binning": False}
+    return pipe, {**text(batch), **more, **SIZE}
+
+
+def pixart_text(batch):
+    """With its text encoder."""
+    return _pixart_text(diffusers.PixArtSigmaPipeline, diffusers.DDIMScheduler(), batch)
+
+
+def pixart_alpha_text(batch):
+    """PixArt-alpha of 128 latents a side, which is told the size of the picture."""
+    told = {"sample_size": 128, "use_additional_conditions": True}
+    told |= {"attention_head_dim": 12, "cross_attention_dim": 24}
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.012, beta_schedule="scaled_linear")
+    return _pixart_text(diffusers.PixArtAlphaPipeline, scheduler, batch, **told)
 
 
 def auraflow(batch):

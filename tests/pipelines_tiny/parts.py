@@ -34,6 +34,17 @@ def masked(batch):
     return embeds | {f"{half}prompt_attention_mask": torch.ones(batch, 4) for half in halves}
 
 
+def t5(tokenizer):
+    """A text encoder of 32 wide tokens, for the tiny tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(11)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
 def picture(seed=3):
     pixels = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray((pixels * 255).byte().numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from amg.pipelines.families.family import Family
+from amg.pipelines.families.family import Family, Size
 from amg.pipelines.families.flux import FLUX
 from amg.pipelines.families.pixart import PIXART
 from amg.pipelines.families.sd import SD
@@ -13,7 +13,7 @@ from amg.pipelines.families.sdxl import SDXL
 
 FAMILIES = (SD, SDXL, SD3, FLUX, PIXART)
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "Size", "family_of"]
 
 
 def family_of(pipe: Any) -> Family | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from amg.pipelines.families.family import Family
+from amg.guidance.predict import Conditions
+from amg.pipelines.families.family import Family, pixels_of_token
+
+if TYPE_CHECKING:
+    from amg.engine.sampler import Request
 
 
 def encode(pipe: Any, captions: list[str], arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -25,6 +29,26 @@ def encode(pipe: Any, captions: list[str], arguments: Mapping[str, Any]) -> tupl
     return states, pooled
 
 
+def condition(pipe: Any, request: Request, guided: bool, device: Any) -> Conditions:
+    """All encoders' tokens, and CLIP's pooled text."""
+    cond, uncond, *pooled = pipe.encode_prompt(
+        prompt=request.prompt,
+        prompt_2=None,
+        prompt_3=None,
+        device=device,
+        num_images_per_prompt=request.num_images_per_prompt,
+        do_classifier_free_guidance=guided,
+        negative_prompt=request.negative_prompt,
+        clip_skip=request.clip_skip,
+        max_sequence_length=request.max_sequence_length or 256,
+    )
+    halves = [
+        {"encoder_hidden_states": states, "pooled_projections": text}
+        for states, text in zip((cond, uncond), pooled, strict=True)
+    ]
+    return Conditions(halves[0], halves[1] if guided else None, {})
+
+
 SD3 = Family(
     name="Stable Diffusion 3",
     classes=(
@@ -34,7 +58,12 @@ SD3 = Family(
     ),
     encode=encode,
     said=("encoder_hidden_states", "pooled_projections"),
+    condition=condition,
     bare=("StableDiffusion3Pipeline",),
     shared=("joint_attention_kwargs",),
     encoders=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    takes=("clip_skip", "timesteps", "max_sequence_length"),
+    flow=True,
+    max_shift=1.16,
+    token=pixels_of_token,
 )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from amg.guidance.predict import Conditions
 from amg.pipelines.families.family import Family
+
+if TYPE_CHECKING:
+    from amg.engine.sampler import Request
 
 
 def encode(pipe: Any, captions: list[str], arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -22,6 +26,29 @@ def encode(pipe: Any, captions: list[str], arguments: Mapping[str, Any]) -> tupl
     return states, pooled
 
 
+def condition(pipe: Any, request: Request, guided: bool, device: Any) -> Conditions:
+    """Both encoders' hidden states, the second one's pooled text, and sizes [B, 6]: of a picture as large as
+    asked for, not cut."""
+    cond, uncond, *pooled = pipe.encode_prompt(
+        request.prompt,
+        device=device,
+        num_images_per_prompt=request.num_images_per_prompt,
+        do_classifier_free_guidance=guided,
+        negative_prompt=request.negative_prompt,
+        clip_skip=request.clip_skip,
+    )
+    own = pipe.default_sample_size * pipe.vae_scale_factor
+    size = (request.height or own, request.width or own)
+    width = pipe.text_encoder_2.config.projection_dim
+    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=cond.dtype, text_encoder_projection_dim=width)
+    sizes = ids.to(cond.device).repeat(len(cond), 1)
+    halves = [
+        {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
+        for states, text in zip((cond, uncond), pooled, strict=True)
+    ]
+    return Conditions(halves[0], halves[1] if guided else None, {})
+
+
 SDXL = Family(
     name="Stable Diffusion XL",
     classes=(
@@ -34,6 +61,7 @@ SDXL = Family(
     ),
     encode=encode,
     said=("encoder_hidden_states", "added_cond_kwargs.text_embeds"),
+    condition=condition,
     bare=("StableDiffusionXLPipeline",),
     network="unet",
     sample="sample",
