@@ -20,6 +20,7 @@ _CHOICES = {
     "gradient": ("frozen", "full"),
     "step_length": ("constant", "exact"),
     "rewind_caption": ("prompt", "ordinary"),
+    "rewind_prompt": ("same", "attribution", "embedding"),
     "on_memorized": ("resample", "block", "flag", "raise"),
 }
 _THRESHOLDS = (*ranges.PROMISES, *ranges.GATES)
@@ -34,6 +35,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.file: ("calibration", "student"),
     ranges.prompts: ("ordinary_prompts",),
     ranges.guard: ("guard_threshold",),
+    ranges.rate: ("guard_false_alarm_rate",),
     ranges.ceiling: ("max_evaluations",),
 }
 
@@ -69,6 +71,11 @@ class AMGConfig:
     was found on two sets of photographs (of ordinary generations about one in a hundred is above it, copies
     pushed below the metric's threshold are at 0.88 and above). None: the guard is not asked, and the promise
     is the metric's alone."""
+    guard_false_alarm_rate: float | None = None
+    """In place of `guard_threshold`: the one that a further ordinary image exceeds with at most this
+    probability, found on the ordinary generations of `calibration`, which must be given; at least 0.6.
+    Refused where it would be above 0.88, or the calibration has too few images (0.01 needs 99). None:
+    `guard_threshold` as it is."""
     threshold_schedule: str = "parabolic"
     """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max,
     "exponential" lambda_min + (lambda_max - lambda_min)·exp(-threshold_decay·t), t on the 0-1000 scale."""
@@ -127,6 +134,12 @@ class AMGConfig:
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
     memorised one whose own caption is not duplicated, or where the index knows none one of
     `ordinary_prompts` (where the model takes text)."""
+    rewind_prompt: str = "same"
+    """What becomes of the prompt in later tries that no ordinary caption is known for. "attribution": the
+    words that carry its magnitude ||eps_cond - eps_uncond|| at the first step are left out, more in each try;
+    "embedding": its embedding is optimised to a lower one (Wen et al., ICLR 2024), by a backward pass of the
+    network for each of at most ten iterations. Both need classifier-free guidance and count as evaluations.
+    "same": it is tried again as it is (docs/guard.md has figures)."""
     ordinary_prompts: Sequence[str] | str | Path | None = None
     """A bank of ordinary prompts, a list or a file with one a line, for an index without captions: a later
     try takes one of those nearest to its prompt. None: those that a calibration was made with, if any."""
@@ -217,9 +230,10 @@ class AMGConfig:
         return resolved
 
     def under(self, metric: str) -> AMGConfig:
-        """What this config asks of a further index of `metric`: itself, or its preset's numbers."""
+        """What this config asks of a further index of `metric`: the same, or its preset's numbers; a rate of
+        false alarms is known of the first index alone."""
         if self.metric == metric:
-            return self
+            return self if self.guard_false_alarm_rate is None else replace(self, guard_false_alarm_rate=None)
         return AMGConfig.preset(self.preset_name, guard_threshold=self.guard_threshold).for_metric(metric)
 
     def scale_of_try(self, rewinds: int, retries: int, guidance_scale: float) -> float:

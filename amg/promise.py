@@ -52,6 +52,7 @@ def check(
                 trace=tuple(flight.trace),
                 caption=flight.caption,
                 remembered=flight.remembered,
+                optimised=flight.lowered is not None and flight.lowered.embedding is not None,
             )
         )
     return finished
@@ -123,7 +124,8 @@ def _verdict(
     assert config.threshold is not None
     guard = None
     if alike is not None and config.guard_threshold is not None:
-        guard = GuardVerdict(alike[0], config.guard_threshold, _neighbour(index, alike[1]))
+        neighbour, rate = _neighbour(index, alike[1]), config.guard_false_alarm_rate
+        guard = GuardVerdict(alike[0], config.guard_threshold, neighbour, rate)
     return Verdict(
         index.metric,
         similarity,
@@ -185,6 +187,7 @@ def strong(config: AMGConfig) -> AMGConfig:
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
         guard_threshold=config.guard_threshold,
+        rewind_prompt=config.rewind_prompt,
         max_evaluations=config.max_evaluations,
     ).for_metric(config.metric)
     strong = replace(strong, max_rewinds=max(config.max_rewinds or 0, strong.max_rewinds or 0))

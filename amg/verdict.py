@@ -84,16 +84,25 @@ class Neighbour:
 @dataclass(frozen=True)
 class GuardVerdict:
     """What an index's guard says of one image: `similarity` of its structure, in [-1, 1], to the training
-    image most alike, and the `guard_threshold` it was held to."""
+    image most alike, and the `guard_threshold` it was held to; `false_alarm_rate`: of ordinary generations at
+    most this share exceeds it, by the calibration it is of; None where it is of none."""
 
     similarity: float
     threshold: float
     neighbour: Neighbour
+    false_alarm_rate: float | None = None
 
     @property
     def memorized(self) -> bool:
         """Whether the guard calls it a copy."""
         return self.similarity > self.threshold
+
+    @property
+    def limit(self) -> str:
+        """The threshold for people, with what it was calibrated to: "0.8", "0.742 (false alarms <= 1 %)"."""
+        if self.false_alarm_rate is None:
+            return f"{self.threshold:g}"
+        return f"{self.threshold:.3f} (false alarms <= {100 * self.false_alarm_rate:g} %)"
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,12 @@ class Verdict:
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
     `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
-    is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
-    of its own, None where it was not; `remembered`: so was the first one, as the prompt's samples had gone
-    back before (`prompt_memory`). `coverage`: the share of the training set that the index covers, which is
-    what was promised; `verified`: False where it holds imported vectors that were compared with no picture.
+    is one that the caller put in. `caption`: the ordinary prompt, or what was left of its own
+    (`rewind_prompt`), that the last try was conditioned on, None where it was not; `optimised`: it was
+    conditioned on its prompt's embedding, optimised; `remembered`: so was the first try on a caption, as the
+    prompt's samples had gone back before (`prompt_memory`). `coverage`: the share of the training set that
+    the index covers, which is what was promised; `verified`: False where it holds imported vectors that were
+    compared with no picture.
     """
 
     metric: str
@@ -132,6 +143,7 @@ class Verdict:
     from_input: bool = False
     caption: str | None = None
     remembered: bool = False
+    optimised: bool = False
     coverage: float = 1.0
     verified: bool = True
 
@@ -142,7 +154,7 @@ class Verdict:
             return f"{self._measured} to {self.neighbour.id!r}"
         if self.guard is not None and self.guard.memorized:
             guard = self.guard
-            return f"guard {guard.similarity:.3f} > {guard.threshold:g} to {guard.neighbour.id!r}"
+            return f"guard {guard.similarity:.3f} > {guard.limit} to {guard.neighbour.id!r}"
         if self.exhausted:
             return f"too close at a checkpoint, and `max_evaluations` reached, to {self.neighbour.id!r}"
         return next((other.reason for other in self.also if other.reason), None)
@@ -180,7 +192,7 @@ class Verdict:
         """The fields that say something, the trace by its length; nL2 as people write it."""
         parts = [self._measured, f"row {self.neighbour.row} {self.neighbour.id!r}"]
         if self.guard is not None:
-            parts.append(f"guard {self.guard.similarity:.3f} of {self.guard.threshold:g}")
+            parts.append(f"guard {self.guard.similarity:.3f} of {self.guard.limit}")
         told = ("memorized", "blocked", "rewinds", "retries", "evaluations", "exhausted", "from_input")
         parts += [f"{name}={getattr(self, name)}" for name in told if getattr(self, name)]
         parts += [f"level={self.level!r}"] if self.level != "full" else []

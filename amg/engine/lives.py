@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from amg.engine.slots import Segment, Slot, Slots
 from amg.guidance.flight import Flight, seeded
+from amg.guidance.lower import TEXT, Start, lower
 from amg.guidance.note import Note
-from amg.guidance.predict import Denoiser, captioned, encoded
+from amg.guidance.predict import Denoiser, captioned, encoded, mapped
 from amg.guidance.read import read_all
 from amg.verdict import TraceStep
 
@@ -59,15 +61,27 @@ def went_back(flight: Flight, position: int) -> None:
 
 
 def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
-    """Condition samples that were given a caption on it; one call of the text encoder."""
+    """Condition samples that were given a caption, or whose prompt is lowered, on that; one call of the text
+    encoder for all captions."""
+    for slot in slots:
+        if slot.flight.to_lower is not None:
+            lower(slot.flight, _first_step(slot), slot.plan.config)
+        if slot.flight.lowered is not None and slot.flight.lowered.embedding is not None:
+            slot.conditions = captioned(slot.conditions, {TEXT: slot.flight.lowered.embedding})
     told = [slot for slot in slots if slot.flight.caption is not None]
     if not told or denoiser.encode_captions is None:
         return
     said = encoded(denoiser, [slot.flight.caption or "" for slot in told], told[0].conditions)
     for at, slot in enumerate(told):
-        slot.conditions = captioned(
-            slot.conditions, {name: value[at : at + 1] for name, value in said.items()}
-        )
+        own = {name: mapped(operator.itemgetter(slice(at, at + 1)), value) for name, value in said.items()}
+        slot.conditions = captioned(slot.conditions, own)
+
+
+def _first_step(slot: Slot) -> Start:
+    """The first step of a sample's first run."""
+    job, sample = slot.job, slot.flight.initial[None].to(slot.job.dtype)
+    plan, conditions = job.course.plan(job.config), job.conditions_of(slot.place)
+    return Start(job.tools.denoiser, sample, plan.t[0], conditions, plan.total * 2)
 
 
 def leave(slots: Slots, rows: Sequence[int]) -> list[Done]:

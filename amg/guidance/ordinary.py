@@ -133,10 +133,14 @@ def despecify(
     """Give the next try of each sample (its flight, its config, the memorised row) the caption of an ordinary
     training image near that row, or an ordinary prompt of the bank where the index knows none.
 
-    One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
-    shares no word with them, chosen by the sample's own chance. Passed over are captions and images that
-    occur often, the memorised image itself, its caption and the prompt.
+    The caption is one of those nearest to the sample's prompt, or to the memorised caption where the prompt
+    is not known or shares no word with them, chosen by the sample's own chance. Passed over are captions and
+    images that occur often, the memorised image itself, its caption and the prompt. Where none is known the
+    prompt is marked to be lowered, if `rewind_prompt` asks for that.
     """
+    for flight, config, _ in samples:
+        if config.rewind_prompt != "same" and (flight.caption is None or flight.lowered is not None):
+            flight.to_lower = config.rewind_prompt
     if denoiser.encode_captions is None:
         return
     samples = [sample for sample in samples if sample[1].rewind_caption == "ordinary"]
@@ -151,6 +155,7 @@ def despecify(
     for (flight, _, _), captions in zip(samples, found, strict=True):
         if captions:
             flight.caption = captions[flight.choose(len(captions))]
+            flight.to_lower = flight.lowered = None
 
 
 def ordinary_caption(
@@ -174,7 +179,7 @@ def bank_of(config: AMGConfig, gate: Gate | None) -> Sequence[str]:
     return () if gate is None else gate.ordinary
 
 
-def warn_without_captions(index: Any, bank: Sequence[str]) -> None:
+def warn_without_captions(index: Any, bank: Sequence[str], config: AMGConfig) -> None:
     """Say to the caller's caller that a text model's later tries can only go back to the memorised prompt, or
     that pixels are compared of a model that denoises latents."""
     if index.metric == "nl2":
@@ -184,11 +189,11 @@ def warn_without_captions(index: Any, bank: Sequence[str]) -> None:
             "it; build it with a copy-detection `embedder=`",
             stacklevel=3,
         )
-    elif not index.captioned and not bank:
+    elif not index.captioned and not bank and config.rewind_prompt == "same":
         warnings.warn(
             f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only "
             "be tried again with the same prompt, and is blocked where that brings the copy back; build it "
-            "with `captions=`, or give `ordinary_prompts=`",
+            "with `captions=`, or give `ordinary_prompts=`, or see `rewind_prompt=`",
             stacklevel=3,
         )
 

@@ -7,7 +7,7 @@ import amg
 
 from .. import pipelines_tiny
 from .conftest import TinyEmbedder
-from .test_watch import OPEN, PLANTED, drawn, generators, index_of, noise, protected
+from .test_watch import drawn, generators, index_of, noise
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 8
