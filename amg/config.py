@@ -20,6 +20,7 @@ _CHOICES = {
     "gradient": ("frozen", "full"),
     "step_length": ("constant", "exact"),
     "rewind_caption": ("prompt", "ordinary"),
+    "rewind_prompt": ("same", "attribution", "embedding"),
     "on_memorized": ("resample", "block", "flag", "raise"),
 }
 _THRESHOLDS = (*ranges.PROMISES, *ranges.GATES)
@@ -127,6 +128,12 @@ class AMGConfig:
     """What later tries are conditioned on: "prompt", or "ordinary": the caption of a training image near the
     memorised one whose own caption is not duplicated, or where the index knows none one of
     `ordinary_prompts` (where the model takes text)."""
+    rewind_prompt: str = "same"
+    """What becomes of the prompt in later tries that no ordinary caption is known for. "attribution": the
+    words that carry its magnitude ||eps_cond - eps_uncond|| at the first step are left out, more in each try;
+    "embedding": its embedding is optimised to a lower one (Wen et al., ICLR 2024), by a backward pass of the
+    network for each of at most ten iterations. Both need classifier-free guidance and count as evaluations.
+    "same": it is tried again as it is (docs/guard.md has figures)."""
     ordinary_prompts: Sequence[str] | str | Path | None = None
     """A bank of ordinary prompts, a list or a file with one a line, for an index without captions: a later
     try takes one of those nearest to its prompt. None: those that a calibration was made with, if any."""

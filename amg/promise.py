@@ -52,6 +52,7 @@ def check(
                 trace=tuple(flight.trace),
                 caption=flight.caption,
                 remembered=flight.remembered,
+                optimised=flight.lowered is not None and flight.lowered.embedding is not None,
             )
         )
     return finished
@@ -185,6 +186,7 @@ def strong(config: AMGConfig) -> AMGConfig:
         guidance_scale=config.guidance_scale,
         gradient=config.gradient,
         guard_threshold=config.guard_threshold,
+        rewind_prompt=config.rewind_prompt,
         max_evaluations=config.max_evaluations,
     ).for_metric(config.metric)
     strong = replace(strong, max_rewinds=max(config.max_rewinds or 0, strong.max_rewinds or 0))

@@ -109,8 +109,9 @@ class Verdict:
     one sample (one condition, one step), `blocked` says that a blank image was delivered instead (then
     `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
-    is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
-    of its own, None where it was not; `remembered`: so was the first one, as the prompt's samples had gone
+    is one that the caller put in. `caption`: the ordinary prompt, or what was left of its own
+    (`rewind_prompt`), that the last try was conditioned on, None where it was not; `optimised`: its prompt's
+    embedding was, after it was optimised; `remembered`: so was the first one, as the prompt's samples had gone
     back before (`prompt_memory`). `coverage`: the share of the training set that the index covers, which is
     what was promised; `verified`: False where it holds imported vectors that were compared with no picture.
     """
@@ -132,6 +133,7 @@ class Verdict:
     from_input: bool = False
     caption: str | None = None
     remembered: bool = False
+    optimised: bool = False
     coverage: float = 1.0
     verified: bool = True
 

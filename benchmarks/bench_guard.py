@@ -138,7 +138,16 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
     changes: dict[str, Any] = {} if case.guard else {"guard_threshold": None}
     if case.bank:
         changes["ordinary_prompts"] = bank(data)
-    config = amg.AMGConfig.preset(case.preset, guidance_scale=GUIDANCE_SCALES[MODEL], **changes)
+    row = {**vars(case), **counted(case.preset, changes, index, prompts, data)}
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return row
+
+
+def counted(
+    preset: str, changes: dict[str, Any], index: Any, prompts: list[str], data: TrainingSet
+) -> dict[str, Any]:
+    """Draw pictures under a preset with changed options, and count."""
+    config = amg.AMGConfig.preset(preset, guidance_scale=GUIDANCE_SCALES[MODEL], **changes)
     sampler = amg.Sampler(open_pipeline(MODEL), index, config)
     images, verdicts = [], []
     for start in range(0, len(prompts), BATCH):
@@ -149,8 +158,7 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         verdicts += out.amg
     unmarked = torch.tensor([not verdict.memorized for verdict in verdicts])
     guards = torch.tensor([verdict.guard.similarity for verdict in verdicts if verdict.guard])
-    row = {
-        **vars(case),
+    return {
         "images": len(verdicts),
         "memorised by metric": sum(verdict.similarity > verdict.threshold for verdict in verdicts),
         "memorised by guard": sum(bool(verdict.guard and verdict.guard.memorized) for verdict in verdicts),
@@ -162,8 +170,6 @@ def measure(case: Case, index: Any, prompts: list[str], data: TrainingSet) -> di
         "evaluations": f"{sum(verdict.evaluations for verdict in verdicts) / len(verdicts):.1f}",
         "most evaluations": max(verdict.evaluations for verdict in verdicts),
     }
-    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    return row
 
 
 def copies(images: Tensor, unmarked: Tensor, data: TrainingSet) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amg.engine.slots import Segment, Slot, Slots
 from amg.guidance.flight import Flight, seeded
+from amg.guidance.lower import TEXT, Start, lower
 from amg.guidance.note import Note
 from amg.guidance.predict import Denoiser, captioned, encoded
 from amg.guidance.read import read_all
@@ -59,7 +60,13 @@ def went_back(flight: Flight, position: int) -> None:
 
 
 def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
-    """Condition samples that were given a caption on it; one call of the text encoder."""
+    """Condition samples that were given a caption, or whose prompt is lowered, on that; one call of the text
+    encoder for all captions."""
+    for slot in slots:
+        if slot.flight.to_lower is not None:
+            lower(slot.flight, _first_step(slot), slot.plan.config)
+        if slot.flight.lowered is not None and slot.flight.lowered.embedding is not None:
+            slot.conditions = captioned(slot.conditions, {TEXT: slot.flight.lowered.embedding})
     told = [slot for slot in slots if slot.flight.caption is not None]
     if not told or denoiser.encode_captions is None:
         return
@@ -68,6 +75,13 @@ def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
         slot.conditions = captioned(
             slot.conditions, {name: value[at : at + 1] for name, value in said.items()}
         )
+
+
+def _first_step(slot: Slot) -> Start:
+    """The first step of a sample's first run."""
+    job, sample = slot.job, slot.flight.initial[None].to(slot.job.dtype)
+    plan, conditions = job.course.plan(job.config), job.conditions_of(slot.place)
+    return Start(job.tools.denoiser, sample, plan.t[0], conditions, plan.total * 2)
 
 
 def leave(slots: Slots, rows: Sequence[int]) -> list[Done]:

@@ -24,6 +24,7 @@ from amg.engine.noise import standard_normal
 from amg.engine.plan import Course
 from amg.engine.table import Tables, setting
 from amg.guidance.flight import Flight, texts_of
+from amg.guidance.lower import require_same
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Same
 from amg.pipelines.check import rows_of
@@ -74,6 +75,8 @@ class Source:
         self.cuda_graphs = cuda_graphs
         self.pipe, self.index, self.also = pipe, index, require_indexes(index, also)
         self.config = asked(config).for_metric(index.metric)
+        if not is_latent(pipe):
+            require_same(self.config, f"{type(pipe).__name__}, which takes no text")
         self.gate, self.screen = gate_of(self.config), screen_of(self.config, pipe, index)
         self.memory = PromptMemory(self.config.prompt_memory)
         self.tables, self.ordinary = Tables(), Ordinary(bank_of(self.config, self.gate))

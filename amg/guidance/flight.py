@@ -6,13 +6,29 @@ import functools
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from amg.guidance.read import read_bytes
 from amg.verdict import TraceStep
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A prompt with a lower magnitude m, after `tries` later tries (`amg.guidance.lower`): `whole` is the
+    prompt's own m; `texts`: what is left of it with more and more words left out, each with its m; or its
+    `embedding` [1, L, D], optimised."""
+
+    whole: float
+    tries: int = 1
+    texts: tuple[tuple[str, float], ...] = ()
+    embedding: Tensor | None = None
+
+    def again(self) -> Lowered:
+        """The same for a further try."""
+        return replace(self, tries=self.tries + 1)
 
 
 @dataclass(eq=False)
@@ -38,6 +54,8 @@ class Flight:
     pending: bool = False  # marked at a checkpoint, sent back by the scheduler step that follows
     prompt: str | None = None  # what was asked for, where it is text and known
     caption: str | None = None  # what later tries are conditioned on instead of the prompt
+    to_lower: str | None = None  # how the prompt of its next try is to be lowered, where no caption is known
+    lowered: Lowered | None = None  # the prompt as it was lowered
     trace: list[TraceStep] = field(default_factory=list)
 
     @staticmethod

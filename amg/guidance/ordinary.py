@@ -133,10 +133,14 @@ def despecify(
     """Give the next try of each sample (its flight, its config, the memorised row) the caption of an ordinary
     training image near that row, or an ordinary prompt of the bank where the index knows none.
 
-    One of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
+    Where none is known, and `rewind_prompt` asks for it, the prompt is marked to be lowered instead. The caption
+    is one of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
     shares no word with them, chosen by the sample's own chance. Passed over are captions and images that
     occur often, the memorised image itself, its caption and the prompt.
     """
+    for flight, config, _ in samples:
+        if config.rewind_prompt != "same" and (flight.caption is None or flight.lowered is not None):
+            flight.to_lower = config.rewind_prompt
     if denoiser.encode_captions is None:
         return
     samples = [sample for sample in samples if sample[1].rewind_caption == "ordinary"]
@@ -151,6 +155,7 @@ def despecify(
     for (flight, _, _), captions in zip(samples, found, strict=True):
         if captions:
             flight.caption = captions[flight.choose(len(captions))]
+            flight.to_lower = flight.lowered = None
 
 
 def ordinary_caption(

@@ -74,12 +74,14 @@ def replace_captions(
     if not rows or denoiser.encode_captions is None:
         return conditions
     said = encoded(denoiser, [caption for caption in captions if caption is not None], conditions)
+    return captioned(conditions, said, rows)
+
+
+def captioned(
+    conditions: Conditions, said: Mapping[str, Any], rows: Sequence[int] | None = None
+) -> Conditions:
+    """Conditions with what other captions were encoded to instead of the prompts of `rows`, None: of all."""
     return Conditions(_told(conditions.cond, said, rows), conditions.uncond, conditions.shared)
-
-
-def captioned(conditions: Conditions, said: Mapping[str, Any]) -> Conditions:
-    """Conditions with what other captions were encoded to instead of the prompts, all rows."""
-    return Conditions(_told(conditions.cond, said), conditions.uncond, conditions.shared)
 
 
 def encoded(denoiser: Denoiser, captions: Sequence[str], conditions: Conditions) -> Mapping[str, Any]:

@@ -16,7 +16,8 @@ from amg.engine.level import Level
 from amg.engine.restart import latest
 from amg.guidance.checkpoint import restart
 from amg.guidance.flight import Flight
-from amg.guidance.predict import Conditions, replace_captions
+from amg.guidance.lower import Start, later, lower
+from amg.guidance.predict import Conditions
 from amg.guidance.schedule import levels_of
 from amg.protection.group import Group, Predicted, predict_together
 from amg.protection.guide import Guide
@@ -26,12 +27,15 @@ from amg.protection.rewind import rewound
 @dataclass(frozen=True)
 class Run:
     """One batch's constants: how it is guided, an unstepped scheduler, extra arguments of its `step`, and the
-    level of every step; `Refused` for a scheduler that tells none."""
+    level of every step; `Refused` for a scheduler that tells none. first: the step that the loop began with;
+    input_scale: from a flight's first noise to what the network sees of it."""
 
     guide: Guide
     scheduler: Any
     step_arguments: dict[str, Any]
     levels: tuple[Level, ...] = ()
+    first: int = 0
+    input_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -72,11 +76,12 @@ def advance(
 ) -> list[Group]:
     """Run a group up to step last-1. The samples that a checkpoint sends back go on from there as a group of
     their own, in the same network calls: the groups that the samples ended in."""
-    going, finished, given = [group], [], None
+    going, finished, asked, given = [group], [], conditions, None
     while going:
-        captions = [flight.caption for flight in flights]
-        if captions != given:
-            conditions, given = replace_captions(run.guide.denoiser, conditions, captions), captions
+        _lower(run, asked, flights, group.sample.dtype)
+        said = [(flight.caption, flight.lowered) for flight in flights]
+        if said != given:
+            conditions, given = later(run.guide.denoiser, asked, flights), said
         for one, found in zip(going, predict_together(run.guide.denoiser, going, conditions), strict=True):
             step_group(run, one, found, conditions, flights)
         if back := rewound(going, run, flights):
@@ -87,6 +92,15 @@ def advance(
             progress.total = progress.n + 1 + max((last - one.position for one in going), default=0)
             progress.update()
     return finished
+
+
+def _lower(run: Run, conditions: Conditions, flights: Sequence[Flight], dtype: torch.dtype) -> None:
+    """Lower the prompts that were marked for it, by the batch's own conditions."""
+    for row, flight in enumerate(flights):
+        if flight.to_lower is not None:
+            sample = (flight.initial[None] * run.input_scale).to(dtype)
+            own, t = conditions.part(slice(row, row + 1)), run.scheduler.timesteps[run.first]
+            lower(flight, Start(run.guide.denoiser, sample, t, own, run.count * 2), run.guide.config)
 
 
 def step_group(

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amg.guidance.predict import Conditions, Denoiser, joined, plain, replace_captions
+from amg.guidance.flight import Flight
+from amg.guidance.lower import later
+from amg.guidance.predict import Conditions, Denoiser, joined, plain
 from amg.guidance.terms import classifier_free, rescale
 from amg.pipelines.denoiser import CHANNELS, split_call, without_variance
 from amg.pipelines.families import Family
@@ -76,13 +78,14 @@ def require_proved(halves: Halves, output: Tensor, scale: float, rescaled: float
 
 
 def told(
-    family: Family, pipe: Any, denoiser: Denoiser, arguments: dict[str, Any], captions: Sequence[str | None]
+    family: Family, pipe: Any, denoiser: Denoiser, arguments: dict[str, Any], flights: Sequence[Flight]
 ) -> dict[str, Any]:
-    """The arguments of a conditional call of the network with `captions` in place of prompts, one a row."""
-    batch = len(captions)
+    """The arguments of a conditional call of the network with what later tries go to in place of prompts, a
+    flight for each row."""
+    batch = len(flights)
     guided = not family.separate and len(arguments[family.sample]) == 2 * batch
     own = given(family, pipe, arguments, batch, guided)
-    said = replace_captions(denoiser, own, captions)
+    said = later(denoiser, own, flights)
     changed = {name: value for name, value in said.cond.items() if value is not own.cond[name]}
     if said.uncond is not None:
         changed = {name: joined([said.uncond[name], value]) for name, value in changed.items()}

@@ -22,8 +22,9 @@ from amg.engine.drive import pristine
 from amg.extras import needed
 from amg.guidance.flight import Flight, texts_of
 from amg.guidance.gate import Gate
+from amg.guidance.lower import later
 from amg.guidance.ordinary import Ordinary
-from amg.guidance.predict import Conditions, joined, plain, predict, replace_captions
+from amg.guidance.predict import Conditions, joined, plain, predict
 from amg.guidance.terms import classifier_free
 from amg.pipelines.denoiser import class_conditions, denoiser_for, is_latent, split_call
 from amg.pipelines.identity import key_for
@@ -119,12 +120,11 @@ class Session:
 
     @torch.compiler.disable
     def told(self, arguments: dict[str, Any], guided: bool) -> tuple[dict[str, Any], Conditions]:
-        """The U-Net's arguments with the captions that later tries were given in place of their prompts, and
+        """The U-Net's arguments with what later tries were given in place of their prompts, and
         the conditions in them."""
         assert self.run is not None
         conditions = split_call(arguments, len(self.flights), guided)
-        captions = [flight.caption for flight in self.flights]
-        told = replace_captions(self.run.guide.denoiser, conditions, captions)
+        told = later(self.run.guide.denoiser, conditions, self.flights)
         own = {name: value for name, value in told.cond.items() if value is not conditions.cond[name]}
         if told.uncond is not None:
             own = {name: joined([told.uncond[name], value]) for name, value in own.items()}

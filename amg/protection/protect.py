@@ -20,6 +20,7 @@ from torch import Tensor
 from amg.config import AMGConfig
 from amg.engine.arguments import images_of, require_generator
 from amg.guidance.gate import Gate
+from amg.guidance.lower import require_same
 from amg.guidance.ordinary import Ordinary, bank_of, warn_without_captions
 from amg.index.coverage import warn_of_gaps
 from amg.pipelines.denoiser import is_latent
@@ -123,6 +124,8 @@ def protect(
         raise ValueError(
             f"`prompt_memory` must be 0 for `protect`, got {config.prompt_memory}: use `amg.Sampler`"
         )
+    if not (is_latent(pipe) if ours else family_of(pipe) is not None):
+        require_same(config, f"{type(pipe).__name__}, of which no halves with a text are known")
     if ours:
         gate = gate_of(config)
         protection = Protection(index, config, also, gate, screen_of(config, pipe, index))

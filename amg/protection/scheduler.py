@@ -18,6 +18,7 @@ from amg.engine.level import Level
 from amg.engine.plan import noise_scale
 from amg.engine.table import Tables
 from amg.guidance.flight import Flight
+from amg.guidance.lower import require_same
 from amg.guidance.ordinary import Ordinary, bank_of
 from amg.guidance.predict import Conditions, Denoiser
 from amg.guidance.schedule import Step, levels_of
@@ -288,6 +289,7 @@ def usable(index: Any, config: AMGConfig | None) -> AMGConfig:
         raise ValueError(
             f"`prompt_memory` must be 0 for a loop of your own, got {config.prompt_memory}: use `amg.Sampler`"
         )
+    require_same(config, "a loop of your own, which runs the network: use `amg.Sampler` or `amg.protect`")
     for name in ("calibration", "student"):
         if getattr(config, name) is not None:
             raise ValueError(

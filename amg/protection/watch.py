@@ -126,12 +126,12 @@ class Watch:
 
     def told(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The network's arguments with the captions of later tries in place of their prompts."""
-        captions = [flight.caption for flight in self.flights]
-        if self.family is None or self.run is None or not any(captions) or not self.rewinds:
+        later = any(flight.caption is not None or flight.lowered is not None for flight in self.flights)
+        if self.family is None or self.run is None or not later or not self.rewinds:
             return arguments
         if self.family.separate and self.calls:
             return arguments  # the second call is the unconditional half
-        return told(self.family, self.pipe, self.run.guide.denoiser, arguments, captions)
+        return told(self.family, self.pipe, self.run.guide.denoiser, arguments, self.flights)
 
     def pictures(self, images: Any) -> Any:
         """What is checked of a call's output: its latents, where it was asked for these, decoded."""
@@ -211,7 +211,10 @@ class Watch:
         self.conditions = None if halves is None else halves.conditions
         guide = guide_of(self, found[0].kind, sample)
         config = acting(self.config, self.rewinds, self.one.may_leave)
-        self.run = Run(replace(guide, config=config), pristine(scheduler), self.step_arguments, found)
+        guide, first = replace(guide, config=config), self.start
+        self.run = Run(
+            guide, pristine(scheduler), self.step_arguments, found, first, float(found[first].scale)
+        )
         self.flights = flights_of(self.one, sample, past_first_checkpoint(self.config, self.run.count))
 
     def _require_turn(self, timestep: Any) -> None:
