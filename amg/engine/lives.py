@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from amg.engine.slots import Segment, Slot, Slots
 from amg.guidance.flight import Flight, seeded
 from amg.guidance.lower import TEXT, Start, lower
 from amg.guidance.note import Note
-from amg.guidance.predict import Denoiser, captioned, encoded
+from amg.guidance.predict import Denoiser, captioned, encoded, mapped
 from amg.guidance.read import read_all
 from amg.verdict import TraceStep
 
@@ -72,9 +73,8 @@ def recaption(denoiser: Denoiser, slots: Sequence[Slot]) -> None:
         return
     said = encoded(denoiser, [slot.flight.caption or "" for slot in told], told[0].conditions)
     for at, slot in enumerate(told):
-        slot.conditions = captioned(
-            slot.conditions, {name: value[at : at + 1] for name, value in said.items()}
-        )
+        own = {name: mapped(operator.itemgetter(slice(at, at + 1)), value) for name, value in said.items()}
+        slot.conditions = captioned(slot.conditions, own)
 
 
 def _first_step(slot: Slot) -> Start:
