@@ -110,10 +110,11 @@ class Verdict:
     `similarity` is that of the image withheld). `level`: "full" where the sampling was guided, "final" where
     the finished image alone was checked, whose `evaluations` are not known. `from_input`: the training image
     is one that the caller put in. `caption`: the ordinary prompt, or what was left of its own
-    (`rewind_prompt`), that the last try was conditioned on, None where it was not; `optimised`: its prompt's
-    embedding was, after it was optimised; `remembered`: so was the first one, as the prompt's samples had gone
-    back before (`prompt_memory`). `coverage`: the share of the training set that the index covers, which is
-    what was promised; `verified`: False where it holds imported vectors that were compared with no picture.
+    (`rewind_prompt`), that the last try was conditioned on, None where it was not; `optimised`: it was
+    conditioned on its prompt's embedding, optimised; `remembered`: so was the first try on a caption, as the
+    prompt's samples had gone back before (`prompt_memory`). `coverage`: the share of the training set that
+    the index covers, which is what was promised; `verified`: False where it holds imported vectors that were
+    compared with no picture.
     """
 
     metric: str

@@ -1,6 +1,6 @@
-"""What later tries are worth where no ordinary caption is known: photos-sd, an index without captions, no bank.
+"""Later tries where no ordinary caption is known: photos-sd, an index without captions, no bank.
 
-python benchmarks/bench_later_tries.py                # 64 memorised prompts; benchmarks/results/later_tries.csv
+python benchmarks/bench_later_tries.py                # 64 of each kind; benchmarks/results/later_tries.csv
 python benchmarks/bench_later_tries.py --images 16    # quick
 """
 
@@ -32,7 +32,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=64, help="memorised prompts, and as many ordinary")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--kinds", nargs="+", choices=("memorised", "ordinary"), default=["memorised"])
+    parser.add_argument(
+        "--kinds", nargs="+", choices=("memorised", "ordinary"), default=["memorised", "ordinary"]
+    )
     parser.add_argument(
         "--work", type=Path, default=Path("demo"), help="folder of the index, built if missing"
     )

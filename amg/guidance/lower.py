@@ -98,8 +98,8 @@ def later(denoiser: Denoiser, conditions: Conditions, flights: Sequence[Flight])
 
 
 def attributed(start: Start, words: Sequence[str]) -> Lowered:
-    """m of a prompt of W >= 2 words, and of what is left of it without its first 1, 2, ..., W - 1 words in the
-    order of the m of each alone, largest first: 2·W + 1 evaluations.
+    """m of a prompt of W >= 2 words, and of what is left of it without the first 1, 2, ..., W - 1 of them in
+    the order of the m of each alone, largest first: 2·W + 1 evaluations.
 
     Each word alone, not all but one: a memorised prompt brings its picture back without any one of its words.
     """

@@ -133,10 +133,10 @@ def despecify(
     """Give the next try of each sample (its flight, its config, the memorised row) the caption of an ordinary
     training image near that row, or an ordinary prompt of the bank where the index knows none.
 
-    Where none is known, and `rewind_prompt` asks for it, the prompt is marked to be lowered instead. The caption
-    is one of those nearest to the sample's prompt, or to the memorised caption where the prompt is not known or
-    shares no word with them, chosen by the sample's own chance. Passed over are captions and images that
-    occur often, the memorised image itself, its caption and the prompt.
+    The caption is one of those nearest to the sample's prompt, or to the memorised caption where the prompt
+    is not known or shares no word with them, chosen by the sample's own chance. Passed over are captions and
+    images that occur often, the memorised image itself, its caption and the prompt. Where none is known the
+    prompt is marked to be lowered, if `rewind_prompt` asks for that.
     """
     for flight, config, _ in samples:
         if config.rewind_prompt != "same" and (flight.caption is None or flight.lowered is not None):
