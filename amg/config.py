@@ -35,6 +35,7 @@ _KINDS: dict[Callable[[str, Any], Any], tuple[str, ...]] = {
     ranges.file: ("calibration", "student"),
     ranges.prompts: ("ordinary_prompts",),
     ranges.guard: ("guard_threshold",),
+    ranges.rate: ("guard_false_alarm_rate",),
     ranges.ceiling: ("max_evaluations",),
 }
 
@@ -70,6 +71,11 @@ class AMGConfig:
     was found on two sets of photographs (of ordinary generations about one in a hundred is above it, copies
     pushed below the metric's threshold are at 0.88 and above). None: the guard is not asked, and the promise
     is the metric's alone."""
+    guard_false_alarm_rate: float | None = None
+    """In place of `guard_threshold`: the one that a further ordinary image exceeds with at most this
+    probability, found on the ordinary generations of `calibration`, which must be given; at least 0.6.
+    Refused where it would be above 0.88, or the calibration has too few images (0.01 needs 99). None:
+    `guard_threshold` as it is."""
     threshold_schedule: str = "parabolic"
     """lambda_t: "parabolic" lambda_min + (lambda_max - lambda_min)·alpha_bar², "constant" lambda_max,
     "exponential" lambda_min + (lambda_max - lambda_min)·exp(-threshold_decay·t), t on the 0-1000 scale."""
@@ -224,9 +230,10 @@ class AMGConfig:
         return resolved
 
     def under(self, metric: str) -> AMGConfig:
-        """What this config asks of a further index of `metric`: itself, or its preset's numbers."""
+        """What this config asks of a further index of `metric`: the same, or its preset's numbers; a rate of
+        false alarms is known of the first index alone."""
         if self.metric == metric:
-            return self
+            return self if self.guard_false_alarm_rate is None else replace(self, guard_false_alarm_rate=None)
         return AMGConfig.preset(self.preset_name, guard_threshold=self.guard_threshold).for_metric(metric)
 
     def scale_of_try(self, rewinds: int, retries: int, guidance_scale: float) -> float:

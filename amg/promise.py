@@ -124,7 +124,8 @@ def _verdict(
     assert config.threshold is not None
     guard = None
     if alike is not None and config.guard_threshold is not None:
-        guard = GuardVerdict(alike[0], config.guard_threshold, _neighbour(index, alike[1]))
+        neighbour, rate = _neighbour(index, alike[1]), config.guard_false_alarm_rate
+        guard = GuardVerdict(alike[0], config.guard_threshold, neighbour, rate)
     return Verdict(
         index.metric,
         similarity,

@@ -84,16 +84,25 @@ class Neighbour:
 @dataclass(frozen=True)
 class GuardVerdict:
     """What an index's guard says of one image: `similarity` of its structure, in [-1, 1], to the training
-    image most alike, and the `guard_threshold` it was held to."""
+    image most alike, and the `guard_threshold` it was held to; `false_alarm_rate`: of ordinary generations at
+    most this share exceeds it, by the calibration it is of; None where it is of none."""
 
     similarity: float
     threshold: float
     neighbour: Neighbour
+    false_alarm_rate: float | None = None
 
     @property
     def memorized(self) -> bool:
         """Whether the guard calls it a copy."""
         return self.similarity > self.threshold
+
+    @property
+    def limit(self) -> str:
+        """The threshold for people, with what it was calibrated to: "0.8", "0.742 (false alarms <= 1 %)"."""
+        if self.false_alarm_rate is None:
+            return f"{self.threshold:g}"
+        return f"{self.threshold:.3f} (false alarms <= {100 * self.false_alarm_rate:g} %)"
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ class Verdict:
             return f"{self._measured} to {self.neighbour.id!r}"
         if self.guard is not None and self.guard.memorized:
             guard = self.guard
-            return f"guard {guard.similarity:.3f} > {guard.threshold:g} to {guard.neighbour.id!r}"
+            return f"guard {guard.similarity:.3f} > {guard.limit} to {guard.neighbour.id!r}"
         if self.exhausted:
             return f"too close at a checkpoint, and `max_evaluations` reached, to {self.neighbour.id!r}"
         return next((other.reason for other in self.also if other.reason), None)
@@ -183,7 +192,7 @@ class Verdict:
         """The fields that say something, the trace by its length; nL2 as people write it."""
         parts = [self._measured, f"row {self.neighbour.row} {self.neighbour.id!r}"]
         if self.guard is not None:
-            parts.append(f"guard {self.guard.similarity:.3f} of {self.guard.threshold:g}")
+            parts.append(f"guard {self.guard.similarity:.3f} of {self.guard.limit}")
         told = ("memorized", "blocked", "rewinds", "retries", "evaluations", "exhausted", "from_input")
         parts += [f"{name}={getattr(self, name)}" for name in told if getattr(self, name)]
         parts += [f"level={self.level!r}"] if self.level != "full" else []

@@ -60,6 +60,12 @@ def add_parser(commands: Any) -> None:
         default=0.01,
         help="share of ordinary images the alarm may send back early; 0.01 needs 198 of them",
     )
+    parser.add_argument(
+        "--guard-false-alarm-rate",
+        type=float,
+        default=0.01,
+        help="share of ordinary images the guard may mark; 0.01 needs 99 of them that are no copies",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images sampled together")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--device", default="cpu", help="torch device")
@@ -87,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = interval.choose(pipe, index, jobs, scale, arguments)
         print(interval.summary(chosen))
         arguments.guidance_interval = chosen["chosen"]
-    recorded, key, config = record(pipe, index, jobs, scale, arguments)
+    recorded, key, config, scores = record(pipe, index, jobs, scale, arguments)
     checks = steps_of((*(config.check_at or ()), *(config.rewind_at or ())), key.steps)
     assert config.rewind_threshold is not None
     body = calibrate(
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     result = {"format": FORMAT, "version": VERSION, "key": asdict(key), "metric": index.metric, **body}
     result["ordinary_prompts"] = bank(jobs, recorded.copies.tolist())
+    result["guard"] = None if scores is None else scores.record(arguments.guard_false_alarm_rate)
     if chosen is not None:
         result["interval"] = chosen
     write_atomically(arguments.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -119,7 +126,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--{name.replace('_', '-')}` must be >= 1, got {getattr(arguments, name)}")
     if arguments.steps < 2:
         raise ValueError(f"`--steps` must be >= 2, got {arguments.steps}")
-    for name in ("miss_rate", "false_alarm_rate"):
+    for name in ("miss_rate", "false_alarm_rate", "guard_false_alarm_rate"):
         if not 0 < getattr(arguments, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"`--{option}` must lie in (0, 1), got {getattr(arguments, name)}")
@@ -141,9 +148,9 @@ def _jobs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def record(
     pipe: Any, index: Any, jobs: list[dict[str, Any]], scale: float, arguments: argparse.Namespace
-) -> tuple[Any, Any, Any]:
-    """(Recorded, Key, the preset's config): the jobs sampled as plain diffusers would, measured at each
-    step."""
+) -> tuple[Any, Any, Any, Any]:
+    """(Recorded, Key, the preset's config, GuardScores or None): the jobs sampled as plain diffusers would,
+    measured at each step."""
     import torch
 
     from amg.commands.progress import bar
@@ -151,6 +158,7 @@ def record(
     from amg.engine.drive import pristine
     from amg.engine.sampler import Sampler
     from amg.guidance.calibration import Recorded
+    from amg.guidance.guard_threshold import scores_of
     from amg.pipelines.identity import key_for
 
     guided = tuple(arguments.guidance_interval)
@@ -179,7 +187,8 @@ def record(
     )
     scheduler = pristine(pipe.scheduler)
     scheduler.set_timesteps(arguments.steps)
-    return recorded, key_for(pipe, index, scheduler, scale, config), config
+    scores = scores_of(verdicts, [job["ordinary"] for job in jobs])
+    return recorded, key_for(pipe, index, scheduler, scale, config), config, scores
 
 
 def bank(jobs: Sequence[Mapping[str, Any]], copies: Sequence[bool]) -> list[str]:
@@ -212,6 +221,7 @@ def summary(result: Mapping[str, Any]) -> str:
         f"AUC >= {elbow['auc']}: similarity from step {elbow['similarity']} of {total}, a free signal from "
         f"step {elbow['signal']} ({elbow['signal_name']})",
         _alarm_line(result),
+        _guard_line(result),
         f"{'check steps':<21}{'gate':<6}{'measured/ordinary':>18}{'copies missed %':>16}"
         f"{'false alarms %':>15}",
     ]
@@ -261,6 +271,20 @@ def _alarm_line(result: Mapping[str, Any]) -> str:
     if images["all"] - images["memorized"] < least:
         return f"no alarm: needs {least} images that are no copies, got {images['all'] - images['memorized']}"
     return f"no alarm: no free signal catches {100 * ALARM_CATCHES:g} % of the copies"
+
+
+def _guard_line(result: Mapping[str, Any]) -> str:
+    """The guard's threshold, or why there is none."""
+    guard = result["guard"]
+    if guard is None:
+        return "no threshold of the guard: the index has none"
+    if guard["threshold"] is None:
+        return f"no threshold of the guard: {guard['reason']}"
+    caught = "" if guard["caught"] is None else f", above it {100 * guard['caught']:.1f} % of the copies"
+    return (
+        f"guard at {guard['threshold']:.3f}: false alarms at most {100 * guard['false_alarm_rate']:g} % of "
+        f"ordinary images ({len(guard['ordinary'])}){caught}; `guard_false_alarm_rate` asks for it"
+    )
 
 
 def plot(result: Mapping[str, Any], path: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from amg.guidance.combine import COMBINED, features, score
+from amg.guidance.guard_threshold import GuardScores
 from amg.guidance.signals import SIGNALS, free_signals
 
 FORMAT, VERSION = "amg calibration", 3
@@ -49,8 +50,9 @@ class Rule:
 class Gate:
     """Rules by step, with μ_t and τ_t of ‖x_{t−1} − x_t‖ over ordinary generations, float64 [T − 1].
 
-    `alarm`: the step, and the rule, of early rewinds. `ordinary`: the prompts of its ordinary images. Without
-    rules and alarm it changes nothing, but has the free signals of every step kept in the traces.
+    `alarm`: the step, and the rule, of early rewinds. `ordinary`: the prompts of its ordinary images.
+    `guard`: what the index's guard says of its images, None where that is not known. Without rules and alarm
+    it changes nothing, but has the free signals of every step kept in the traces.
     """
 
     key: Key | None = None
@@ -60,6 +62,7 @@ class Gate:
     deviation: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     alarm: dict[int, Rule] = field(default_factory=dict)
     ordinary: tuple[str, ...] = ()
+    guard: GuardScores | None = None
 
     @staticmethod
     def load(path: str | Path) -> Gate:
@@ -79,7 +82,8 @@ class Gate:
             ordinary = tuple(record.get("ordinary_prompts", ()))
             if not all(isinstance(text, str) for text in ordinary):
                 raise ValueError(f"`ordinary_prompts` {ordinary!r:.100}")
-            return Gate(key, str(path), rules, region[0], region[1], _rules(alarm), ordinary)
+            guard = GuardScores.of(record.get("guard"))
+            return Gate(key, str(path), rules, region[0], region[1], _rules(alarm), ordinary, guard)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`calibration` must be a file of `amg calibrate`, {FORMAT} version {VERSION}, "

@@ -69,6 +69,14 @@ def guard(name: str, value: Any) -> float:
     return found
 
 
+def rate(name: str, value: Any) -> float:
+    """A share in (0, 1)."""
+    found = number(name, value)
+    if not 0 < found < 1:
+        raise ValueError(f"`{name}` must lie in (0, 1) or be None, got {value}")
+    return found
+
+
 def ceiling(name: str, value: Any) -> float:
     """A multiple >= 1 of what plain sampling costs."""
     found = number(name, value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.guidance.flight import Flight
-from amg.pipelines.identity import asked, require_indexes
+from amg.pipelines.identity import asked, require_calibrated_for, require_indexes
 from amg.pipelines.pictures import to_tensor
 from amg.promise import check as promised
 from amg.promise import memorized_row
@@ -34,6 +34,8 @@ def check(
     """
     also = require_indexes(index, also)
     resolved = asked(config).for_metric(index.metric)
+    if resolved.guard_false_alarm_rate is not None:
+        require_calibrated_for(index, resolved)
     found: list[Verdict] = []
     for batch in _batches(images):
         flights = [Flight.from_noise(picture) for picture in batch]

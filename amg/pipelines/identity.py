@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,38 @@ ASKED_OF_AN_INDEX = ("metric", "embed", "nearest", "closest", "with_searcher", "
 
 
 def asked(config: AMGConfig | None) -> AMGConfig:
-    """The config given, or the preset `main`; TypeError for anything else."""
+    """The config given, with the guard's threshold of its calibration where it asks for that, or the preset
+    `main`; TypeError for anything else, ValueError where the calibration cannot say."""
     if config is not None and not isinstance(config, AMGConfig):
         named = isinstance(config, str) and config in PRESETS
         hint = f": give `AMGConfig.preset({config!r})`" if named else ""
         raise TypeError(f"`config` must be an AMGConfig or None, got {config!r:.100}{hint}")
-    return AMGConfig.preset("main") if config is None else config
+    return AMGConfig.preset("main") if config is None else _guarded(config)
+
+
+def _guarded(config: AMGConfig) -> AMGConfig:
+    rate = config.guard_false_alarm_rate
+    if rate is None:
+        return config
+    gate = gate_of(config)
+    if gate is None or gate.guard is None:
+        raise ValueError(
+            "`guard_false_alarm_rate` must be None without a `calibration` of an index with a guard, "
+            f"got {rate:g} and {config.calibration}"
+        )
+    return replace(config, guard_threshold=gate.guard.threshold(rate))
+
+
+def require_calibrated_for(index: Any, config: AMGConfig) -> None:
+    """ValueError unless the config's calibration was made for this index, whatever the model."""
+    gate = gate_of(config)
+    if gate is not None and gate.key is not None and gate.key.index_sha256 != manifest_sha256(index):
+        raise ValueError(f"`calibration` must be for this index ({index.path}), got {config.calibration}")
+
+
+def manifest_sha256(index: Any) -> str:
+    """The sha256 of an index's manifest, which says what it holds."""
+    return hashlib.sha256((Path(index.path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
@@ -120,14 +147,13 @@ def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config
     public = {key: value for key, value in network.config.items() if not key.startswith("_")}
     text = json.dumps({"class": type(network).__name__, **public}, sort_keys=True, default=str)
     assert config.threshold is not None
-    manifest = (Path(index.path) / MANIFEST).read_bytes()
     return Key(
         name,
         hashlib.sha256(text.encode()).hexdigest(),
         type(scheduler).__name__,
         len(scheduler.timesteps),
         float(guidance_scale),
-        hashlib.sha256(manifest).hexdigest(),
+        manifest_sha256(index),
         float(config.threshold),
         config.guidance_interval,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_recording_samples_what_plain_diffusers_would(sd, ddpm, embedding_index,
     jobs = [{"seed": 100 + i, "prompt": "abc", "ordinary": True} for i in range(3)]
     arguments = argparse.Namespace(preset="main", batch_size=2, steps=STEPS, guidance_interval=(0.0, 1.0))
     for pipe, index in ((sd, embedding_index), (ddpm, pixel_index)):
-        recorded, _, _ = calibrate.record(pipe, index, jobs, 7.5, arguments)
+        recorded, *_ = calibrate.record(pipe, index, jobs, 7.5, arguments)
         condition = {"prompt": ["abc"] * 3} if pipe is sd else {"batch_size": 3}
         plain = amg.Sampler(pipe, index, AMGConfig.preset("off"))(
             **condition,
@@ -170,3 +171,36 @@ def test_classes_and_unconditional_models_are_recorded(class_ddpm, ddpm):
     assert calibrate.condition(ddpm, jobs) == {"batch_size": 2}
     with pytest.raises(ValueError, match="class numbers"):
         calibrate.condition(class_ddpm, [{"prompt": "a cat"}])
+
+
+def test_the_guard_s_threshold_goes_from_ordinary_images_to_the_verdict(
+    asked, sd, embedding_index, other_index, tmp_path, capsys
+):
+    assert asked("--guard-false-alarm-rate", "0.2") == 0
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())["guard"]
+    assert f"guard at {result['threshold']:.3f}: false alarms at most 20 %" in said
+    count = len(result["ordinary"])
+    rank = math.ceil((count + 1) * 0.8 - 1e-9)
+    assert result["threshold"] == max(sorted(result["ordinary"])[rank - 1], result["floor"])
+    options = {"guard_false_alarm_rate": 0.2}
+    for way in ("Sampler", "protect"):
+        out = guided(sd, embedding_index, tmp_path / "c.json", way=way, **options)
+        for verdict in out.amg:
+            assert verdict.guard.threshold == result["threshold"] and verdict.guard.false_alarm_rate == 0.2
+    config = AMGConfig.preset("main", calibration=tmp_path / "c.json", **options)
+    (verdict,) = amg.check(out.images[:1], embedding_index, config, also=[other_index])
+    assert verdict.guard.limit == f"{result['threshold']:.3f} (false alarms <= 20 %)"
+    assert verdict.also[0].guard.false_alarm_rate is None  # of that index nothing is known
+    with pytest.raises(ValueError, match="`calibration` must be for this index"):
+        amg.check(out.images[:1], other_index, config)
+    with pytest.raises(ValueError, match=r"must be None without a `calibration`.*got 0\.2 and None"):
+        amg.Sampler(sd, embedding_index, AMGConfig.preset("main", **options))
+    with pytest.raises(ValueError, match="which needs 999"):
+        amg.protect(sd, embedding_index, replace(config, guard_false_alarm_rate=0.001))
+
+
+@pytest.fixture
+def other_index(embedder, tmp_path):
+    """An index of other pictures, with a guard."""
+    images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(44))
+    return amg.Index.build(images, None, embedder, tmp_path / "other.amg", progress=False)
