@@ -141,6 +141,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "flow": by("bench_flow", "flow.csv"),
     "flow-detection": by("bench_flow", "flow_detection.csv"),
     "diffusers-tests": whole("diffusers_tests.csv"),
+    "later-tries": by("bench_later_tries", "later_tries.csv"),
+    "guard-threshold": by("bench_guard_threshold", "guard_threshold.csv"),
     "guard-views": whole("guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
     "engine-gpu": by("bench_engine_gpu", "engine-nvidia-h200.csv"),

@@ -97,7 +97,7 @@ class Sampler:
         self._preparing = threading.Lock()
         warn_of_gaps((self.index, *self.also))
         if self.source.unwarned:
-            warn_without_captions(self.index, self.source.ordinary.bank)
+            warn_without_captions(self.index, self.source.ordinary.bank, self.config)
 
     @property
     def pipe(self) -> Any:

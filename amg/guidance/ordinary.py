@@ -179,7 +179,7 @@ def bank_of(config: AMGConfig, gate: Gate | None) -> Sequence[str]:
     return () if gate is None else gate.ordinary
 
 
-def warn_without_captions(index: Any, bank: Sequence[str]) -> None:
+def warn_without_captions(index: Any, bank: Sequence[str], config: AMGConfig) -> None:
     """Say to the caller's caller that a text model's later tries can only go back to the memorised prompt, or
     that pixels are compared of a model that denoises latents."""
     if index.metric == "nl2":
@@ -189,11 +189,11 @@ def warn_without_captions(index: Any, bank: Sequence[str]) -> None:
             "it; build it with a copy-detection `embedder=`",
             stacklevel=3,
         )
-    elif not index.captioned and not bank:
+    elif not index.captioned and not bank and config.rewind_prompt == "same":
         warnings.warn(
             f"`index` has captions for 0 of its {index.count} rows ({index.path}): what memorises can only "
             "be tried again with the same prompt, and is blocked where that brings the copy back; build it "
-            "with `captions=`, or give `ordinary_prompts=`",
+            "with `captions=`, or give `ordinary_prompts=`, or see `rewind_prompt=`",
             stacklevel=3,
         )
 

@@ -135,7 +135,7 @@ def protect(
             index, config, also, None, None, level, _watched(pipe, index, config, also, level)
         )
     if config.active and (is_latent(pipe) if ours else family_of(pipe) is not None):
-        warn_without_captions(index, protection.ordinary.bank)
+        warn_without_captions(index, protection.ordinary.bank, config)
     carry_over(_protect_like)
     warn_of_gaps((index, *also))
     guarded: Any = _protected(_plain(type(pipe)))

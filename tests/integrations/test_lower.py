@@ -110,6 +110,12 @@ def test_a_freed_text_encoder_leaves_the_embedding(bare):
         assert verdict.optimised is optimised and verdict.caption is None and verdict.rewinds == 1
 
 
+def test_who_lowers_is_not_warned_of_the_same_prompt(bare, recwarn):
+    for make in (amg.Sampler, amg.protect):
+        make(tiny_sd(), bare, config("embedding"))
+    assert not [one for one in recwarn if "captions" in str(one.message)]
+
+
 def test_what_takes_no_text_refuses(bare, tmp_path):
     refused = r'`rewind_prompt` must be "same" for {}, .*got \'attribution\''
     pixels = amg.Index.build(torch.rand(60, 3, 8, 8), None, None, tmp_path / "pixels.amg", progress=False)

@@ -1,0 +1,101 @@
+"""The guard's calibrated threshold on photos-sd: what other ordinary prompts and copies make of it.
+
+python benchmarks/bench_guard_threshold.py             # benchmarks/results/guard_threshold.csv
+python benchmarks/bench_guard_threshold.py --images 128 --copies 16    # quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_guard import BATCH, MODEL, SEED, STEPS, bank, memorised, ordinary, without_captions, write
+from protocol import RESULTS
+
+import amg
+from amg.commands.demo import GUIDANCE_SCALES, open_pipeline
+from amg.guidance.guard_threshold import GuardScores, scores_of
+from amg.verdict import Verdict
+from amg.zoo.photos import training_set
+
+RATES = (0.1, 0.05, 0.02, 0.01)
+PUSHED = {"guard_threshold": 0.99}  # asked, and heard by nobody: copies are pushed under the metric's
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=256, help="ordinary ones to calibrate, and as many new")
+    parser.add_argument("--copies", type=int, default=64, help="memorised prompts")
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo"), help="folder of the index, built if missing"
+    )
+    parser.add_argument("--csv", type=Path, default=RESULTS / "guard_threshold.csv")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*has captions for 0 of")
+    options.work.mkdir(parents=True, exist_ok=True)
+    data = training_set(64)
+    index = without_captions(data, options.work / f"{MODEL}-no-captions.amg")
+    others = bank(data)
+    new = [others[at % len(others)] for at in range(options.images)]
+    copied = memorised(data, options.copies)
+    calibrating = drawn(index, ordinary(data, options.images), "off", SEED)
+    apart = drawn(index, new, "off", SEED + 10_000)
+    copies = drawn(index, copied, "off", SEED + 20_000)
+    pushed = drawn(index, copied, "main", SEED + 20_000, **PUSHED)
+    scores = scores_of([*calibrating, *copies], [True] * len(calibrating) + [False] * len(copies))
+    assert scores is not None
+    rows = [row_of(rate, scores, apart, pushed) for rate in RATES]
+    write(options.csv, rows)
+    return 0
+
+
+def drawn(index: Any, prompts: list[str], preset: str, seed: int, **changes: Any) -> list[Verdict]:
+    """Verdicts of a picture of each prompt; delivered whatever they say."""
+    options = {"guidance_scale": GUIDANCE_SCALES[MODEL], "on_memorized": "flag", **changes}
+    sampler = amg.Sampler(open_pipeline(MODEL), index, amg.AMGConfig.preset(preset, **options))
+    verdicts: list[Verdict] = []
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
+        noise = [torch.Generator().manual_seed(seed + start + at) for at in range(len(some))]
+        verdicts += sampler(some, generator=noise, num_inference_steps=STEPS, progress=False).amg
+    return verdicts
+
+
+def row_of(rate: float, scores: GuardScores, new: list[Verdict], pushed: list[Verdict]) -> dict[str, Any]:
+    """What a stated rate's threshold does; prints a line."""
+    record = scores.record(rate)
+    threshold = record["threshold"]
+    row = {"stated rate": rate, "ordinary images": len(scores.ordinary), "threshold": threshold}
+    if threshold is not None:
+        apart = [one for one in new if one.similarity <= one.threshold]
+        row["threshold"] = f"{threshold:.3f}"
+        row["new ordinary images"] = len(apart)
+        row["of these marked %"] = f"{share(apart, threshold):.1f}"
+        row["copies"], row["of these caught %"] = len(scores.copies), f"{100 * record['caught']:.1f}"
+        row["pushed copies"], row["of these found %"] = len(pushed), f"{share(pushed, threshold):.1f}"
+    print(", ".join(f"{name} {value}" for name, value in row.items()), record["reason"] or "", flush=True)
+    return row
+
+
+def share(verdicts: list[Verdict], threshold: float) -> float:
+    """Percent of the verdicts whose guard is above a threshold."""
+    scores = [verdict.guard.similarity for verdict in verdicts if verdict.guard is not None]
+    return 100 * sum(score > threshold for score in scores) / len(scores)
+
+
+def tables(path: Path) -> str:
+    """The committed CSV as a Markdown table."""
+    from tables import markdown
+
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    return markdown(list(lines[0]), [[value or "–" for value in line.values()] for line in lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
