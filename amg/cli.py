@@ -134,6 +134,17 @@ def add_sample(commands: Any) -> None:
         type=Path,
         help="a file of ordinary prompts: what later tries go to where the index knows no caption",
     )
+    parser.add_argument(
+        "--rewind-prompt",
+        choices=("same", "attribution", "embedding"),
+        default="same",
+        help="what becomes of the prompt in later tries where no ordinary one is known: docs/guard.md",
+    )
+    parser.add_argument(
+        "--guard-false-alarm-rate",
+        type=float,
+        help="hold pictures to the guard's threshold of this rate, by `--calibration` (default: 0.8 as it is)",
+    )
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument(
         "--out",

@@ -23,7 +23,7 @@ from amg.guidance.guard_threshold import GuardScores, scores_of
 from amg.verdict import Verdict
 from amg.zoo.photos import training_set
 
-RATES = (0.1, 0.05, 0.02, 0.01)
+RATES = (0.05, 0.02, 0.01, None)
 PUSHED = {"guard_threshold": 0.99}  # asked, and heard by nobody: copies are pushed under the metric's
 
 
@@ -43,13 +43,16 @@ def main() -> int:
     others = bank(data)
     new = [others[at % len(others)] for at in range(options.images)]
     copied = memorised(data, options.copies)
-    calibrating = drawn(index, ordinary(data, options.images), "off", SEED)
+    asked = ordinary(data, options.images)
+    calibrating = drawn(index, asked, "off", SEED)
+    alike = drawn(index, asked, "off", SEED + 30_000)
     apart = drawn(index, new, "off", SEED + 10_000)
     copies = drawn(index, copied, "off", SEED + 20_000)
     pushed = drawn(index, copied, "main", SEED + 20_000, **PUSHED)
     scores = scores_of([*calibrating, *copies], [True] * len(calibrating) + [False] * len(copies))
     assert scores is not None
-    rows = [row_of(rate, scores, apart, pushed) for rate in RATES]
+    drawings = {"same prompts": alike, "other prompts": apart, "copies": copies, "pushed copies": pushed}
+    rows = [row_of(rate, scores, drawings) for rate in RATES]
     write(options.csv, rows)
     return 0
 
@@ -66,19 +69,18 @@ def drawn(index: Any, prompts: list[str], preset: str, seed: int, **changes: Any
     return verdicts
 
 
-def row_of(rate: float, scores: GuardScores, new: list[Verdict], pushed: list[Verdict]) -> dict[str, Any]:
-    """What a stated rate's threshold does; prints a line."""
-    record = scores.record(rate)
-    threshold = record["threshold"]
-    row = {"stated rate": rate, "ordinary images": len(scores.ordinary), "threshold": threshold}
-    if threshold is not None:
-        apart = [one for one in new if one.similarity <= one.threshold]
-        row["threshold"] = f"{threshold:.3f}"
-        row["new ordinary images"] = len(apart)
-        row["of these marked %"] = f"{share(apart, threshold):.1f}"
-        row["copies"], row["of these caught %"] = len(scores.copies), f"{100 * record['caught']:.1f}"
-        row["pushed copies"], row["of these found %"] = len(pushed), f"{share(pushed, threshold):.1f}"
-    print(", ".join(f"{name} {value}" for name, value in row.items()), record["reason"] or "", flush=True)
+def row_of(rate: float | None, scores: GuardScores, drawings: dict[str, list[Verdict]]) -> dict[str, Any]:
+    """Percent above a stated rate's threshold, None: above the default, of each drawing's pictures; of
+    ordinary prompts, of those that the metric calls no copies. Prints a line."""
+    default = amg.AMGConfig().guard_threshold
+    assert default is not None
+    threshold = default if rate is None else scores.threshold(rate)
+    row = {"stated rate": "none" if rate is None else f"{100 * rate:g} %", "threshold": f"{threshold:.3f}"}
+    row["calibrated on"] = "–" if rate is None else f"{len(scores.ordinary)} pictures"
+    for name, verdicts in drawings.items():
+        kept = verdicts if "copies" in name else [one for one in verdicts if one.similarity <= one.threshold]
+        row[f"{name}: % of {len(kept)} above"] = f"{share(kept, threshold):.1f}"
+    print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return row
 
 

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     index = open_index(arguments.index, arguments.embedder, arguments.device)
     also = open_also(arguments)
     scale = default_scale(pipe) if arguments.guidance_scale is None else arguments.guidance_scale
-    overrides: dict[str, Any] = {"calibration": arguments.calibration, "student": arguments.student}
+    names = ("calibration", "student", "rewind_prompt", "guard_false_alarm_rate")
+    overrides: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     if arguments.ordinary is not None:
         overrides["ordinary_prompts"] = read_prompts(arguments.ordinary, "--ordinary")
     if arguments.on_memorized:

@@ -48,6 +48,8 @@ OPTIONS = {  # of `amg sample`, by what they decide in a request
     "config.calibration": "--calibration",
     "config.student": "--student",
     "config.ordinary_prompts": "--ordinary",
+    "config.rewind_prompt": "--rewind-prompt",
+    "config.guard_false_alarm_rate": "--guard-false-alarm-rate",
 }
 
 
