@@ -112,7 +112,8 @@ class Verdict:
     is one that the caller put in. `caption`: the ordinary prompt that the last try was conditioned on instead
     of its own, None where it was not; `remembered`: so was the first one, as the prompt's samples had gone
     back before (`prompt_memory`). `coverage`: the share of the training set that the index covers, which is
-    what was promised; `verified`: False where it holds imported vectors that were compared with no picture.
+    what was promised; `verified`: False where it holds imported vectors that were compared with no picture;
+    `trust`: "size" where the index was not read against its hashes (`Index.open`).
     """
 
     metric: str
@@ -134,6 +135,7 @@ class Verdict:
     remembered: bool = False
     coverage: float = 1.0
     verified: bool = True
+    trust: str = "hashes"
 
     @property
     def reason(self) -> str | None:
@@ -174,6 +176,7 @@ class Verdict:
         parts += [f"level {self.level}"] if self.level != "full" else []
         parts += [f"{_percent(self.coverage)} of the training set"] if self.coverage < LEAST_COVERAGE else []
         parts += [] if self.verified else ["vectors not verified"]
+        parts += [] if self.trust == "hashes" else ["index not read against its hashes"]
         return plain("; ".join(parts))
 
     def __repr__(self) -> str:

@@ -22,6 +22,8 @@ import json
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random endin
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
 SKETCH_BYTES = 4096  # of one picture in the guard
+HASH_THREADS = 4  # files are read side by side; sha256 of one file is serial
 MEMBERS_FILE = {"float16": "members.f16", "float32": "members.f32", "uint8": "members.u8"}
 ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
@@ -289,11 +292,13 @@ def append(path: Path, values: torch.Tensor) -> None:
 
 def file_record(path: Path) -> FileRecord:
     """Size and sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(path.stat().st_size, digest.hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -325,15 +330,18 @@ def _sizes_needed(manifest: Manifest) -> dict[str, int]:
     return {**sizes, **codes, GUARD: (count + folded) * SKETCH_BYTES}
 
 
-def check_hashes(directory: Path, manifest: Manifest) -> None:
-    """Sizes and sha256 of every file; reads all of them. Raises IndexCorrupt naming the file."""
+def check_hashes(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = sha256_of) -> None:
+    """Sizes and sha256 of every file; reads all of them, `HASH_THREADS` at a time. Raises IndexCorrupt naming
+    the first that is wrong. digest: what gives the sha256 of a file."""
     check_sizes(directory, manifest)
-    for name, expected in sorted(manifest.files.items()):
-        found = file_record(directory / name)
-        if found != expected:
-            raise IndexCorrupt(
-                f"{directory / name} was changed or damaged: sha256 {found.sha256}, not {expected.sha256}"
-            )
+    names = sorted(manifest.files)
+    with ThreadPoolExecutor(HASH_THREADS, "amg-hash") as pool:
+        for name, found in zip(names, pool.map(digest, [directory / name for name in names]), strict=True):
+            if found != manifest.files[name].sha256:
+                raise IndexCorrupt(
+                    f"{directory / name} was changed or damaged: sha256 {found}, "
+                    f"not {manifest.files[name].sha256}"
+                )
 
 
 def map_file(path: Path, dtype: torch.dtype, *shape: int) -> torch.Tensor:
