@@ -178,8 +178,9 @@ class Index:
 
     def _opening(self) -> Callable[..., Index]:
         """Index.open with the options of this one."""
-        options = {"searcher": self.searcher_spec, "device": str(self.device), "trust": self.trust}
-        return functools.partial(Index.open, **options)
+        return functools.partial(
+            Index.open, searcher=self.searcher_spec, device=str(self.device), trust=self.trust
+        )
 
     def attach(self, embedder: Any) -> Index:
         """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with; warns
