@@ -143,7 +143,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     require_request(request)
     require_generator(generator)
     steps, output_type = request.num_inference_steps, request.output_type
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')
