@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from amg.extras import needed
-from amg.index.coverage import Coverage, make_coverage
+from amg.index.coverage import SKIPPED, Coverage, make_coverage
 from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
 from amg.index.fields import read_fields
@@ -49,6 +49,9 @@ MEMBERS_FILE = {"float16": "members.f16", "float32": "members.f32", "uint8": "me
 ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 METRICS = ("cosine", "nl2")
+OWN_FILES = {*ROWS_FILE.values(), *MEMBERS_FILE.values(), CODES, CODE_SCALES, CODE_ERRORS, META, PICTURES}
+OWN_FILES |= {GUARD, MEMBER_ROWS, SKIPPED}  # all that an index may hold beside its manifest
+MOST_TEXT = 1 << 20  # bytes of one id, source or caption, on average at most
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,8 @@ def _check_values(manifest: Manifest) -> None:
         )
     if strange := [name for name in manifest.files if os.path.basename(name) != name]:
         raise ValueError(f"`files` must name no file outside the index, got {strange[0]!r}")
+    if strange := sorted(manifest.files.keys() - OWN_FILES):
+        raise ValueError(f"`files` must name files of an index, got {strange[0]!r}")
 
 
 def folder_of(generation: int) -> str:
@@ -360,17 +365,48 @@ def map_rows(directory: Path, manifest: Manifest) -> torch.Tensor:
 
 
 def read_meta(directory: Path, manifest: Manifest) -> dict[str, list]:
-    """Columns of meta.parquet as lists. Raises IndexCorrupt if it cannot be read or does not match."""
+    """Columns of meta.parquet as lists. Raises IndexCorrupt if it cannot be read or does not match, before
+    more is unpacked than so many rows may hold."""
     parquet = import_parquet()
     path = directory / META
     try:
-        table = parquet.read_table(path, columns=["id", "caption", "count", "source", "caption_count"])
+        with parquet.ParquetFile(path, read_dictionary=["id", "caption", "source"]) as file:
+            _require_rows(path, file.metadata.num_rows, manifest.count)
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            _require_bounded(path, sum(group.total_byte_size for group in groups), manifest.count)
+            table = file.read(columns=["id", "caption", "count", "source", "caption_count"])
+        _require_rows(path, table.num_rows, manifest.count)
+        _require_bounded(path, sum(map(_text_bytes, table.columns)), manifest.count)
         columns = table.to_pydict()
+    except IndexCorrupt:
+        raise
     except Exception as error:  # pyarrow raises many types on damaged files
         raise IndexCorrupt(f"{path} cannot be read ({error})") from error
-    if table.num_rows != manifest.count:
-        raise IndexCorrupt(f"{path} has {table.num_rows} lines, its manifest expects {manifest.count}")
     return columns
+
+
+def _require_rows(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise IndexCorrupt(f"{path} has {found} lines, its manifest expects {expected}")
+
+
+def _require_bounded(path: Path, size: int, count: int) -> None:
+    if size > MOST_TEXT * (count + 1):
+        raise IndexCorrupt(
+            f"{path} must hold at most {MOST_TEXT:,} bytes a row, {MOST_TEXT * (count + 1):,} in all, "
+            f"got {size:,}"
+        )
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of the texts of a column, of repeated ones as often as they are repeated."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    if not pyarrow.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    sizes = (compute.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
+    return sum(compute.sum(size).as_py() or 0 for size in sizes)
 
 
 def import_parquet() -> Any:

@@ -245,3 +245,32 @@ def test_a_file_cut_short_while_mapped_ends_no_process(index, pictures, embedder
     os.truncate(index.path / name, 0)
     with pytest.raises(IndexCorrupt, match=rf"{name} has 0 bytes, \d+ when the index was opened"):
         getattr(index, ask)(vectors)
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "manifest.json", "..", "", "ROWS.f16"])
+def test_a_manifest_that_names_what_no_index_has(index, name):
+    """Its sha256 would be told to whoever opens the index."""
+    (index.path / "letter.txt").write_text("dear all")
+    manifest = read_manifest(index.path)
+    files = {**manifest.files, name: file_record(index.path / "rows.f16")}
+    write_manifest(index.path, replace(manifest, files=files))
+    with pytest.raises(IndexCorrupt, match=r"`files` must name files of an index, got"):
+        Index.open(index.path, verify=True)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_metadata_that_unpacks_to_far_more_than_its_rows_hold(index, monkeypatch, dictionary):
+    """Kilobytes on disk, gigabytes in memory."""
+    monkeypatch.setattr("amg.index.store.MOST_TEXT", 1 << 12)
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = index.path / "meta.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("caption")
+    table = table.set_column(place, "caption", [["x" * (1 << 14)] * len(table)])
+    pq.write_table(table, path, compression="zstd", use_dictionary=dictionary)
+    manifest = read_manifest(index.path)
+    files = {**manifest.files, "meta.parquet": file_record(path)}
+    write_manifest(index.path, replace(manifest, files=files))
+    assert path.stat().st_size < 1 << 14
+    with pytest.raises(IndexCorrupt, match=r"meta\.parquet must hold at most 4,096 bytes a row, .*got"):
+        _ = Index.open(index.path).captions
