@@ -135,6 +135,7 @@ def _verdict(
         guard=guard,
         coverage=getattr(index, "coverage", 1.0),
         verified=getattr(index, "verified", True),
+        trust=getattr(index, "trust", "hashes"),
     )
 
 

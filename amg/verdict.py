@@ -123,7 +123,7 @@ class Verdict:
     conditioned on its prompt's embedding, optimised; `remembered`: so was the first try on a caption, as the
     prompt's samples had gone back before (`prompt_memory`). `coverage`: the share of the training set that
     the index covers, which is what was promised; `verified`: False where it holds imported vectors that were
-    compared with no picture.
+    compared with no picture; `trust`: "size" where the index was not read against its hashes (`Index.open`).
     """
 
     metric: str
@@ -146,6 +146,7 @@ class Verdict:
     optimised: bool = False
     coverage: float = 1.0
     verified: bool = True
+    trust: str = "hashes"
 
     @property
     def reason(self) -> str | None:
@@ -186,6 +187,7 @@ class Verdict:
         parts += [f"level {self.level}"] if self.level != "full" else []
         parts += [f"{_percent(self.coverage)} of the training set"] if self.coverage < LEAST_COVERAGE else []
         parts += [] if self.verified else ["vectors not verified"]
+        parts += [] if self.trust == "hashes" else ["index not read against its hashes"]
         return plain("; ".join(parts))
 
     def __repr__(self) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from amg.engine.sampler import Request
 
-COUNTS = ("num_inference_steps", "num_images_per_prompt")
-OPEN_COUNTS = ("batch_size", "height", "width", "clip_skip", "max_sequence_length")
+COUNTS = ("num_images_per_prompt",)
+OPEN_COUNTS = (*("num_inference_steps", "batch_size", "height", "width", "clip_skip", "max_sequence_length"),)
 NUMBERS = ("guidance_rescale", "eta")
 OPEN_NUMBERS = ("guidance_scale", "true_cfg_scale", "strength", "deadline")
 TEXTS = ("prompt", "negative_prompt")
@@ -38,11 +38,18 @@ def require_request(request: Request) -> None:
     for name in LISTED:
         if values[name] is not None and not _is_listed(values[name]):
             raise TypeError(f"`{name}` must be a list of numbers, got {_short(values[name])}")
+        if values[name] is not None and len(values[name]) == 0:
+            raise ValueError(f"`{name}` must hold at least one number, got {values[name]!r}")
     for name in TENSORS:
         if values[name] is not None and not isinstance(values[name], Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {_short(values[name])}")
     if not isinstance(values["use_resolution_binning"], bool | None):
         raise TypeError(f"`use_resolution_binning` must be a bool, got {values['use_resolution_binning']!r}")
+    if request.num_inference_steps is None and request.timesteps is None and request.sigmas is None:
+        raise TypeError(
+            "`num_inference_steps` must be an integer where neither `timesteps` nor `sigmas` is given, "
+            "got None"
+        )
     if values["num_images_per_prompt"] < 1:
         raise ValueError(f"`num_images_per_prompt` must be >= 1, got {values['num_images_per_prompt']}")
     _require_as_many(values["prompt"], values["negative_prompt"])

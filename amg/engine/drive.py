@@ -67,6 +67,13 @@ def timed(scheduler: Any, arguments: Mapping[str, Any]) -> Any:
     """A pristine copy on the CPU with its timesteps set by those `arguments` of `set_timesteps` that are not
     None; without any, as they are set already."""
     given = {name: value for name, value in arguments.items() if value is not None}
+    known = inspect.signature(type(scheduler).set_timesteps).parameters
+    anything = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    if not anything and (strange := sorted(given.keys() - known.keys())):
+        raise ValueError(
+            f"`{strange[0]}` must be None with {name_of(scheduler)}, whose `set_timesteps` does not take it, "
+            f"got {given[strange[0]]!r:.100}"
+        )
     clone = pristine(scheduler)
     for name, value in vars(clone).items():
         if isinstance(value, Tensor) and value.device.type != "cpu":

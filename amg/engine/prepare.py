@@ -142,10 +142,11 @@ class Source:
         leaves no step."""
         given: dict[str, Any] = {"timesteps": request.timesteps, "sigmas": request.sigmas}
         family = family_of(self.pipe)
-        if all(value is None for value in given.values()) and family is not None:
-            given["sigmas"] = family.sigmas(self.pipe, request.num_inference_steps)
+        steps = request.num_inference_steps
+        if all(value is None for value in given.values()) and family is not None and steps is not None:
+            given["sigmas"] = family.sigmas(self.pipe, steps)
         if all(value is None for value in given.values()):
-            given = {"num_inference_steps": request.num_inference_steps}
+            given = {"num_inference_steps": steps}
         given["mu"] = shift_of(self.pipe, request.height, request.width)
         known = step_arguments(self.pipe.scheduler, {"eta": request.eta})
         ready = setting(self.pipe.scheduler, given, known)
@@ -245,7 +246,7 @@ def _require(request: Request, generator: Any) -> None:
     require_request(request)
     require_generator(generator)
     steps, output_type = request.num_inference_steps, request.output_type
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'`output_type` must be "pil", "np", "pt" or "latent", got {output_type!r}')

@@ -39,7 +39,7 @@ class Request:
     negative_prompt: str | Sequence[str] | None = None
     class_labels: Sequence[int] | Tensor | None = None
     batch_size: int | None = None
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = 50
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     eta: float = 0.0
@@ -123,7 +123,7 @@ class Sampler:
         negative_prompt: str | Sequence[str] | None = None,
         class_labels: Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         eta: float = 0.0,

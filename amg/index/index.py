@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from amg.index.imported.embeddings import from_embeddings
 from amg.index.imported.verify import LEAST_COSINE, verify
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
-from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
+from amg.index.store import META, Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
 from amg.index.usable import require_directions, require_searchable, searchable
 from amg.kernels import Codes
 
@@ -39,12 +39,19 @@ class Index:
     opening, so threads may share one.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        rows: torch.Tensor,
+        codes: Codes | None,
+        trust: str = "hashes",
+    ):
         self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
         self.data = path / manifest.folder  # where this generation's files lie
         self.guard: Guard | None = map_guard(self.data, manifest, member_rows(self.data, manifest))
         self.members: Members | None = map_members(self.data, manifest)
-        self.seal = Seal(self.data, manifest)
+        self.seal = Seal(self.data, manifest, trust)
         self.embedder: Any = None
         self.searcher_spec = "exact"
         self.searcher: Searcher = make_searcher("exact", rows, manifest.metric, codes)
@@ -127,8 +134,13 @@ class Index:
         searcher: str = "exact",
         device: str | torch.device = "cpu",
         verify: bool = False,
+        trust: str = "hashes",
     ) -> Index:
         """Open an index: memory-mapped; checks version and sizes, with verify=True every hash.
+
+        trust: "hashes": before the first check of a picture every file is read against its sha256, once in
+        a process. "size": none is, which every verdict says (`Verdict.trust`); codes, which cannot be told
+        from those of other rows, then serve the sampling loop alone, and the final check reads all rows.
 
         embedder: the one it was built with; without one a cosine index takes vectors but no images.
         searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
@@ -145,7 +157,7 @@ class Index:
                 stacklevel=2,
             )
         warn_of_no_guard(directory, manifest)
-        index = Index(directory, manifest, map_rows(data, manifest), map_codes(data, manifest))
+        index = Index(directory, manifest, map_rows(data, manifest), map_codes(data, manifest), trust)
         index = index.to(device)
         if embedder is not None:
             index = index.attach(embedder)
@@ -162,7 +174,13 @@ class Index:
         return self._anew()
 
     def _anew(self) -> Index:
-        return Index.open(self.path, self.embedder, searcher=self.searcher_spec, device=self.device)
+        return self._opening()(self.path, self.embedder)
+
+    def _opening(self) -> Callable[..., Index]:
+        """Index.open with the options of this one."""
+        return functools.partial(
+            Index.open, searcher=self.searcher_spec, device=str(self.device), trust=self.trust
+        )
 
     def attach(self, embedder: Any) -> Index:
         """This index with an embedder. Raises EmbedderMismatch unless it is the one it was built with; warns
@@ -205,8 +223,7 @@ class Index:
 
     def __reduce__(self) -> Any:
         """Pickled by its path: opened again where it is unpickled."""
-        opened = functools.partial(Index.open, searcher=self.searcher_spec, device=str(self.device))
-        return opened, (self.path, self.embedder)
+        return self._opening(), (self.path, self.embedder)
 
     @property
     def device(self) -> torch.device:
@@ -239,12 +256,18 @@ class Index:
         return self.manifest.verified
 
     @property
+    def trust(self) -> str:
+        """What the final check takes the files on: "hashes" or "size" (`Index.open`)."""
+        return self.seal.trust
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) of a pixel index, None under an embedder."""
         return self.manifest.image_size if self.metric == "nl2" else None
 
     @functools.cached_property
     def _meta(self) -> dict[str, list]:
+        self.seal.require_whole(META)  # else ids of another index that took this one's place
         return read_meta(self.data, self.manifest)
 
     @property
@@ -318,8 +341,10 @@ class Index:
         The cheap call of the sampling loop; it looks at no value (a faiss searcher's does). extras: for nl2
         the amg.kernels.NL2 tuple (distance, denominator …), None for cosine. Of a vector that is not finite,
         or zero under cosine, similarity and extras are NaN and row 0; the others are what they would be
-        without it. Raises ValueError for a wrong shape, dtype or device.
+        without it. Raises ValueError for a wrong shape, dtype or device, IndexCorrupt for files that were
+        exchanged or cut short.
         """
+        self.seal.require_whole()
         return self.searcher.nearest(searchable(self._require_vectors(vectors), self.metric))
 
     @torch.no_grad()
@@ -335,7 +360,8 @@ class Index:
         self.seal.check()
         images = images.to(self.device)
         queries = searchable(self._require_vectors(self.encode(images)), self.metric)
-        found = self.with_searcher("exact").searcher.nearest(queries)
+        codes = self.codes if self.trust == "hashes" else None
+        found = make_searcher("exact", self.rows, self.metric, codes).nearest(queries)
         if self.members is not None:
             found = self.members.nearer(queries, found)
         alike = None if self.guard is None else self.guard.nearest(images)
@@ -351,6 +377,7 @@ class Index:
         """
         if not 1 <= k <= self.count:
             raise ValueError(f"`k` must be in [1, {self.count}] (rows of the index), got {k}")
+        self.seal.require_whole()
         vectors = require_searchable(self._require_vectors(self._vectors_of(queries)), self.metric)
         if k == 1:
             found = self.searcher.nearest(vectors)
@@ -358,7 +385,9 @@ class Index:
         return Hits(*self.searcher.top(vectors, k), self)
 
     def verify(self) -> None:
-        """Check size and sha256 of every file, and read the metadata. Raises IndexCorrupt naming the file."""
+        """Check size and sha256 of every file, and read the metadata. Raises IndexCorrupt naming a file that
+        is wrong, or is not the one that was opened."""
+        self.seal.require_whole(*self.manifest.files)
         check_hashes(self.data, read_manifest(self.data))
         read_meta(self.data, self.manifest)
 

@@ -22,6 +22,8 @@ import json
 import os
 import secrets
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 
 from amg.extras import needed
-from amg.index.coverage import Coverage, make_coverage
+from amg.index.coverage import SKIPPED, Coverage, make_coverage
 from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
 from amg.index.fields import read_fields
@@ -42,10 +44,14 @@ TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random endin
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
 SKETCH_BYTES = 4096  # of one picture in the guard
+HASH_THREADS = 4  # files are read side by side; sha256 of one file is serial
 MEMBERS_FILE = {"float16": "members.f16", "float32": "members.f32", "uint8": "members.u8"}
 ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 METRICS = ("cosine", "nl2")
+OWN_FILES = {*ROWS_FILE.values(), *MEMBERS_FILE.values(), CODES, CODE_SCALES, CODE_ERRORS, META, PICTURES}
+OWN_FILES |= {GUARD, MEMBER_ROWS, SKIPPED}  # all that an index may hold beside its manifest
+MOST_TEXT = 1 << 20  # bytes of one id, source or caption, on average at most
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,8 @@ def _check_values(manifest: Manifest) -> None:
         )
     if strange := [name for name in manifest.files if os.path.basename(name) != name]:
         raise ValueError(f"`files` must name no file outside the index, got {strange[0]!r}")
+    if strange := sorted(manifest.files.keys() - OWN_FILES):
+        raise ValueError(f"`files` must name files of an index, got {strange[0]!r}")
 
 
 def folder_of(generation: int) -> str:
@@ -289,11 +297,13 @@ def append(path: Path, values: torch.Tensor) -> None:
 
 def file_record(path: Path) -> FileRecord:
     """Size and sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return FileRecord(path.stat().st_size, digest.hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -325,15 +335,18 @@ def _sizes_needed(manifest: Manifest) -> dict[str, int]:
     return {**sizes, **codes, GUARD: (count + folded) * SKETCH_BYTES}
 
 
-def check_hashes(directory: Path, manifest: Manifest) -> None:
-    """Sizes and sha256 of every file; reads all of them. Raises IndexCorrupt naming the file."""
+def check_hashes(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = sha256_of) -> None:
+    """Sizes and sha256 of every file; reads all of them, `HASH_THREADS` at a time. Raises IndexCorrupt naming
+    the first that is wrong. digest: what gives the sha256 of a file."""
     check_sizes(directory, manifest)
-    for name, expected in sorted(manifest.files.items()):
-        found = file_record(directory / name)
-        if found != expected:
-            raise IndexCorrupt(
-                f"{directory / name} was changed or damaged: sha256 {found.sha256}, not {expected.sha256}"
-            )
+    names = sorted(manifest.files)
+    with ThreadPoolExecutor(HASH_THREADS, "amg-hash") as pool:
+        for name, found in zip(names, pool.map(digest, [directory / name for name in names]), strict=True):
+            if found != manifest.files[name].sha256:
+                raise IndexCorrupt(
+                    f"{directory / name} was changed or damaged: sha256 {found}, "
+                    f"not {manifest.files[name].sha256}"
+                )
 
 
 def map_file(path: Path, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -352,17 +365,48 @@ def map_rows(directory: Path, manifest: Manifest) -> torch.Tensor:
 
 
 def read_meta(directory: Path, manifest: Manifest) -> dict[str, list]:
-    """Columns of meta.parquet as lists. Raises IndexCorrupt if it cannot be read or does not match."""
+    """Columns of meta.parquet as lists. Raises IndexCorrupt if it cannot be read or does not match, before
+    more is unpacked than so many rows may hold."""
     parquet = import_parquet()
     path = directory / META
     try:
-        table = parquet.read_table(path, columns=["id", "caption", "count", "source", "caption_count"])
+        with parquet.ParquetFile(path, read_dictionary=["id", "caption", "source"]) as file:
+            _require_rows(path, file.metadata.num_rows, manifest.count)
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            _require_bounded(path, sum(group.total_byte_size for group in groups), manifest.count)
+            table = file.read(columns=["id", "caption", "count", "source", "caption_count"])
+        _require_rows(path, table.num_rows, manifest.count)
+        _require_bounded(path, sum(map(_text_bytes, table.columns)), manifest.count)
         columns = table.to_pydict()
+    except IndexCorrupt:
+        raise
     except Exception as error:  # pyarrow raises many types on damaged files
         raise IndexCorrupt(f"{path} cannot be read ({error})") from error
-    if table.num_rows != manifest.count:
-        raise IndexCorrupt(f"{path} has {table.num_rows} lines, its manifest expects {manifest.count}")
     return columns
+
+
+def _require_rows(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise IndexCorrupt(f"{path} has {found} lines, its manifest expects {expected}")
+
+
+def _require_bounded(path: Path, size: int, count: int) -> None:
+    if size > MOST_TEXT * (count + 1):
+        raise IndexCorrupt(
+            f"{path} must hold at most {MOST_TEXT:,} bytes a row, {MOST_TEXT * (count + 1):,} in all, "
+            f"got {size:,}"
+        )
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of the texts of a column, of repeated ones as often as they are repeated."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    if not pyarrow.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    sizes = (compute.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)
+    return sum(compute.sum(size).as_py() or 0 for size in sizes)
 
 
 def import_parquet() -> Any:

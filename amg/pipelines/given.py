@@ -117,7 +117,7 @@ def first_step(request: Request, scheduler: Any) -> int:
     leaves none."""
     listed = request.timesteps is not None or request.sigmas is not None
     steps = len(scheduler.timesteps) if listed else request.num_inference_steps
-    assert request.strength is not None
+    assert request.strength is not None and steps is not None
     made = min(int(steps * request.strength), steps)
     if made < 1:
         raise ValueError(f"`strength` must leave one of {steps} steps, got {request.strength}")

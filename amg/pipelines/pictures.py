@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,18 @@ def _pixels_of(image: Any) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("RGB")).copy())
 
 
+def pictures_of(result: Any) -> Any:
+    """The pictures that a pipeline's call gave. TypeError where it gave none, or others elsewhere."""
+    images = result[0] if isinstance(result, tuple) and result else getattr(result, "images", None)
+    if not isinstance(images, (Tensor, np.ndarray, Sequence)) or len(images) == 0:
+        raise TypeError(
+            "`pipe` must give pictures as `.images` to be checked, "
+            f"got {type(result).__name__}: nothing of it is handed out"
+        )
+    require_no_others(result)
+    return images
+
+
 def require_no_others(result: Any) -> None:
     """TypeError for a pipeline's result that holds pictures in another place than the first: these would be
     handed out unchecked."""
@@ -62,11 +74,14 @@ def require_no_others(result: Any) -> None:
 
 
 def _shows(value: Any) -> bool:
-    """Whether a value holds pictures: PIL images, or an array or tensor of three channels."""
-    if isinstance(value, (list, tuple)):
+    """Whether a value holds pictures: PIL images, an array or tensor of three channels, or four of bytes."""
+    if isinstance(value, Mapping):
+        return any(_shows(one) for one in value.values())
+    if isinstance(value, (list, tuple, set)):
         return any(_shows(one) for one in value)
     if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim in (3, 4) and 3 in (value.shape[-1], value.shape[-3])
+        four = str(value.dtype).endswith("uint8") and value.shape[-1:] == (4,)
+        return value.ndim in (3, 4, 5) and (3 in (value.shape[-1], *value.shape[-4:-2]) or four)
     return any(kind.__module__ == "PIL.Image" for kind in type(value).__mro__)
 
 

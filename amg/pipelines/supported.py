@@ -96,7 +96,7 @@ def is_xl(pipe: Any) -> bool:
 
 def require_supported(pipe: Any) -> None:
     """TypeError for a pipeline of another class, ValueError for one whose components are another kind's
-    (inpainting, upscaling, learned variances)."""
+    (inpainting, upscaling, learned variances, pixels of one channel)."""
     kind = require_class((base.__name__ for base in type(pipe).__mro__), among=(*SAMPLED, *PICTURED))
     family = family_of(pipe)
     network = "unet" if family is None else family.network
@@ -118,6 +118,11 @@ def require_supported(pipe: Any) -> None:
                 f"`pipe.{network}` must take as many channels as it denoises (no inpainting, upscaling or "
                 f"learned variances), got in_channels={config.in_channels} and {name}={found}"
             )
+    if family is None and config.in_channels != 3:
+        raise ValueError(
+            "`pipe.unet` must make pictures of 3 channels, which an index measures, got "
+            f"in_channels={config.in_channels}: hold its pictures, as grey or RGB, to `amg.check`"
+        )
     for name, own in FOREIGN_OF.get(kind, {}).items():
         if getattr(config, name, None) != own:
             raise ValueError(

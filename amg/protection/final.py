@@ -21,7 +21,7 @@ from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary, ordinary_caption
 from amg.pipelines.again import Asked
 from amg.pipelines.check import check, rows_of
-from amg.pipelines.pictures import put, require_no_others, to_tensor
+from amg.pipelines.pictures import pictures_of, put, to_tensor
 from amg.pipelines.safety import flagged_pictures_kept_right
 from amg.promise import check as promised
 from amg.promise import memorized_row, strong
@@ -69,13 +69,7 @@ class Made:
     def __init__(self, result: Any, watch: Watch | None = None):
         self.result = result
         self.verdicts: list[Verdict] | None = None  # of these pictures, once they were looked at
-        images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
-        if images is None or len(images) == 0:
-            raise TypeError(
-                "`pipe` must give pictures as `.images` to be checked, "
-                f"got {type(result).__name__}: nothing of it is handed out"
-            )
-        require_no_others(result)
+        images = pictures_of(result)
         self.images, self.flags = images, self._flags(len(images))
         self.pictures, self.level, self.flights, self.plain = images, "final", list[Flight](), 0
         if watch is not None:

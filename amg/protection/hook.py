@@ -78,12 +78,19 @@ class Session:
         self.class_scale: float | None = None
         self.prompt: Any = None  # the call's own, and how many images of each
         self.images_per_prompt = 1
+        self.asked_images: int | None = None  # of the call, where its arguments tell
+        self.asked_scale: float | None = None
         self.blank = torch.empty(0)  # one row per sample, in the shape of what the scheduler steps
 
     @torch.compiler.disable
     def begin(self, model_input: Tensor, guided: bool, arguments: dict[str, Any]) -> Run:
         """At the first step: the conditions, a flight per sample, and an unstepped copy of the scheduler."""
         batch = len(model_input) // 2 if guided else len(model_input)
+        if guided and self._told_scale is None:
+            raise RuntimeError(
+                "`pipe` must tell the scale of its guidance, as `pipe.guidance_scale` or by the argument "
+                f"`guidance_scale` of its call, got {type(self.pipe).__name__}, whose loop tells none"
+            )
         self.conditions = split_call(arguments, batch, guided)
         if self.class_conditional:
             self.conditions = class_conditions(
@@ -168,9 +175,21 @@ class Session:
     @property
     def scale(self) -> float:
         """s0 of this call."""
-        if is_latent(self.pipe):
-            return float(self.pipe.guidance_scale)
-        return self.config.guidance_scale if self.class_scale is None else float(self.class_scale)
+        told = self._told_scale if is_latent(self.pipe) else self.class_scale
+        return self.config.guidance_scale if told is None else float(told)
+
+    @property
+    def _told_scale(self) -> float | None:
+        """Of the loop's classifier-free guidance; loops of somebody's own tell it by their argument alone."""
+        return getattr(self.pipe, "guidance_scale", self.asked_scale)
+
+    def joins_halves(self, rows: int) -> bool:
+        """Whether a U-Net call of `rows` rows is of both halves: as the loop says, else where they are twice
+        as many as the images that were asked for."""
+        said = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if said is None and is_latent(self.pipe) and self.asked_images is not None:
+            return rows == 2 * self.asked_images
+        return bool(said)
 
 
 class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
@@ -184,7 +203,7 @@ class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         session, original = self.session, cast(Any, self.fn_ref).original_forward
         sample, t, kwargs = _arguments(args, kwargs)
-        guided = bool(getattr(session.pipe, "do_classifier_free_guidance", False))
+        guided = session.joins_halves(len(sample))
         session.require_turn(len(sample), guided)
         if session.run is None:
             session.forward = original

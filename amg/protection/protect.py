@@ -27,7 +27,7 @@ from amg.pipelines.denoiser import is_latent
 from amg.pipelines.explain import explained
 from amg.pipelines.families import family_of
 from amg.pipelines.identity import asked, gate_of, refit, require_indexes, screen_of
-from amg.pipelines.pictures import require_no_others, to_pil, to_tensor
+from amg.pipelines.pictures import pictures_of, to_pil, to_tensor
 from amg.pipelines.safety import SafetyCheck, Watermark, flagged_pictures_kept_right, safety_of
 from amg.pipelines.supported import is_ours, level_of, network_of, require_supported
 from amg.promise import decode
@@ -294,22 +294,23 @@ def _call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
-    steps = bound.arguments.get("num_inference_steps")
+    given = _given(call, (pipe, *args), kwargs)
+    steps = given.get("num_inference_steps")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral)):
         raise TypeError(f"`num_inference_steps` must be an integer, got {steps!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"`num_inference_steps` must be >= 1, got {steps}")
-    require_generator(bound.arguments.get("generator"), images_of(bound.arguments))
-    scale = session.scale if session.class_conditional else bound.arguments.get("guidance_scale")
+    session.asked_images, session.asked_scale = images_of(given), given.get("guidance_scale")
+    require_generator(given.get("generator"), session.asked_images)
+    scale = session.scale if session.class_conditional else session.asked_scale
     protection.config.warn_without_guidance(scale, stacklevel=4)
-    session.prompt = bound.arguments.get("prompt")
-    session.images_per_prompt = bound.arguments.get("num_images_per_prompt") or 1
+    session.prompt = given.get("prompt")
+    session.images_per_prompt = given.get("num_images_per_prompt") or 1
     with guided_call(session), flagged_pictures_kept_right(pipe):
         result = call(pipe, *args, **kwargs)
-    require_no_others(result)
-    images = result[0] if isinstance(result, tuple) else result.images
+    images = pictures_of(result)
     safety = _safety(session, result)
-    images, verdicts = _deliver(session, images, bound.arguments["output_type"], protection.also, safety)
+    images, verdicts = _deliver(session, images, given.get("output_type"), protection.also, safety)
     pipe.amg_verdicts = verdicts
     if isinstance(result, tuple):
         rest = result[1:] if safety is None or safety.flags is None else (safety.flags, *result[2:])
@@ -338,7 +339,7 @@ def _safety(session: Session, result: Any) -> SafetyCheck | Watermark | None:
 def _deliver(
     session: Session,
     images: Any,
-    output_type: str,
+    output_type: str | None,
     also: Sequence[Any],
     safety: SafetyCheck | Watermark | None,
 ) -> tuple[Any, list[Verdict]]:

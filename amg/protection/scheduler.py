@@ -130,6 +130,7 @@ class AMGScheduler:
         if getattr(self.scheduler, "num_inference_steps", None) is None:
             raise ValueError("`set_timesteps` must be called before `begin`")
         self.index.seal.check()
+        self._require_pictures(noise)
         self._restart()
         sample = noise * noise_scale(self.scheduler)
         self._own = OwnLoop(self.scheduler, self._tables, self.amg_config, self._guide.tools, sample)
@@ -246,6 +247,7 @@ class AMGScheduler:
         self.index.seal.check()
         scale = None if call.output_uncond is None else self.amg_config.guidance_scale
         self.amg_config.warn_without_guidance(scale, stacklevel=5)  # whoever called `step`
+        self._require_pictures(call.sample)
         self._position = start_of(self.scheduler, timestep)
         parts = (self._tables, self.scheduler, self._position, arguments, self.amg_config)
         try:
@@ -254,6 +256,14 @@ class AMGScheduler:
             self._run = None
         self._levels = () if self._run else levels_of(self.scheduler)
         self._flights = [Flight.from_noise(row) for row in call.sample]
+
+    def _require_pictures(self, sample: Tensor) -> None:
+        """Without `decode` samples are pictures, which an index takes in three channels."""
+        if self._guide.denoiser.pixels and (sample.ndim != 4 or sample.shape[1] != 3):
+            raise ValueError(
+                "`decode` must be given for samples that are no pictures [B, 3, H, W], got samples "
+                f"{list(sample.shape)}"
+            )
 
     def _own_step(self, call: Call, timestep: Any, options: dict[str, Any]) -> Any:
         where = self._guide.at(self.scheduler, self._levels, self._position)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amg.index import Index, IndexBuildError
+from amg.index import Index, IndexBuildError, gc
 from amg.index.claim import MARKER, claimed, empty, remove
 from amg.index.store import TEMPORARY, write_atomically
 
@@ -334,3 +334,35 @@ def test_a_log_that_was_damaged_inside_is_refused(interrupted, pictures, tmp_pat
     log.write_bytes(content[:4] + b"\xff" * 200 + content[204:])
     with pytest.raises(IndexBuildError, match=r"0000000\.parquet is damaged"):
         build(stopping(pictures, None), tmp_path / "X.amg", batch_size=16)
+
+
+@pytest.mark.parametrize("kind", ["folder", "name", "link", "file"])
+def test_what_is_not_the_index_s_own_is_no_generation_to_replace_or_to_collect(
+    tmp_path, pictures, somebodys, kind
+):
+    """Where the next generation goes lies something of somebody's."""
+    index, place = build(pictures[:60], tmp_path / "X.amg"), tmp_path / "X.amg" / "generation-1"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "link":
+        place.symlink_to(somebodys)
+    else:
+        somebodys.rename(place)
+        if kind == "name":  # one of ours is not enough
+            (place / "rows.u8").write_bytes(b"rows")
+    before = content(place) if place.is_dir() else place.read_text()
+    with pytest.raises(
+        IndexBuildError, match=r"generation-1 must be files of this index, got one with .*not"
+    ):
+        index.extend(pictures[60:], ids=[f"n{number}" for number in range(20)], progress=False)
+    assert gc(index.path) == [] and Index.open(index.path).count == 60
+    assert (content(place) if place.is_dir() else place.read_text()) == before
+
+
+def test_a_generation_that_was_never_switched_to_is_replaced(tmp_path, pictures):
+    index, ids = build(pictures[:60], tmp_path / "X.amg"), [f"n{number}" for number in range(20)]
+    manifest = (index.path / "manifest.json").read_bytes()
+    index.extend(pictures[60:], ids=ids, progress=False)
+    (index.path / "manifest.json").write_bytes(manifest)  # killed just before
+    again = Index.open(index.path).extend(pictures[60:], ids=ids, progress=False)
+    assert again.count == 80 and again.manifest.generation == 1

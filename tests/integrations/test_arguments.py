@@ -70,6 +70,13 @@ WRONG = [  # arguments of a call, the error
     ({"num_inference_steps": "4"}, "`num_inference_steps` must be an integer, got '4'"),
     ({"num_inference_steps": 4.0}, "`num_inference_steps` must be an integer, got 4.0"),
     ({"num_inference_steps": [4]}, "`num_inference_steps` must be an integer, got [4]"),
+    ({"num_inference_steps": None}, "`num_inference_steps` must be an integer where neither `timesteps` nor"),
+    ({"timesteps": []}, "`timesteps` must hold at least one number, got []"),
+    ({"sigmas": torch.zeros(0)}, "`sigmas` must hold at least one number, got tensor([])"),
+    (
+        {"timesteps": [900, 500]},
+        "`timesteps` must be None with DDIMScheduler, whose `set_timesteps` does not",
+    ),
     ({"guidance_scale": "7.5"}, "`guidance_scale` must be a number, got '7.5'"),
     ({"guidance_scale": [7.5]}, "`guidance_scale` must be a number, got [7.5]"),
     ({"guidance_rescale": "0"}, "`guidance_rescale` must be a number, got '0'"),
@@ -182,3 +189,16 @@ def test_numpys_numbers_and_tuples_are_taken(sampler):
         progress=False,
     )
     assert len(out.amg) == 2
+
+
+@pytest.mark.parametrize("listed", [{"timesteps": [900, 500, 100]}, {"sigmas": [9.0, 3.0, 0.5]}])
+def test_steps_may_be_none_where_they_are_listed(listed, sd, embedding_index):
+    """As the plain pipelines take it."""
+    sd.scheduler = diffusers.EulerDiscreteScheduler.from_config(sd.scheduler.config)
+    asked = {"prompt": ["a", "b"], "output_type": "pt", **listed}
+    with amg.Sampler(sd, embedding_index, amg.AMGConfig.preset("off")) as sampler:
+        found = sampler(num_inference_steps=None, generator=torch.Generator().manual_seed(1), **asked)
+        submitted = sampler.submit(amg.Request(num_inference_steps=None, seed=1, **asked)).result()
+    plain = sd(num_inference_steps=None, generator=torch.Generator().manual_seed(1), **asked).images
+    torch.testing.assert_close(found.images, plain, rtol=0, atol=0.5 / 255 + 1e-4)
+    assert torch.equal(submitted.images, found.images)

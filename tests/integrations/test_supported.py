@@ -97,6 +97,15 @@ def test_learned_variances(taker, ddpm, pixel_index):
         taker(with_unet(ddpm, out_channels=6), pixel_index)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("taker", [amg.protect, amg.Sampler])
+def test_pixels_of_another_number_of_channels(taker, channels, ddpm, pixel_index):
+    """MNIST, X-rays: they failed at the first measurement, halfway through."""
+    unet = with_unet(ddpm, in_channels=channels, out_channels=channels)
+    with pytest.raises(ValueError, match=f"`pipe.unet` must make pictures of 3 .*in_channels={channels}"):
+        taker(unet, pixel_index)
+
+
 @pytest.mark.parametrize("part", ["vae", "unet", "scheduler"])
 @pytest.mark.parametrize("taker", [amg.protect, amg.Sampler])
 def test_a_part_that_is_missing(taker, part, sd, embedding_index):

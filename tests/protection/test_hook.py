@@ -1,10 +1,14 @@
 """The hook records, guidance acts in the scheduler's step: what the scheduler is given, row by row, and loops
 whose calls do not pair."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 import amg
+from amg.pipelines.pictures import to_pil
 from amg.protection import hook, protect
 
 from ..integrations.conftest import TinyEmbedder, tiny_ddpm, tiny_sd
@@ -229,6 +233,80 @@ def test_loops_that_combine_the_halves_in_place_are_guided_alike(index):
     found = [call(amg.protect(own(way), index, config_at(-1.0)), steps=4).images for way in ("", "in place")]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
     assert not torch.allclose(call(own("")).images, found[0], atol=1e-3)
+
+
+class Untold(Own):
+    """A loop of before diffusers kept the scale in the pipeline: it is an argument alone, like the flag."""
+
+    guides = True
+
+    @torch.no_grad()
+    def __call__(self, prompt, steps=4, generator=None, guidance_scale=7.5, **others):
+        self.scheduler.set_timesteps(steps)
+        halves = self.encode_prompt(prompt, "cpu", 1, True)[::-1]
+        latents = torch.stack([torch.randn(4, 8, 8, generator=one) for one in generator])
+        for position, t in enumerate(self.scheduler.timesteps):
+            if self.guides:
+                latents = self.turn(position, t, latents, torch.cat(halves))
+            else:
+                latents = self.scheduler.step(self.unet(latents, t, halves[1])[0], t, latents)[0]
+        images = self.vae.decode(latents / self.vae.config.scaling_factor)[0] / 2 + 0.5
+        return self.handed(images.clamp(0, 1))
+
+    def handed(self, images):
+        return (images,)
+
+
+class Scaleless(Untold):
+    def __call__(self, prompt, steps=4, generator=None):
+        return super().__call__(prompt, steps, generator)
+
+
+def generators(count=2):
+    return [torch.Generator().manual_seed(row) for row in range(count)]
+
+
+def protected(kind, index, **attributes):
+    pipe = tiny_sd()
+    pipe.__class__ = type("Mine", (kind,), attributes)
+    return amg.protect(pipe, index, config_at(-1.0))
+
+
+def test_loops_that_do_not_keep_their_scale_are_guided_by_their_argument(index):
+    told = call(amg.protect(own(""), index, config_at(-1.0)), PROMPTS[:2], steps=4)
+    pipe = protected(Untold, index)
+    (images,) = pipe(PROMPTS[:2], generator=generators())
+    torch.testing.assert_close(images, told.images, rtol=0, atol=1e-5)
+    assert [verdict.evaluations for verdict in pipe.amg_verdicts] == [v.evaluations for v in told.amg]
+
+
+def test_loops_without_guidance_of_their_own_have_one_half(index):
+    pipe = protected(Untold, index, guides=False)
+    pipe(PROMPTS[:2], generator=generators())
+    assert len(pipe.amg_verdicts) == 2
+
+
+def test_a_scale_that_nobody_tells_is_asked_for(index):
+    with pytest.raises(RuntimeError, match=r"`pipe` must tell the scale of its guidance, .* got Mine, whose"):
+        protected(Scaleless, index)(PROMPTS[:2], generator=generators())
+
+
+@pytest.mark.parametrize(
+    "handed",
+    [
+        lambda self, images: (picture for picture in images),
+        lambda self, images: {"images": images},
+        lambda self, images: SimpleNamespace(images=to_pil(images)[0]),
+        lambda self, images: SimpleNamespace(images=images, previews={"last": to_pil(images)}),
+        lambda self, images: SimpleNamespace(images=images, film=images[:, :, None]),
+        lambda self, images: SimpleNamespace(images=images, raw=np.zeros((2, 16, 16, 4), np.uint8)),
+        lambda self, images: (),
+    ],
+    ids=["generator", "dict", "one picture", "in a dict", "video", "with alpha", "nothing"],
+)
+def test_results_whose_pictures_cannot_all_be_checked_are_refused(index, handed):
+    with pytest.raises(TypeError, match=r"`pipe` must give .*nothing of it is handed out"):
+        protected(Untold, index, handed=handed)(PROMPTS[:2], generator=generators())
 
 
 def test_an_interval_is_refused_at_once(index):

@@ -354,6 +354,17 @@ def test_a_timestep_is_made_once_and_in_order(name: str, index: amg.Index) -> No
     scheduler.step(sample, times[0], sample)
 
 
+def test_latents_without_a_decoder_are_refused(index: amg.Index) -> None:
+    scheduler = amg.AMGScheduler(diffusers.DDIMScheduler(), index, config())
+    scheduler.set_timesteps(4)
+    latents = torch.randn(2, 4, 8, 8)
+    message = r"`decode` must be given for samples that are no pictures .*got samples \[2, 4, 8, 8\]"
+    with pytest.raises(ValueError, match=message):
+        scheduler.step(latents, scheduler.timesteps[0], latents)
+    with pytest.raises(ValueError, match=message):
+        scheduler.begin(latents)
+
+
 def test_what_is_refused(index: amg.Index) -> None:
     with pytest.raises(ValueError, match=r"`guidance_interval` must be \(0\.0, 1\.0\).*got \(0\.2, 0\.8\)"):
         amg.AMGScheduler(diffusers.DDIMScheduler(), index, config(guidance_interval=(0.2, 0.8)))
