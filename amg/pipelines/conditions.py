@@ -26,6 +26,8 @@ def asked_of(pipe: Any, request: Request) -> tuple[Request, Size | None]:
     _require_taken(pipe, family, request)
     if family is None:
         return request, None
+    if family.drawn is None:
+        size_of(pipe, request.height, request.width)  # what was asked for: pictures are brought to a multiple
     request = pictured(pipe, _listed(family, request))
     own = (pipe.vae_scale_factor * side for side in size_of(pipe, None, None))
     height, width = (asked or side for asked, side in zip((request.height, request.width), own, strict=True))
