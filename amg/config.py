@@ -159,7 +159,7 @@ class AMGConfig:
     "flag", "raise"."""
     block_input_copies: bool = False
     """Where a pipeline takes a picture (image to image): whether a training image that the caller put in is
-    withheld, too, when it comes out. False: it is delivered, marked `from_input`. Level `final` only."""
+    withheld, too, when it comes out. False: it is delivered, marked `from_input`."""
     blank_callbacks: bool = False
     """Whether callbacks of a protected call (`callback_on_step_end`) are shown zeros for latents from the
     first checkpoint on, so that a live preview shows no picture that is blocked in the end."""

@@ -196,12 +196,13 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     for index in (source.index, *source.also):
         index.seal.check()  # before any work, and before a truncated map is touched
     pipe, config = source.pipe, source.config
-    own = rows_of(request.image, source.index, config, source.also)
+    put_in = request.image
     request, shown = asked_of(pipe, request)
     batch = count_of(request)
     require_generator(generator, batch)
     require_shared_out(request, batch)
     shape = _shape(pipe, request, batch)
+    own = rows_of(put_in, source.index, config, source.also)
     if own and not config.block_input_copies:  # what the user put in is nothing to push away from
         config = replace(config, preset_name="off")
     scale = scale_of(pipe, request, config.guidance_scale)
@@ -214,9 +215,6 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
     begun = _begun(pipe, request, course, shape, generator)
     flights = _flights(source, request, course, config, begun.sample)
     modes, tools = Modes.here(), source.tools(request, shown)
-    safety = None
-    if request.output_type != "latent" and is_latent(pipe):
-        safety = safety_of(pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
     return Job(
         course=course,
         config=config,
@@ -232,7 +230,7 @@ def prepare(source: Source, request: Request, generator: Any, late_at: float) ->
         generator=generator,
         rescale=request.guidance_rescale,
         output_type=request.output_type,
-        safety=safety,
+        safety=_safety(pipe, request, batch, conditions),
         dtype=weights_of(network_of(pipe))[0],
         key=(id(tools.index), modes, shown, form_of(begun.sample[:1]), _alike(conditions)),
         owner=source.owner,
@@ -265,6 +263,13 @@ def _flights(
     if config.active:
         source.memory.recall(flights, course, past_first_checkpoint(config, plan.total))
     return flights
+
+
+def _safety(pipe: Any, request: Request, batch: int, conditions: Conditions) -> Any:
+    """What the pipeline does with its finished pictures; of latents nothing."""
+    if request.output_type == "latent" or not is_latent(pipe):
+        return None
+    return safety_of(pipe, [False] * batch, conditions.cond["encoder_hidden_states"].dtype)
 
 
 def form_of(value: Any) -> Hashable:

@@ -69,15 +69,16 @@ ASKED = {field.name for field in fields(Request)} - {"seed", "deadline"}
 class Sampler:
     """Guided and checked sampling from a pipeline's components.
 
-    pipe: a DDPM, DDIM, Stable Diffusion 1, 2, XL or 3, FLUX.1 or PixArt text-to-image pipeline (unprotected;
-    it is not changed), or a subclass that does not change the loop, with any scheduler whose steps are
-    linear. index, config, also: as in `amg.protect`. Calling it never touches the pipeline's scheduler, so
-    one pipeline may serve many samplers. What is replaced, loaded or moved on the pipeline is used from the
-    next request on, once those that run are done; `with sampler.paused():` changes what they share.
-    max_batch, max_pending: how many images run at the same time and how many requests may wait. cuda_graphs:
-    replay the network from CUDA graphs, one for each number of rows in a call, captured at its third: faster
-    where launching its kernels takes longer than running them (docs/engine.md); for a network whose
-    forward only computes. Errors: TypeError, ValueError for a pipeline that is not supported.
+    pipe: a DDPM, DDIM, Stable Diffusion 1, 2, XL or 3, FLUX.1 or PixArt text-to-image pipeline, or Stable
+    Diffusion 1 or 2's image to image or inpainting (unprotected; it is not changed), or a subclass that does
+    not change the loop, with any scheduler whose steps are linear. index, config, also: as in `amg.protect`.
+    Calling it never touches the pipeline's scheduler, so one pipeline may serve many samplers. What is
+    replaced, loaded or moved on the pipeline is used from the next request on, once those that run are done;
+    `with sampler.paused():` changes what they share. max_batch, max_pending: how many images run at the same
+    time and how many requests may wait. cuda_graphs: replay the network from CUDA graphs, one for each number
+    of rows in a call, captured at its third: faster where launching its kernels takes longer than running
+    them (docs/engine.md); for a network whose forward only computes. Errors: TypeError, ValueError for a
+    pipeline that is not supported.
     """
 
     def __init__(
