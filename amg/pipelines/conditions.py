@@ -28,7 +28,7 @@ def asked_of(pipe: Any, request: Request) -> tuple[Request, Size | None]:
         return request, None
     if family.drawn is None:
         size_of(pipe, request.height, request.width)  # what was asked for: pictures are brought to a multiple
-    request = pictured(pipe, _listed(family, request))
+    request = pictured(pipe, _listed(pipe, family, request))
     own = (pipe.vae_scale_factor * side for side in size_of(pipe, None, None))
     height, width = (asked or side for asked, side in zip((request.height, request.width), own, strict=True))
     drawn = height, width
@@ -83,7 +83,7 @@ def _limited() -> list[str]:
     return list(dict.fromkeys([*OF_TEXT, *OF_PIXELS, *(name for one in FAMILIES for name in one.takes)]))
 
 
-def _listed(family: Family, request: Request) -> Request:
+def _listed(pipe: Any, family: Family, request: Request) -> Request:
     """The request with its prompts as lists; ValueError unless it says what is wanted, once."""
     prompt, embeds, negative = request.prompt, request.prompt_embeds, request.negative_prompt
     if (prompt is None) == (embeds is None):
@@ -98,6 +98,9 @@ def _listed(family: Family, request: Request) -> Request:
                 f"`{name}` must be None for {family.name}, whose network is told more of a text than these: "
                 "give the text"
             )
+    missing = [name for name in family.encoders if getattr(pipe, name, None) is None]
+    if missing and not (prompt is None and negative is None):
+        raise ValueError(f"`pipe.{missing[0]}` must not be None where a text is to be encoded")
     if prompt is not None:
         prompt = [prompt] if isinstance(prompt, str) else [*prompt]
     texts: Any = prompt if embeds is None else embeds

@@ -14,8 +14,8 @@ from .conftest import TinyEmbedder
 
 SAID = {
     "sd": ("Stable Diffusion", "full: the halves", "goes back", "DDIMScheduler: noise levels", "takes it"),
-    "sd_img2img": ("Stable Diffusion", "full: the halves", "is drawn again", "DDIM", "does not take it"),
-    "flux": ("FLUX.1", "full: the halves", "goes back", "FlowMatchEuler", "does not take it"),
+    "sd_img2img": ("Stable Diffusion", "full: the halves", "is drawn again", "DDIM", "takes it"),
+    "flux": ("FLUX.1", "full: the halves", "goes back", "FlowMatchEuler", "takes it"),
     "zimage": ("none", "step: x0_hat", "is drawn again by its own call", "FlowMatch", "does not take it"),
     "ddpm": ("pixels", "full: its network", "goes back", "DDPM", "takes it"),
 }

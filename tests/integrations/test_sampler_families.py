@@ -110,6 +110,7 @@ def test_another_family_s_arguments_are_refused_by_name(name, given, message, tm
         ("flux_text", {"latents": torch.zeros(1, 1, 8, 8), **SIZE}, r"`latents` must be \[1, 16, 4\], got"),
         ("flux_text", {"true_cfg_scale": "3"}, "`true_cfg_scale` must be a number, got '3'"),
         ("flux_text", {"max_sequence_length": "3"}, "`max_sequence_length` must be an integer, got '3'"),
+        ("flux", SIZE, "`pipe.text_encoder` must not be None where a text is to be encoded"),
         ("flux_text", {"prompt_2": "abc"}, "'prompt_2'"),
         ("flux_text", {"negative_prompt_2": "abc"}, "'negative_prompt_2'"),
         ("flux_text", {"joint_attention_kwargs": {}}, "'joint_attention_kwargs'"),
