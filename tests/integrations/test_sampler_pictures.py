@@ -8,7 +8,7 @@ from amg.pipelines.pictures import to_tensor
 
 from .. import pipelines_tiny
 from .conftest import TinyEmbedder
-from .test_watch import drawn, generators, index_of, noise
+from .test_watch import OPEN, PLANTED, drawn, generators, index_of, noise, protected
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 8
