@@ -81,7 +81,7 @@ def _first_step(slot: Slot) -> Start:
     """The first step of a sample's first run."""
     job, sample = slot.job, slot.flight.initial[None].to(slot.job.dtype)
     plan, conditions = job.course.plan(job.config), job.conditions_of(slot.place)
-    return Start(job.tools.denoiser, sample, plan.t[0], conditions, plan.total * 2)
+    return Start(job.tools.denoiser, sample, plan.t[0], conditions, job.steps * 2)
 
 
 def leave(slots: Slots, rows: Sequence[int]) -> list[Done]:
