@@ -31,13 +31,12 @@ from amg.pipelines.identity import key_for
 from amg.protection.catch_up import Run, advance
 from amg.protection.group import Group
 from amg.protection.guide import Guide, note_moves
+from amg.protection.install import CallHook, installed
 from amg.protection.rewind import merge_history, rewound
 from amg.similarity import judges_for, similarity_for
 from amg.similarity.student import Screen
 
-HOOKS = needed("diffusers.hooks", "`amg.protect`")
 UNETS = needed("diffusers.models.unets.unet_2d", "`amg.protect`")
-NAME = "anti-memorization guidance"
 
 
 class Call(NamedTuple):
@@ -192,7 +191,7 @@ class Session:
         return bool(said)
 
 
-class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
+class RecordingHook(CallHook):
     """Records each U-Net call of a pipeline's loop, and gives later tries their captions."""
 
     def __init__(self, session: Session):
@@ -202,6 +201,8 @@ class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
     @functools.partial(torch.compiler.disable, recursive=False)  # what it wraps may be compiled, it is not
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         session, original = self.session, cast(Any, self.fn_ref).original_forward
+        if self.elsewhere:
+            return original(*args, **kwargs)
         sample, t, kwargs = _arguments(args, kwargs)
         guided = session.joins_halves(len(sample))
         session.require_turn(len(sample), guided)
@@ -242,17 +243,12 @@ def send_back(
 @contextmanager
 def guided_call(session: Session) -> Iterator[Session]:
     """Install hook and wrapper for one call of the pipeline, and take both away again whatever happens."""
-    pipe, registry = session.pipe, HOOKS.HookRegistry.check_if_exists_or_initialize(session.pipe.unet)
-    registry.register_hook(RecordingHook(session), NAME)
-    scheduler, original = pipe.scheduler, pipe.scheduler.step
-    scheduler.step = _wrapped_step(session, scheduler, original)
-    try:
+    pipe = session.pipe
+    wrap = functools.partial(_wrapped_step, session, pipe.scheduler)
+    with installed(pipe.unet, RecordingHook(session), pipe.scheduler, wrap):
         yield session
         if session.call is not None:
             raise _unpaired(f"one after step {session.index_of_step - 1} that no step follows")
-    finally:
-        del scheduler.step
-        registry.remove_hook(NAME, recurse=False)
 
 
 def _wrapped_step(session: Session, scheduler: Any, original: Any) -> Any:

@@ -36,6 +36,7 @@ from amg.protection.carry import carry_over
 from amg.protection.deliver import deliver
 from amg.protection.final import Held, checked_call
 from amg.protection.hook import Session, guided_call
+from amg.protection.install import take_away
 from amg.protection.watch import Watched
 from amg.similarity.student import Screen
 from amg.verdict import Verdict
@@ -207,6 +208,7 @@ def unprotect(pipe: Any) -> Any:
     if plain is type(pipe):
         raise ValueError("`pipe` must be a protected pipeline, got one that `amg.protect` has not seen")
     pipe.__class__ = plain
+    take_away(network_of(pipe))  # of a call that was interrupted
     del pipe._amg_protection
     pipe.__dict__.pop("amg_verdicts", None)
     return pipe

@@ -14,7 +14,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from amg.config import AMGConfig
 from amg.engine.drive import pristine
-from amg.extras import needed
 from amg.guidance.flight import Flight
 from amg.guidance.ordinary import Ordinary
 from amg.guidance.predict import Conditions
@@ -32,11 +31,11 @@ from amg.promise import past_first_checkpoint
 from amg.protection.begin import acting, first_of, flights_of, guide_of, levels_of
 from amg.protection.catch_up import Run
 from amg.protection.halves import Call, Halves, Unknown, halves_of, require_proved, told
-from amg.protection.hook import NAME, send_back
+from amg.protection.hook import send_back
+from amg.protection.install import CallHook, installed
 from amg.protection.shown import decoder, require_alike
 from amg.protection.tries import Stopped, Try
 
-HOOKS = needed("diffusers.hooks", "`amg.protect`")
 DECODES = "its latents decode to its pictures"
 
 
@@ -241,7 +240,7 @@ class Watch:
         self.level, self.reason, self.flights = "final", reason, []
 
 
-class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
+class RecordingHook(CallHook):
     """Records each call of a pipeline's network, and gives later tries their captions."""
 
     def __init__(self, watch: Watch):
@@ -251,6 +250,8 @@ class RecordingHook(HOOKS.ModelHook):  # type: ignore[misc, name-defined]
     @functools.partial(torch.compiler.disable, recursive=False)  # what it wraps may be compiled, it is not
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         watch, original = self.watch, cast(Any, self.fn_ref).original_forward
+        if self.elsewhere:
+            return original(*args, **kwargs)
         watch.forward = original
         if watch.family is None or watch.level == "final":
             return original(*args, **kwargs)
@@ -272,21 +273,8 @@ def _names(kind: Any) -> tuple[str, ...]:
 def watching(watch: Watch) -> Iterator[None]:
     """Install hook and wrapper for one call of the pipeline, and take both away again whatever happens."""
     scheduler, network = watch.pipe.scheduler, watch.watched.network
-    with ExitStack() as undo:
-        if network is not None:
-            registry = HOOKS.HookRegistry.check_if_exists_or_initialize(network)
-            registry.register_hook(RecordingHook(watch), NAME)
-            undo.callback(registry.remove_hook, NAME, recurse=False)
-        own = vars(scheduler).get("step")
-        scheduler.step = _wrapped(watch, scheduler.step)
-        undo.callback(_restore, scheduler, own)
+    with installed(network, RecordingHook(watch), scheduler, functools.partial(_wrapped, watch)):
         yield
-
-
-def _restore(scheduler: Any, own: Any) -> None:
-    del scheduler.step
-    if own is not None:
-        scheduler.step = own
 
 
 def _wrapped(watch: Watch, original: Any) -> Any:
