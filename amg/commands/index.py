@@ -314,7 +314,7 @@ def _guard_line(index: Index) -> str:
         return "none: imported vectors, no picture was seen"
     if index.guard is None:
         return "none: built by an earlier version, see `amg index guard`"
-    return f"{len(index.guard.rows):,} sketches ({index.manifest.guard})"
+    return f"{index.manifest.count + index.manifest.members:,} sketches ({index.manifest.guard})"
 
 
 def print_info(index: Index) -> None:

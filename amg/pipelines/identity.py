@@ -13,7 +13,6 @@ from typing import Any
 from amg.config import PRESETS, AMGConfig
 from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
-from amg.index.store import MANIFEST
 from amg.pipelines.denoiser import is_latent, weights_of
 from amg.pipelines.supported import network_of
 from amg.similarity.student import Screen
@@ -117,14 +116,13 @@ def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config
     public = {key: value for key, value in network.config.items() if not key.startswith("_")}
     text = json.dumps({"class": type(network).__name__, **public}, sort_keys=True, default=str)
     assert config.threshold is not None
-    manifest = (Path(index.path) / MANIFEST).read_bytes()
     return Key(
         name,
         hashlib.sha256(text.encode()).hexdigest(),
         type(scheduler).__name__,
         len(scheduler.timesteps),
         float(guidance_scale),
-        hashlib.sha256(manifest).hexdigest(),
+        index.manifest_sha256,
         float(config.threshold),
         config.guidance_interval,
     )
