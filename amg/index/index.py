@@ -37,6 +37,7 @@ from amg.kernels import Codes
 
 SERVED = "ray:"  # before the name of a served index, where a path is asked for
 
+
 class Index:
     """A training set on disk, memory-mapped. Build or open one with Index.build and Index.open.
 
@@ -139,17 +140,18 @@ class Index:
     ) -> Index:
         """Open an index: memory-mapped; checks version and sizes, with verify=True every hash.
 
-        path: its directory, or "ray:NAME" of one that is served (`amg.index.ray.connect`). embedder: the one it was built with; without one a cosine index takes vectors but no images.
-        searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
+        path: its directory, or "ray:NAME" of one that is served (`amg.index.ray.connect`). embedder: the one
+        it was built with; without one a cosine index takes vectors but no images. searcher: "exact" or
+        "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
         Raises IndexNotFound, IndexCorrupt, IndexVersionError, EmbedderMismatch.
         """
         if str(path).startswith(SERVED):
             from amg.index.ray import connect
 
-            index = connect(str(path).removeprefix(SERVED), embedder).to(device).with_searcher(searcher)
+            served = connect(str(path).removeprefix(SERVED), embedder).to(device).with_searcher(searcher)
             if verify:
-                index.verify()
-            return index
+                served.verify()
+            return served
         directory = Path(path).absolute()  # the program may change its directory
         manifest = read_manifest(directory)
         data = directory / manifest.folder
@@ -229,7 +231,9 @@ class Index:
         """Of manifest.json, which holds that of every file. Raises ValueError where it is no longer what was
         opened."""
         if read_manifest(self.path) != self.manifest:
-            raise ValueError(f"{self.path} must not change while it is open: it was built again, open it anew")
+            raise ValueError(
+                f"{self.path} must not change while it is open: it was built again, open it anew"
+            )
         return file_record(self.path / MANIFEST).sha256
 
     @property

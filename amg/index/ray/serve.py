@@ -11,6 +11,7 @@ from typing import Any
 from amg.index.coverage import warn_of_no_guard
 from amg.index.errors import IndexNotFound, IndexUnavailable
 from amg.index.exact import warn_of_few_rows
+from amg.index.index import Index
 from amg.index.ray.actor import Actor
 from amg.index.ray.calls import Calls, import_ray
 from amg.index.ray.served import Everyone, Served, ServedIndex
@@ -30,7 +31,7 @@ def serve(
     address: str | None = None,
     cpus: float | None = None,
     timeout: float = TIMEOUT,
-) -> ServedIndex:
+) -> Index:
     """Hold the index at `path` in `shards` actors of a Ray cluster, and connect to it.
 
     Every machine must have the same index at `path` (a shared disk, or a copy) and the same amg. Each actor
@@ -38,7 +39,8 @@ def serve(
     against its sha256, and is started again, on the same generation, where it dies. They stay until `stop`.
     name: by which others connect; by default the directory's. address: of the cluster, as ray.init takes it;
     None: the one this process is in, or RAY_ADDRESS says, or a new one on this machine alone. cpus: that each
-    actor reserves and searches on; by default an equal share of the cluster's. embedder, timeout: see
+    actor reserves, and searches on as many threads; None: none is reserved, and it searches on an equal
+    share of the cluster's. embedder, timeout: see
     `connect`. Raises ValueError for an argument, IndexNotFound, IndexCorrupt, IndexUnavailable.
     """
     _require_timeout(timeout)
@@ -50,13 +52,12 @@ def serve(
         raise ValueError(f"`cpus` must be above 0 or None, got {cpus!r}")
     ray = import_ray()
     _join(address)
-    share = ray.cluster_resources().get("CPU", 1.0) / shards if cpus is None else cpus
-    share = float(int(share)) if share > 1 else share  # Ray has no 1.5 of a CPU
+    threads = int(ray.cluster_resources().get("CPU", 1) / shards if cpus is None else cpus)
     served = Served(name, directory, manifest, file_record(directory / MANIFEST).sha256, parts)
     started: list[Any] = []
     try:
         for shard in range(shards):
-            started.append(_start(served, shard, share))
+            started.append(_start(served, shard, cpus or 0, max(1, threads)))
         Calls(served, started, timeout).ask("check", {shard: () for shard in range(shards)})
     except BaseException:
         for actor in started:
@@ -67,7 +68,7 @@ def serve(
 
 def connect(
     name: str, embedder: Any = None, *, address: str | None = None, timeout: float = TIMEOUT
-) -> ServedIndex:
+) -> Index:
     """The index that is served as `name`: an Index for `protect`, `Sampler`, `check` and `search`.
 
     `amg.Index.open("ray:NAME", embedder)` is the same. address: of the Ray cluster; None: the one this
@@ -118,14 +119,14 @@ def _find(name: str, address: str | None, timeout: float) -> tuple[Served, list[
         ) from error
 
 
-def _start(served: Served, shard: int, cpus: float) -> Any:
+def _start(served: Served, shard: int, cpus: float, threads: int) -> Any:
     """The actor of one shard, which outlives this process. Raises ValueError for a name that is taken."""
     options = {"name": f"{served.name}/{shard}", "namespace": NAMESPACE, "lifetime": "detached"}
     made = import_ray().remote(
         num_cpus=cpus, max_restarts=-1, max_task_retries=-1, scheduling_strategy="SPREAD", **options
     )(Actor)
     try:
-        return made.remote(served, shard, max(1, int(cpus)))
+        return made.remote(served, shard, threads)
     except ValueError as error:
         raise ValueError(
             f"`name` must be free, {served.name!r} is served already: stop({served.name!r}), or give another"

@@ -262,7 +262,11 @@ class ServedIndex(Index):
 
     def __reduce__(self) -> Any:
         """Pickled by its name: connected again where it is unpickled."""
-        return functools.partial(self.again, device=str(self.device)), (self.embedder,)
+        return _again, (self.again, self.embedder, str(self.device))
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, {len(self.everyone.served.parts)} shards)"
+
+
+def _again(connect: Callable[..., Index], embedder: Any, device: str) -> Index:
+    return connect(embedder).to(device)

@@ -128,8 +128,9 @@ class Shard:
         return sum(caption is not None and bool(caption.strip()) for caption in self._meta["caption"])
 
     def _among(self, rows: Tensor, codes: Codes | None, queries: Tensor, k: int, first: int) -> Ranked:
-        search = _cosine if self.manifest.metric == "cosine" else _pixels
-        return search(rows, codes, queries, k, first)
+        if self.manifest.metric == "nl2":
+            return _pixels(rows, queries, k, first)
+        return _cosine(rows, codes, queries, k, first)
 
     @functools.cached_property
     def _meta(self) -> dict[str, list]:
@@ -162,7 +163,7 @@ def _cosine(rows: Tensor, codes: Codes | None, queries: Tensor, k: int, first: i
     return Ranked(closeness, place, place)
 
 
-def _pixels(rows: Tensor, codes: None, queries: Tensor, k: int, first: int) -> Ranked:
+def _pixels(rows: Tensor, queries: Tensor, k: int, first: int) -> Ranked:
     """The k closest of uint8 `rows`, by −ℓ2."""
     if len(rows) == 0:
         return _nothing(queries)

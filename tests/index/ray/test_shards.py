@@ -30,7 +30,7 @@ class Here:
 def sharded(index, shards):
     parts = tuple(parts_of(index.manifest, shards))
     served = Served("here", index.path, index.manifest, index.manifest_sha256, parts)
-    made = ServedIndex(Everyone(served, Here(served)), lambda embedder, device: index)
+    made = ServedIndex(Everyone(served, Here(served)), lambda embedder: index)
     return made if index.embedder is None else made.attach(index.embedder)
 
 
