@@ -4,8 +4,8 @@ python benchmarks/bench_ray.py                   # benchmarks/results/ray.csv; n
 python benchmarks/bench_ray.py --cases kill      # one of them; the figures of others stay
 
 overhead-*: vectors of 512, made up, in one process and in 4 shards on the same machine, by turns; cosine,
-exact. kill: every tenth search, one of 4 shards is killed while it is asked (SIGKILL); every answer is compared
-with one process's, to the bit.
+exact. kill: every tenth search, one of 4 shards is killed while it is asked (SIGKILL). Every answer is
+compared with one process's, to the bit.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import ray
 
-    ray.init(include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    ray.init("local", include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
     known: dict[str, dict[str, Any]] = {}
     if options.csv.exists():
         with options.csv.open(newline="", encoding="utf-8") as file:

@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*has no guar
 @pytest.fixture(scope="module", autouse=True)
 def cluster(tmp_path_factory):
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 << 20,
