@@ -4,7 +4,8 @@ python benchmarks/bench_ray.py                   # benchmarks/results/ray.csv; n
 python benchmarks/bench_ray.py --cases kill      # one of them; the figures of others stay
 
 overhead-*: vectors of 512, made up, in one process and in 4 shards on the same machine, by turns; cosine,
-exact. kill: every tenth search, one of 4 shards is killed while it is asked (SIGKILL). Every answer is
+exact; "CPU ratio" compares processor time, all shards' and the client's, which other programs on the machine
+change less. kill: every tenth search, one of 4 shards is killed while it is asked (SIGKILL). Every answer is
 compared with one process's, to the bit.
 """
 
@@ -69,22 +70,41 @@ def overhead(count: int, batch: int, rounds: int) -> dict[str, Any]:
         began = time.perf_counter() - start
         generator = torch.Generator().manual_seed(1)
         taken: dict[str, list[float]] = {"one": [], "served": []}
-        wrong = 0
+        spent, wrong = {"one": 0.0, "served": 0.0}, 0
+        shards = processes(served)
         for turn in range(rounds + 2):  # two to warm up
             queries, found = near(index, batch, generator), {}
             order = [("one", index), ("served", served)]
             for name, searched in order if turn % 2 else order[::-1]:
                 time.sleep(0.02)
-                start = time.perf_counter()
+                start, before = time.perf_counter(), seconds_of(shards)
                 found[name] = searched.nearest(queries)
                 taken[name].append(1e3 * (time.perf_counter() - start))
+                spent[name] += seconds_of(shards) - before if turn > 1 else 0
             wrong += differ(found["served"], found["one"])
         stop("i.amg")
     one, shared = taken["one"][2:], taken["served"][2:]
     figures = {"one process ms": median(one), "served ms": median(shared)}
     figures["ratio"] = round(statistics.median(shared) / statistics.median(one), 3)
+    figures["CPU ratio"] = round(spent["served"] / spent["one"], 3)
     quantiles = {"one p80 ms": p80(one), "served p80 ms": p80(shared)}
     return {**figures, **quantiles, "searches": len(one) + 2, "wrong": wrong, "serving s": round(began, 1)}
+
+
+def processes(served: Any) -> list[int]:
+    """This process, and those of the shards."""
+    import ray
+
+    return [os.getpid(), *ray.get([actor.process.remote() for actor in served.everyone.shards.actors])]
+
+
+def seconds_of(pids: list[int]) -> float:
+    """Processor time so far, of all their threads."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def median(values: list[float]) -> float:
