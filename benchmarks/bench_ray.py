@@ -3,10 +3,10 @@
 python benchmarks/bench_ray.py                   # benchmarks/results/ray.csv; needs the extra `ray`
 python benchmarks/bench_ray.py --cases kill      # one of them; the figures of others stay
 
-overhead-*: vectors of 512, made up, in one process and in 4 shards on the same machine, by turns; cosine,
-exact; "CPU ratio" compares processor time, all shards' and the client's, which other programs on the machine
-change less. kill: every tenth search, one of 4 shards is killed while it is asked (SIGKILL). Every answer is
-compared with one process's, to the bit.
+overhead-*: vectors of 512 (pixels: pictures of 32x32), made up, in one process and in 4 shards on the same
+machine, by turns, exact; "CPU ratio" compares processor time, all shards' and the client's, which other
+programs on the machine change less. kill: every tenth search, one of 4 shards is killed while it is asked
+(SIGKILL). Every answer is compared with one process's, to the bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from protocol import RESULTS, commit, processor
 
 DIMENSION, SHARDS, BLOCK = 512, 4, 1 << 15
-OVERHEADS = {"overhead-100k": 100_000, "overhead-1m": 1_000_000}  # rows
+OVERHEADS = {"overhead-100k": 100_000, "overhead-1m": 1_000_000, "overhead-pixels-10k": 10_000}  # rows
 CASES = [*OVERHEADS, "kill"]
 KILL_ROWS, SEARCHES, KILLS = 100_000, 200, 20
 
@@ -50,8 +50,22 @@ def made(folder: str, count: int) -> Any:
     )
 
 
+def painted(folder: str, count: int) -> Any:
+    """A pixel index of `count` pictures."""
+    import amg
+
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return amg.Index.build(pictures, path=Path(folder) / "i.amg", near_duplicate=False, progress=False)
+
+
 def near(index: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
-    """Queries [batch, 512]: half of them near a row, half near none."""
+    """Queries [batch, D]: half of them near a row, half near none."""
+    if index.metric == "nl2":
+        queries = torch.rand(batch, index.dimension, generator=generator)
+        chosen = torch.randint(index.count, (batch // 2,), generator=generator)
+        queries[: batch // 2] = 0.9 * index.rows[chosen] / 255 + 0.1 * queries[: batch // 2]
+        return queries
     queries = torch.nn.functional.normalize(torch.randn(batch, DIMENSION, generator=generator), dim=1)
     half = batch // 2
     chosen = torch.randint(index.count, (half,), generator=generator)
@@ -59,12 +73,12 @@ def near(index: Any, batch: int, generator: torch.Generator) -> torch.Tensor:
     return queries
 
 
-def overhead(count: int, batch: int, rounds: int) -> dict[str, Any]:
+def overhead(case: str, batch: int, rounds: int) -> dict[str, Any]:
     """Both by turns, on fresh queries; the medians and what the slowest fifth took."""
     from amg.index.ray import serve, stop
 
     with tempfile.TemporaryDirectory() as folder:
-        index = made(folder, count)
+        index = (painted if "pixels" in case else made)(folder, OVERHEADS[case])
         start = time.perf_counter()
         served = serve(index.path, shards=SHARDS, timeout=600)
         began = time.perf_counter() - start
@@ -184,7 +198,7 @@ def main() -> int:
             known = {line["case"]: line for line in csv.DictReader(file)}
     for case in options.cases:
         rows = OVERHEADS.get(case, KILL_ROWS)
-        figures = overhead(rows, options.batch, options.rounds) if case in OVERHEADS else kill(options.batch)
+        figures = overhead(case, options.batch, options.rounds) if case in OVERHEADS else kill(options.batch)
         where = {"threads": torch.get_num_threads(), "machine": processor(), "commit": commit()}
         known[case] = {
             "case": case,
