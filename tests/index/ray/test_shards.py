@@ -11,27 +11,11 @@ from amg.index import Index
 from amg.index.errors import IndexCorrupt
 from amg.index.ray.answers import best_of, nl2_of
 from amg.index.ray.batch import Batcher
-from amg.index.ray.served import Everyone, Served, ServedIndex
 from amg.index.ray.shard import Ranked, Shard, parts_of
 
+from .here import sharded
+
 pytest.importorskip("pyarrow")
-
-
-class Here:
-    """Shards in this process."""
-
-    def __init__(self, served):
-        self.shards = [Shard(served.path, served.manifest, part) for part in served.parts]
-
-    def ask(self, question, arguments):
-        return {shard: self.shards[shard].answer(question, *given) for shard, given in arguments.items()}
-
-
-def sharded(index, shards):
-    parts = tuple(parts_of(index.manifest, shards))
-    served = Served("here", index.path, index.manifest, index.manifest_sha256, parts)
-    made = ServedIndex(Everyone(served, Here(served)), lambda embedder: index)
-    return made if index.embedder is None else made.attach(index.embedder)
 
 
 @pytest.fixture
