@@ -17,6 +17,7 @@ EXTRAS = {
     "open_clip": "clip",
     "pyarrow": "index",
     "pywt": "demo",
+    "ray": "ray",
     "scipy": "metrics",
     "skimage": "demo",
     "sklearn": "demo",

@@ -138,6 +138,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "own-loop": whole("own_loop.csv"),
     "pipelines": whole("pipelines.csv"),
     "index": whole("index.csv"),
+    "ray": whole("ray.csv"),
     "flow": by("bench_flow", "flow.csv"),
     "flow-detection": by("bench_flow", "flow_detection.csv"),
     "diffusers-tests": whole("diffusers_tests.csv"),

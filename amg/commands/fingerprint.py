@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from amg.config import AMGConfig
-from amg.index.store import MANIFEST, read_manifest
 
 FILES = ("calibration", "student")  # fields of a config that name one
 BITS = {1: torch.uint8, 2: torch.int16}  # what values of so many bytes are read as; larger ones as int32
@@ -61,10 +60,8 @@ def index_fingerprint(index: Any) -> str:
 
     ValueError where what lies at its path is no longer what was opened.
     """
-    if read_manifest(Path(index.path)) != index.manifest:
-        raise ValueError(f"{index.path} must not change while it is open: it was built again, open it anew")
     name = index.metric if index.manifest.embedder is None else index.manifest.embedder.name
-    return f"{name}, {index.count} rows, {file_fingerprint(Path(index.path) / MANIFEST)[:16]}"
+    return f"{name}, {index.count} rows, {index.manifest_sha256[:16]}"
 
 
 def config_fingerprint(config: AMGConfig) -> dict[str, Any]:

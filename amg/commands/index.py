@@ -129,6 +129,12 @@ def _add_build(commands: Any) -> None:
     build.add_argument("--strict", action="store_true", help="stop at an unreadable image, do not skip it")
     build.add_argument("--no-resume", action="store_true", help="discard what an interrupted build left")
     build.add_argument("--quiet", action="store_true", help="no progress bar")
+    build.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="build by the workers of this Ray cluster (HOST:PORT, auto or local), all of which must have "
+        "IMAGES and OUT at the same paths; it always resumes",
+    )
     build.set_defaults(run=_reporting(run_build))
 
 
@@ -196,22 +202,27 @@ def _load_embedder(spec: str | None) -> Any:
 
 def run_build(arguments: argparse.Namespace) -> None:
     """amg index build."""
-    index = Index.build(
-        _one_or_all(arguments.images),
-        arguments.captions,
-        _load_embedder(arguments.embedder),
-        arguments.out,
-        size=arguments.size,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        near_duplicate=arguments.near_duplicate,
-        progress=not arguments.quiet,
-        resume=not arguments.no_resume,
-        on_error="raise" if arguments.strict else "skip",
-        background=arguments.background,
-        image_column=arguments.image_column,
-    )
-    print_info(index)
+    images, captions, out = _one_or_all(arguments.images), arguments.captions, arguments.out
+    options = {
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "batch_size": arguments.batch_size,
+        "near_duplicate": arguments.near_duplicate,
+        "progress": not arguments.quiet,
+        "on_error": "raise" if arguments.strict else "skip",
+        "background": arguments.background,
+        "image_column": arguments.image_column,
+    }
+    if arguments.ray is not None:
+        from amg.index.ray import build
+
+        if arguments.no_resume:
+            raise ValueError("`--no-resume` must not be given with `--ray`: remove OUT.segments instead")
+        made = None if arguments.embedder == "pixels" else arguments.embedder
+        print_info(build(images, captions, made, out, address=arguments.ray, **options))
+        return
+    embedder = _load_embedder(arguments.embedder)
+    print_info(Index.build(images, captions, embedder, out, resume=not arguments.no_resume, **options))
 
 
 def _one_or_all(images: list[str]) -> str | list[str]:
@@ -314,7 +325,7 @@ def _guard_line(index: Index) -> str:
         return "none: imported vectors, no picture was seen"
     if index.guard is None:
         return "none: built by an earlier version, see `amg index guard`"
-    return f"{len(index.guard.rows):,} sketches ({index.manifest.guard})"
+    return f"{index.manifest.count + index.manifest.members:,} sketches ({index.manifest.guard})"
 
 
 def print_info(index: Index) -> None:

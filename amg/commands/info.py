@@ -22,6 +22,7 @@ OPTIONAL = (
     "scikit-learn",
     "matplotlib",
     "jinja2",
+    "ray",
     "triton",
 )
 

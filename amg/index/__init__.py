@@ -9,6 +9,7 @@ from amg.index.errors import (
     IndexFault,
     IndexNotFound,
     IndexStorageError,
+    IndexUnavailable,
     IndexVersionError,
 )
 from amg.index.hits import Hits
@@ -23,6 +24,7 @@ __all__ = [
     "IndexFault",
     "IndexNotFound",
     "IndexStorageError",
+    "IndexUnavailable",
     "IndexVersionError",
     "add_guard",
     "extend",

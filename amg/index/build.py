@@ -38,6 +38,16 @@ def build_index(
     Raises IndexBuildError for the input, IndexStorageError for the disk.
     """
     require_new(path)
+    source, table = opened(images, captions, plan)
+
+    def fill(state: State, partial: Path) -> None:
+        read_all(source, table, plan, state, partial, progress)
+
+    write_whole(path, plan.identity(source, table), resume, fill)
+
+
+def opened(images: Any, captions: Any, plan: BuildPlan) -> tuple[ImageSource, Captions]:
+    """What a build reads, as it is given to one. Raises IndexBuildError."""
     source = open_source(
         images,
         caption_column(images, captions),
@@ -49,11 +59,7 @@ def build_index(
     table = table.settle(source, plan.ids)
     if source.length is not None:
         plan.check_totals(table, source.length)
-
-    def fill(state: State, partial: Path) -> None:
-        _run(source, table, plan, state, partial, progress)
-
-    write_whole(path, plan.identity(source, table), resume, fill)
+    return source, table
 
 
 def require_place(path: Any) -> Path:
@@ -114,7 +120,7 @@ def _after_failure(error: BaseException, partial: Path) -> None:
         ) from error
 
 
-def _run(
+def read_all(
     source: ImageSource, captions: Captions, plan: BuildPlan, state: State, partial: Path, progress: bool
 ) -> None:
     """Shards from where the state stands to the end, then the finished files."""

@@ -27,3 +27,7 @@ class IndexVersionError(IndexFault, RuntimeError):
 
 class EmbedderMismatch(IndexFault, ValueError):
     """The embedder is not the one the index was built with."""
+
+
+class IndexUnavailable(IndexFault, TimeoutError):
+    """A shard of a served index did not answer; the message names it. No other shards' answer is given."""

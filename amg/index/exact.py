@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -105,6 +106,16 @@ def make_searcher(spec: str, rows: torch.Tensor, metric: str, codes: Codes | Non
     from amg.index.faiss import FaissSearcher
 
     return FaissSearcher(rows, metric, spec)
+
+
+def warn_of_few_rows(directory: Path, manifest: Manifest) -> None:
+    """Say to the caller's caller that nL2 over so few rows is another measure."""
+    if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
+        warnings.warn(
+            f"{directory} has {manifest.count} rows, nL2 is over the {NL2_NEIGHBOURS} nearest: "
+            "with fewer, its usual threshold of 1.4 does not mean the same",
+            stacklevel=3,
+        )
 
 
 def map_codes(directory: Path, manifest: Manifest) -> Codes | None:

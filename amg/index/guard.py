@@ -6,6 +6,7 @@ of the same pictures, which only ever looks: the cosine of their luminance gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,6 @@ class Guard:
     sketches: Tensor
     rows: Tensor
 
-    @torch.no_grad()
     def nearest(self, images: Tensor) -> Alike:
         """`images` float [B, 3, H, W], of which [0, 1] counts, anywhere -> Alike on the images' device.
 
@@ -50,13 +50,11 @@ class Guard:
         trained with flips repeats its pictures that way too. A picture without structure is like none (0).
         Looks at no value: of a picture that is not finite similarity is NaN and row 0.
         """
-        images = nan_unless_finite(images)
-        queries = torch.cat([_directions(images), _directions(images.flip(-1))]).to(self.sketches.device)
-        found = amg.kernels.top1_cosine(queries, self.sketches)
-        similarity, view = found.similarity.view(2, -1).max(0)
-        chosen = found.row.view(2, -1).gather(0, view[None])[0]
-        row = where_rows(~similarity.isnan(), self.rows[chosen], 0)
-        return Alike(similarity.to(images.device), row.to(images.device))
+        return most_alike(images, self._search)
+
+    def _search(self, directions: Tensor) -> Alike:
+        found = amg.kernels.top1_cosine(directions.to(self.sketches.device), self.sketches)
+        return Alike(found.similarity, self.rows[found.row])
 
     def to(self, device: torch.device) -> Guard:
         """This guard with its sketches on another device."""
@@ -75,6 +73,16 @@ def map_guard(directory: Path, manifest: Manifest, folded: Tensor) -> Guard | No
         )
     sketches = map_file(directory / GUARD, SKETCH_DTYPE, manifest.count + manifest.members, SKETCH_LENGTH)
     return Guard(sketches, torch.cat([torch.arange(manifest.count), folded]))
+
+
+@torch.no_grad()
+def most_alike(images: Tensor, search: Callable[[Tensor], Alike]) -> Alike:
+    """What Guard.nearest says, where `search` finds the sketch closest to each of directions [2B, 2048]."""
+    images = nan_unless_finite(images)
+    found = search(torch.cat([_directions(images), _directions(images.flip(-1))]))
+    similarity, view = found.similarity.view(2, -1).max(0)
+    row = where_rows(~similarity.isnan(), found.row.view(2, -1).gather(0, view[None])[0], 0)
+    return Alike(similarity.to(images.device), row.to(images.device))
 
 
 @torch.no_grad()

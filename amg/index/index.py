@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,28 @@ from amg.embed.precision import full_precision
 from amg.index.change import extend, remove
 from amg.index.coverage import warn_of_a_name_alone, warn_of_no_guard
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
-from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
+from amg.index.exact import Nearest, Searcher, make_searcher, map_codes, warn_of_few_rows
 from amg.index.guard import Guard, map_guard
 from amg.index.hits import Closest, Hits
 from amg.index.imported.embeddings import from_embeddings
 from amg.index.imported.verify import LEAST_COSINE, verify
 from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
-from amg.index.store import META, Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
+from amg.index.store import (
+    MANIFEST,
+    META,
+    Manifest,
+    check_hashes,
+    check_sizes,
+    file_record,
+    map_rows,
+    read_manifest,
+    read_meta,
+)
 from amg.index.usable import require_directions, require_searchable, searchable
 from amg.kernels import Codes
+
+SERVED = "ray:"  # before the name of a served index, where a path is asked for
 
 
 class Index:
@@ -142,20 +153,23 @@ class Index:
         a process. "size": none is, which every verdict says (`Verdict.trust`); codes, which cannot be told
         from those of other rows, then serve the sampling loop alone, and the final check reads all rows.
 
-        embedder: the one it was built with; without one a cosine index takes vectors but no images.
-        searcher: "exact" or "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
+        path: its directory, or "ray:NAME" of one that is served (`amg.index.ray.connect`). embedder: the one
+        it was built with; without one a cosine index takes vectors but no images. searcher: "exact" or
+        "faiss:<index factory string>[;nprobe=16]". device: where rows are searched.
         Raises IndexNotFound, IndexCorrupt, IndexVersionError, EmbedderMismatch.
         """
+        if str(path).startswith(SERVED):
+            from amg.index.ray import connect
+
+            served = connect(str(path).removeprefix(SERVED), embedder).to(device).with_searcher(searcher)
+            if verify:
+                served.verify()
+            return served
         directory = Path(path).absolute()  # the program may change its directory
         manifest = read_manifest(directory)
         data = directory / manifest.folder
         (check_hashes if verify else check_sizes)(data, manifest)
-        if manifest.metric == "nl2" and manifest.count < NL2_NEIGHBOURS:
-            warnings.warn(
-                f"{directory} has {manifest.count} rows, nL2 is over the {NL2_NEIGHBOURS} nearest: "
-                "with fewer, its usual threshold of 1.4 does not mean the same",
-                stacklevel=2,
-            )
+        warn_of_few_rows(directory, manifest)
         warn_of_no_guard(directory, manifest)
         index = Index(directory, manifest, map_rows(data, manifest), map_codes(data, manifest), trust)
         index = index.to(device)
@@ -229,6 +243,16 @@ class Index:
     def device(self) -> torch.device:
         """Where the rows are."""
         return self.rows.device
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Of manifest.json, which holds that of every file. Raises ValueError where it is no longer what was
+        opened."""
+        if read_manifest(self.path) != self.manifest:
+            raise ValueError(
+                f"{self.path} must not change while it is open: it was built again, open it anew"
+            )
+        return file_record(self.path / MANIFEST).sha256
 
     @property
     def metric(self) -> str:

@@ -13,7 +13,6 @@ from amg.index.exact import Nearest
 from amg.index.fold import row_hashes
 from amg.index.guard import SKETCH_DTYPE, SKETCH_LENGTH
 from amg.index.store import DTYPES, GUARD, MEMBER_ROWS, MEMBERS_FILE, Manifest, append, map_file, truncate
-from amg.kernels import NL2
 
 MEMBER_SKETCHES = "members.sketches.f16"  # during a build; at its end they follow the rows' own
 HASH_BLOCK = 1 << 13
@@ -32,23 +31,29 @@ class Members:
         Exact. nl2: over the rows' denominator, which duplicates among the nearest would make small. NaN where
         either similarity is: what could not be measured is no evidence.
         """
-        similarity, member = self._nearest(queries, found.extras)
-        row, nearer = self.rows.to(member.device)[member], similarity > found.similarity
-        return found._replace(
-            similarity=torch.maximum(similarity, found.similarity),
-            row=torch.where(nearer, row, found.row),
-        )
-
-    def _nearest(self, queries: Tensor, of_rows: NL2 | None) -> tuple[Tensor, Tensor]:
-        if of_rows is None:
-            found = amg.kernels.top1_cosine(queries, self.vectors)
-            return found.similarity.clamp(-1, 1), found.row
-        pixels = amg.kernels.nl2(queries, self.vectors, k=1)
-        return torch.where(pixels.distance == 0, 0.0, -pixels.distance / of_rows.denominator), pixels.row
+        if found.extras is None:
+            cosine = amg.kernels.top1_cosine(queries, self.vectors)
+            closeness, member = cosine.similarity, cosine.row
+        else:
+            pixels = amg.kernels.nl2(queries, self.vectors, k=1)
+            closeness, member = -pixels.distance, pixels.row
+        return closer(found, closeness, self.rows.to(member.device)[member])
 
     def to(self, device: torch.device) -> Members:
         """These members on another device."""
         return Members(self.vectors.to(device), self.rows.to(device))
+
+
+def closer(found: Nearest, closeness: Tensor, row: Tensor) -> Nearest:
+    """What was `found` among the rows, or the closest folded picture: its cosine or −ℓ2 [B], and its row."""
+    if found.extras is None:
+        similarity = closeness.clamp(-1, 1)
+    else:
+        similarity = torch.where(closeness == 0, 0.0, closeness / found.extras.denominator)
+    return found._replace(
+        similarity=torch.maximum(similarity, found.similarity),
+        row=torch.where(similarity > found.similarity, row, found.row),
+    )
 
 
 def map_members(directory: Path, manifest: Manifest) -> Members | None:

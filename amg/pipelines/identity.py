@@ -14,7 +14,6 @@ from typing import Any
 from amg.config import PRESETS, AMGConfig
 from amg.embed.student import Origin, load_student
 from amg.guidance.gate import Gate, Key
-from amg.index.store import MANIFEST
 from amg.pipelines.denoiser import is_latent, is_packed, weights_of
 from amg.pipelines.supported import network_of
 from amg.similarity.student import Screen
@@ -48,13 +47,8 @@ def _guarded(config: AMGConfig) -> AMGConfig:
 def require_calibrated_for(index: Any, config: AMGConfig) -> None:
     """ValueError unless the config's calibration was made for this index, whatever the model."""
     gate = gate_of(config)
-    if gate is not None and gate.key is not None and gate.key.index_sha256 != manifest_sha256(index):
+    if gate is not None and gate.key is not None and gate.key.index_sha256 != index.manifest_sha256:
         raise ValueError(f"`calibration` must be for this index ({index.path}), got {config.calibration}")
-
-
-def manifest_sha256(index: Any) -> str:
-    """The sha256 of an index's manifest, which says what it holds."""
-    return hashlib.sha256((Path(index.path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def require_indexes(index: Any, also: Sequence[Any]) -> tuple[Any, ...]:
@@ -153,7 +147,7 @@ def key_for(pipe: Any, index: Any, scheduler: Any, guidance_scale: float, config
         type(scheduler).__name__,
         len(scheduler.timesteps),
         float(guidance_scale),
-        manifest_sha256(index),
+        index.manifest_sha256,
         float(config.threshold),
         config.guidance_interval,
     )

@@ -23,6 +23,15 @@ def pixels_of_token(pipe: Any) -> int:
     return int(pipe.vae_scale_factor * pipe.transformer.config.patch_size)
 
 
+def scheduler_s_own(pipe: Any, steps: int) -> None:
+    """No sigmas but the scheduler's."""
+
+
+def eight_pixels(pipe: Any) -> int:
+    """Of a latent, which a U-Net takes one by one."""
+    return 8
+
+
 @dataclass(frozen=True)
 class Family:
     """Pipelines of one kind.
@@ -61,10 +70,10 @@ class Family:
     takes: tuple[str, ...] = ("clip_skip", "timesteps")
     flow: bool = False
     max_shift: float = 1.15
-    sigmas: Callable[[Any, int], list[float] | None] = lambda pipe, steps: None
+    sigmas: Callable[[Any, int], list[float] | None] = scheduler_s_own
     packed: int = 1
     variances: bool = False
-    token: Callable[[Any], int] = lambda pipe: 8
+    token: Callable[[Any], int] = eight_pixels
     drawn: Callable[[Any, Request], Size] | None = None
 
     def of(self, pipe: Any) -> bool:
