@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amg.commands.progress import bar
 from amg.evaluate.paired import Difference, fid_difference, mean_difference, resampled
-from amg.extras import require
+from amg.extras import needed, require
 from amg.replacing import replacing
 
 Interval = tuple[float, float]
@@ -201,9 +201,7 @@ def sheet_path(out: Path) -> Path:
 
 def sheet(rows: Sequence[Tensor], path: Path, gap: int = 2) -> None:
     """Pictures uint8 [n, 3, H, W], a row an interval, as a PNG."""
-    require(("PIL",), "the sheet of pictures", "report")
-    from PIL import Image
-
+    Image = needed("PIL.Image", "the sheet of pictures", "report")
     high, wide = (size + gap for size in rows[0].shape[-2:])
     page = Image.new("RGB", (wide * len(rows[0]) - gap, high * len(rows) - gap), "white")
     for top, row in enumerate(rows):
