@@ -73,7 +73,9 @@ def _mark(
             f"{directory} must be a directory of amg's own, got one of user {found.st_uid}: move it away"
         )
     if _mode(directory) is None:
-        others = sorted(set(os.listdir(handle)) - {MARKER})  # a marker that was cut short
+        others = sorted(  # a marker that was cut short is ours, and so is one that was being written
+            name for name in os.listdir(handle) if name != MARKER and not name.startswith(TEMPORARY)
+        )
         if others and not of_earlier_version():
             raise error(
                 f"{directory} must be a directory of amg's own, got one without its marker that holds "

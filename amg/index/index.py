@@ -384,8 +384,10 @@ class Index:
         self.seal.check()
         images = images.to(self.device)
         queries = searchable(self._require_vectors(self.encode(images)), self.metric)
-        codes = self.codes if self.trust == "hashes" else None
-        found = make_searcher("exact", self.rows, self.metric, codes).nearest(queries)
+        exact = self.with_searcher("exact").searcher
+        if self.trust != "hashes":
+            exact = make_searcher("exact", self.rows, self.metric, None)
+        found = exact.nearest(queries)
         if self.members is not None:
             found = self.members.nearer(queries, found)
         alike = None if self.guard is None else self.guard.nearest(images)

@@ -140,6 +140,9 @@ def test_an_empty_directory_may_be_used_and_a_failed_build_leaves_nothing(tmp_pa
     (tmp_path / "X.amg.partial").mkdir()
     (tmp_path / "X.amg.partial" / MARKER).write_text("")  # killed while the marker was written
     assert build(pictures, tmp_path / "X.amg").count == 80
+    (tmp_path / "Y.amg.partial").mkdir()
+    (tmp_path / "Y.amg.partial" / f"{TEMPORARY}0123456789abcdef").write_text("{")  # before it had its name
+    assert build(pictures, tmp_path / "Y.amg").count == 80
 
 
 def test_a_disk_that_is_full_before_the_marker_leaves_nothing(tmp_path, pictures, monkeypatch):
