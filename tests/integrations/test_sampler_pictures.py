@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import amg
+from amg.engine.slots import Slots
 from amg.pipelines.pictures import to_tensor
 
 from .. import pipelines_tiny
@@ -126,6 +127,23 @@ def test_inpainting_keeps_what_is_outside_the_mask_through_a_later_try(tmp_path)
     assert apart[:, :4].amax((1, 2)).min() > spread and apart[:, 4:].max() < 0.2 * spread
 
 
+def test_a_later_try_keeps_the_picture_under_its_own_noise(tmp_path, monkeypatch):
+    pipe, call = build("sd_inpaint", strength=1.0)
+    plain = drawn(pipe, call).images.clamp(0, 1)
+    index = index_of(torch.cat([plain, noise(60, plain)]), tmp_path)
+    start_again, own = Slots.start_again, []
+
+    def started_again(slots, rows, sample):
+        own.extend(torch.equal(slots.slots[row].kept.noise[0], sample[at]) for at, row in enumerate(rows))
+        start_again(slots, rows, sample)
+
+    monkeypatch.setattr(Slots, "start_again", started_again)
+    sample(
+        amg.Sampler(pipe, index, config(**{**PLANTED, "rewind_at": (0.6,), "guard_threshold": None})), call
+    )
+    assert own and all(own)
+
+
 def test_a_picture_that_the_user_put_in_is_handed_out(tmp_path):
     pipe, call = build("sd_img2img", strength=0.25)
     plain = drawn(pipe, call).images
@@ -137,6 +155,7 @@ def test_a_picture_that_the_user_put_in_is_handed_out(tmp_path):
     assert all(verdict.memorized and verdict.from_input and not verdict.blocked for verdict in out.amg)
     blocked = sample(amg.Sampler(pipe, index, config(block_input_copies=True, **options)), call)
     assert all(verdict.from_input and verdict.blocked and verdict.rewinds for verdict in blocked.amg)
+    assert all(verdict.evaluations <= 3 * 2 * 2 for verdict in blocked.amg)  # of two steps, not of eight
 
 
 @pytest.mark.parametrize("name", KINDS)
