@@ -39,7 +39,7 @@ from amg.commands.demo import (
     open_index,
     open_pipeline,
 )
-from amg.commands.sample import SCHEDULERS
+from amg.commands.sample import scheduler_named
 from amg.config import AMGConfig
 from amg.engine.sampler import Sampler
 from amg.evaluate.judges import luminance_correlation
@@ -196,11 +196,9 @@ def line_of(stage: Stage, attack: Attack, preset: str, count: int) -> Line:
 
 def draw(stage: Stage, attack: Attack, config: AMGConfig, index: Any, count: int) -> Drawn:
     """`count` pictures of one attack."""
-    import diffusers
 
-    kind = getattr(diffusers, SCHEDULERS[attack.scheduler])
     pipe, scale = stage.pipe, GUIDANCE_SCALES[stage.name] if attack.scale is None else attack.scale
-    pipe.scheduler = kind.from_config(stage.scheduler.config)
+    pipe.scheduler = scheduler_named(attack.scheduler, stage.scheduler.config)
     arguments = {
         **conditions(stage, attack, count),
         **attack.options,

@@ -22,6 +22,7 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+OPTIONS = {"pndm": {"skip_prk_steps": True}}  # as Stable Diffusion's: `Sampler` has no Runge-Kutta steps
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,7 +121,6 @@ def _summary(delivered: Sequence[Any]) -> str:
 
 def open_model(model: str, scheduler: str | None, device: str) -> Any:
     """A bundled model by name, or a pipeline from a local diffusers folder, with the scheduler asked for."""
-    from amg.extras import needed
     from amg.pipelines.families import family_of
     from amg.pipelines.supported import require_sampled
 
@@ -135,9 +135,16 @@ def open_model(model: str, scheduler: str | None, device: str) -> Any:
                 f"`--scheduler` must be left out for {type(pipe).__name__}, whose flow matching has its own, "
                 f"got {scheduler!r}"
             )
-        diffusers = needed("diffusers", "a scheduler")
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_named(scheduler, pipe.scheduler.config)
     return pipe
+
+
+def scheduler_named(name: str, config: Any) -> Any:
+    """One of `SCHEDULERS`, of another's config."""
+    from amg.extras import needed
+
+    kind = getattr(needed("diffusers", "a scheduler"), SCHEDULERS[name])
+    return kind.from_config(config, **OPTIONS.get(name, {}))
 
 
 def open_pipeline(model: str, device: str, sampled: bool = False) -> Any:

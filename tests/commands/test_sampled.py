@@ -395,3 +395,16 @@ def test_what_was_blocked_and_what_was_flagged_is_said(asked, tmp_path, monkeypa
     assert asked() == 0 and capsys.readouterr().out == said.out  # taken up
     assert asked(out="another") == 0 and "flagged" not in capsys.readouterr().out
     assert [record["nsfw"] for record in lines(tmp_path / "another")] == [None, None]
+
+
+def test_every_scheduler_of_the_command_line_is_one_that_the_sampler_runs():
+    pytest.importorskip("diffusers")
+    from amg import zoo
+    from amg.commands.sample import SCHEDULERS, scheduler_named
+    from amg.engine.table import Tables
+
+    config = zoo.load("photos-sd").scheduler.config
+    for name in SCHEDULERS:
+        scheduler = scheduler_named(name, config)
+        assert type(scheduler).__name__ == SCHEDULERS[name]
+        assert Tables()(scheduler, num_inference_steps=10).states <= 3
