@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from amg.index.errors import IndexBuildError
@@ -120,6 +121,33 @@ def read_logs(partial: Path, shards: int) -> Iterator[Any]:
         yield log
 
 
+def _logged_hashes(partial: Path, state: State) -> tuple[np.ndarray, np.ndarray]:
+    """Content hashes [kept] of the rows' vectors and sketches, as logged with the first image of each."""
+    vectors, sketches = np.zeros((2, state.kept), dtype=np.uint64)
+    kept = 0
+    for log in read_logs(partial, state.shards):
+        if not {"vector", "sketch"} <= {*log.column_names}:
+            raise IndexBuildError(
+                f"{partial} was begun by an earlier version: pass resume=False to discard it"
+            )
+        number = log["row"].to_numpy()
+        new = np.flatnonzero(number >= kept)
+        rows, first = np.unique(number[new], return_index=True)
+        for name, hashes in (("vector", vectors), ("sketch", sketches)):
+            hashes[rows] = log[name].fill_null(0).to_numpy()[new[first]]
+        kept += len(rows)
+    return vectors, sketches
+
+
+def _require_logged(path: Path, found: np.ndarray, expected: np.ndarray, start: int) -> None:
+    wrong = np.flatnonzero(found != expected)
+    if len(wrong):
+        raise IndexBuildError(
+            f"{path} was changed since the build was stopped, at row {start + int(wrong[0])}: pass "
+            "resume=False (--no-resume) to discard the build"
+        )
+
+
 def log_path(partial: Path, shard: int) -> Path:
     return partial / SHARDS / f"{shard:07d}.parquet"
 
@@ -140,14 +168,22 @@ class Journal:
         self._cut_back()
 
     def _cut_back(self) -> None:
-        """Drop what lies beyond the state, and hash and sketch the rows that stay."""
+        """Drop what lies beyond the state, and hash and sketch the rows that stay. IndexBuildError where
+        they, or their guard sketches, are not those that were logged."""
         row_bytes = self.dimension * torch.empty((), dtype=self.dtype).element_size()
         truncate(self.rows_path, self.state.kept * row_bytes)
         truncate(self.guard_path, self.state.kept * self.guard_length * SKETCH_DTYPE.itemsize)
         rows, step = self.rows(), max(1, HASH_BLOCK_BYTES // row_bytes)
+        logged = _logged_hashes(self.partial, self.state)
         for start in range(0, self.state.kept, step):
-            block = rows[start : start + step]
-            self.table.add(row_hashes(block), start)
+            block, shapes = rows[start : start + step], self.guard()[start : start + step]
+            hashes = row_hashes(block)
+            for path, found, expected in (
+                (self.rows_path, hashes, logged[0]),
+                (self.guard_path, row_hashes(shapes), logged[1]),
+            ):
+                _require_logged(path, found, expected[start : start + step], start)
+            self.table.add(hashes, start)
             self._sketch(block)
 
     def _sketch(self, rows: torch.Tensor) -> None:

@@ -229,10 +229,11 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ["extend", "remove", "merge"])
-def test_killed_at_any_moment_nothing_is_lost(tmp_path, many, act):
+def test_killed_at_any_moment_nothing_is_lost(tmp_path, many, act, monkeypatch):
     """Four times each here; more by `python benchmarks/kill_index.py`."""
     import numpy
 
+    monkeypatch.setattr("amg.index.plan.SHARD_IMAGES", 16)  # as in the script, whose change goes on here
     numpy.save(tmp_path / "pictures.npy", many.numpy())
     for name, some in (("i", slice(0, 60)), ("o", slice(60, 110))):
         Index.build(many[some], path=tmp_path / name, ids=IDS[some], progress=False)

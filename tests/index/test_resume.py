@@ -153,6 +153,20 @@ def test_an_interrupted_iterator_resumes(interrupted, pictures, tmp_path):
     assert_same_files(tmp_path / "whole", interrupted)
 
 
+@pytest.mark.parametrize("name", ["rows.u8", "guard.f16"])
+def test_rows_that_were_changed_meanwhile_are_not_resumed_over(interrupted, pictures, name):
+    """The hashes of the whole index are made at the end, of what is there then."""
+    partial = interrupted.with_name("i.partial")
+    size = (partial / name).stat().st_size // 32
+    with open(partial / name, "r+b") as file:
+        file.seek(7 * size)
+        file.write(bytes(size))
+    with pytest.raises(IndexBuildError, match=rf"{name} was changed since .* at row 7: pass resume=False"):
+        Index.build(pil_images(pictures), path=interrupted, progress=False, batch_size=16)
+    images = pil_images(pictures)
+    assert Index.build(images, path=interrupted, progress=False, batch_size=16, resume=False).count == 80
+
+
 def test_a_different_build_is_not_resumed(interrupted, pictures):
     with pytest.raises(
         IndexBuildError, match=r"unfinished build with a different batch_size, near_duplicate:"
