@@ -69,7 +69,7 @@ struct Avx2Lines {
   struct Sum {
     __m256i low, high;  // rows 0 to 7, 8 to 15
   };
-  static constexpr int tile = 4;
+  static constexpr int tile = 4, groups = 1;
   static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static Sum load(const std::int8_t* codes) {
     const __m256i* source = reinterpret_cast<const __m256i*>(codes);

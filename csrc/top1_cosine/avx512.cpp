@@ -218,7 +218,7 @@ void scan_codes(const CosineScan& s, std::int64_t begin, std::int64_t end, const
 // Sums are of codes made unsigned by 128: `bias` is 128 times the sum of the query's.
 struct Avx512Lines {
   using Sum = __m512i;
-  static constexpr int tile = 8;
+  static constexpr int tile = 8, groups = 2;
   static Sum zero() { return _mm512_setzero_si512(); }
   static __m512i load(const std::int8_t* codes) { return _mm512_loadu_si512(codes); }
   static void square(Sum& sum, __m512i line) {

@@ -207,7 +207,7 @@ void topk_cosine(const CosineArgs& args) {
   const CosineScan scan{args.rows, args.dtype, args.count, args.dimension, args.codes, args.scales, args.errors, args.batch,
                         padded, prepared.unit.data(), prepared.codes.data(), prepared.packed.data(),
                         prepared.scales.data(), prepared.errors.data(), prepared.reach.data(), prepared.sums.data()};
-  const PanelScan panel_scan{args.codes, args.scales, args.errors, args.squares, args.count, (args.count + kGroup - 1) / kGroup,
+  const PanelScan panel_scan{args.codes, args.scales, args.errors, args.squares, args.count, ((args.count + kGroup - 1) / kGroup + 6) / 8 * 8 + 1,
                              panels, args.width / 4, args.batch, padded, prepared.codes.data(), prepared.scales.data(),
                              prepared.errors.data(), prepared.biases.data(), prepared.tails.data()};
   const std::int64_t row_bytes = args.dimension * element_size(args.dtype);

@@ -62,25 +62,48 @@ unsigned reaching(const PanelScan& s, const GroupRows& rows, std::int64_t query,
   return passed & rows.present;
 }
 
-template <class L, int Q, bool Squares>
+// Codes are asked for this many groups early, into the second cache only: the panels are too many streams for the
+// hardware's prefetcher, and their lines would throw each other out of the first cache.
+constexpr std::int64_t kGroupsAhead = 2;
+
+// The products of R groups, one after the other, with Q queries in the columns of a panel, and the rows' squares.
+template <class L, int R, int Q, bool Squares>
 AMG_INLINE inline void add_panel(const PanelScan& s, std::int64_t group, std::int64_t panel, std::int64_t first_query,
-                                 typename L::Sum (&dots)[Q], typename L::Sum& squares) {
-  const std::int8_t* codes = s.codes + (panel * s.groups + group) * s.words * kLine;
+                                 typename L::Sum (&dots)[R * Q], typename L::Sum& squares) {
+  const std::int64_t group_bytes = s.words * kLine;
+  const std::int8_t* codes = s.codes + (panel * s.groups + group) * group_bytes;
   const std::int8_t* queries = s.query_codes + first_query * s.padded + panel * s.words * 4;
+#pragma GCC unroll 4
   for (std::int64_t word = 0; word < s.words; ++word) {
-    const auto line = L::load(codes + word * kLine);
-    if (Squares) L::square(squares, line);
-    unroll<Q>([&](auto q) AMG_INLINE {
-      std::int32_t four;
-      std::memcpy(&four, queries + q.value * s.padded + 4 * word, sizeof four);
-      L::add(dots[q.value], line, four);
+    std::int32_t four[Q];
+    unroll<Q>([&](auto q) AMG_INLINE { std::memcpy(four + q.value, queries + q.value * s.padded + 4 * word, 4); });
+    unroll<R>([&](auto r) AMG_INLINE {
+      const std::int8_t* at = codes + r.value * group_bytes + word * kLine;
+      __builtin_prefetch(at + kGroupsAhead * group_bytes, 0, 1);
+      const auto line = L::load(at);
+      if (Squares) L::square(squares, line);
+      unroll<Q>([&](auto q) AMG_INLINE { L::add(dots[r.value * Q + q.value], line, four[q.value]); });
     });
   }
 }
 
+// Sums as functions take them that are not inlined: what has its address taken would live in memory, line after line.
+template <class L, int Count>
+struct Kept {
+  typename L::Sum sums[Count];
+};
+
+template <class L, int Count>
+AMG_INLINE inline Kept<L, Count> kept(const typename L::Sum (&sums)[Count]) {
+  Kept<L, Count> copy;
+  unroll<Count>([&](auto i) AMG_INLINE { copy.sums[i.value] = sums[i.value]; });
+  return copy;
+}
+
+// Whether, of the group's rows, one may reach a query's floor, all columns beyond the panel being as good as can be.
 template <class V, class L, int Q>
-bool any_reaches(const PanelScan& s, std::int64_t group, std::int64_t panel, std::int64_t first_query,
-                 const typename L::Sum (&dots)[Q], const typename L::Sum& squares, const Screen& screen) {
+[[gnu::noinline]] bool any_reaches(const PanelScan& s, std::int64_t group, std::int64_t panel, std::int64_t first_query,
+                                   const Kept<L, Q>& dots, typename L::Sum squares, const Screen& screen) {
   const GroupRows rows = load_group<V>(s, group);
   alignas(64) std::int32_t values[kGroup];
   alignas(64) float rests[kGroup];
@@ -88,20 +111,20 @@ bool any_reaches(const PanelScan& s, std::int64_t group, std::int64_t panel, std
   rests_of<V>(s, group, rows, values, rests);
   for (int q = 0; q < Q; ++q) {
     const std::int64_t query = first_query + q, at = query * s.panels + panel;
-    L::store(values, dots[q], s.query_biases[at]);
+    L::store(values, dots.sums[q], s.query_biases[at]);
     if (reaching<V>(s, rows, query, values, rests, s.query_tails[at], screen) != 0) return true;
   }
   return false;
 }
 
-template <class V, class L, int Q>
-void offer_group(const PanelScan& s, std::int64_t group, std::int64_t first_query, const typename L::Sum (&dots)[Q],
-                 const Screen& screen) {
-  const GroupRows rows = load_group<V>(s, group);
+template <class V, class L, int R, int Q>
+[[gnu::noinline]] void offer_groups(const PanelScan& s, std::int64_t first_group, std::int64_t first_query,
+                                    const Kept<L, R * Q>& dots, const Screen& screen) {
   alignas(64) std::int32_t values[kGroup];
-  for (int q = 0; q < Q; ++q) {
-    const std::int64_t query = first_query + q;
-    L::store(values, dots[q], s.query_biases[(query + 1) * s.panels - 1]);
+  for (int i = 0; i < R * Q; ++i) {
+    const std::int64_t group = first_group + i / Q, query = first_query + i % Q;
+    const GroupRows rows = load_group<V>(s, group);
+    L::store(values, dots.sums[i], s.query_biases[(query + 1) * s.panels - 1]);
     const unsigned passed = reaching<V>(s, rows, query, values, nullptr, 0, screen);
     for (int lane = 0; passed >> lane != 0; ++lane)
       if ((passed >> lane) & 1) {
@@ -113,26 +136,28 @@ void offer_group(const PanelScan& s, std::int64_t group, std::int64_t first_quer
 
 // Q queries against a group; asks after panel `first_asked` and each later one whether to go on. Returns the panel after
 // which the group was given up, or the number of panels.
-template <class V, class L, int Q, bool Asks>
-std::int64_t group_tile(const PanelScan& s, std::int64_t group, std::int64_t first_query, std::int64_t first_asked,
-                        const Screen& screen) {
+template <class V, class L, int Q>
+std::int64_t asking_tile(const PanelScan& s, std::int64_t group, std::int64_t first_query, std::int64_t first_asked,
+                         const Screen& screen) {
   typename L::Sum dots[Q], squares = L::zero();
   unroll<Q>([&](auto q) AMG_INLINE { dots[q.value] = L::zero(); });
   for (std::int64_t panel = 0; panel < s.panels; ++panel) {
-    add_panel<L, Q, Asks>(s, group, panel, first_query, dots, squares);
-    if (Asks && panel >= first_asked && panel + 1 < s.panels &&
-        !any_reaches<V, L, Q>(s, group, panel, first_query, dots, squares, screen))
+    add_panel<L, 1, Q, true>(s, group, panel, first_query, dots, squares);
+    if (panel >= first_asked && panel + 1 < s.panels &&
+        !any_reaches<V, L, Q>(s, group, panel, first_query, kept<L, Q>(dots), squares, screen))
       return panel;
   }
-  offer_group<V, L, Q>(s, group, first_query, dots, screen);
+  offer_groups<V, L, 1, Q>(s, group, first_query, kept<L, Q>(dots), screen);
   return s.panels;
 }
 
-template <class V, class L, int Q>
-std::int64_t group_against(const PanelScan& s, std::int64_t group, std::int64_t first_query, std::int64_t first_asked,
-                           const Screen& screen) {
-  if (first_asked + 1 >= s.panels) return group_tile<V, L, Q, false>(s, group, first_query, first_asked, screen);
-  return group_tile<V, L, Q, true>(s, group, first_query, first_asked, screen);
+// Q queries against R groups, all their columns.
+template <class V, class L, int R, int Q>
+void whole_tile(const PanelScan& s, std::int64_t group, std::int64_t first_query, const Screen& screen) {
+  typename L::Sum dots[R * Q], unused = L::zero();
+  unroll<R * Q>([&](auto i) AMG_INLINE { dots[i.value] = L::zero(); });
+  for (std::int64_t panel = 0; panel < s.panels; ++panel) add_panel<L, R, Q, false>(s, group, panel, first_query, dots, unused);
+  offer_groups<V, L, R, Q>(s, group, first_query, kept<L, R * Q>(dots), screen);
 }
 
 // From which panel on asking pays: a few groups, the tries, ask after every panel; the others from the lowest panel on
@@ -152,33 +177,58 @@ struct Pace {
   }
 };
 
-template <class V, class L>
-std::int64_t scan_group(const PanelScan& s, std::int64_t group, std::int64_t first_asked, const Screen& screen) {
-  std::int64_t query = 0, lowest = s.panels, given_up;
-  const auto run = [&](auto tile) {
-    given_up = group_against<V, L, decltype(tile)::value>(s, group, query, first_asked, screen);
-    lowest = given_up < lowest ? given_up : lowest;
-    query += decltype(tile)::value;
-  };
-  while (query + L::tile <= s.queries) run(Index<L::tile>{});
+// body(Index<Q>{}, query) for tiles of Q queries that cover them all.
+template <class L, class Body>
+AMG_INLINE inline void for_queries(std::int64_t queries, Body&& body) {
+  std::int64_t query = 0;
+  for (; query + L::tile <= queries; query += L::tile) body(Index<L::tile>{}, query);
   if constexpr (L::tile > 4)
-    while (query + 4 <= s.queries) run(Index<4>{});
-  while (query < s.queries) run(Index<1>{});
+    for (; query + 4 <= queries; query += 4) body(Index<4>{}, query);
+  if constexpr (L::tile > 2)
+    for (; query + 2 <= queries; query += 2) body(Index<2>{}, query);
+  for (; query < queries; ++query) body(Index<1>{}, query);
+}
+
+template <class V, class L>
+std::int64_t scan_asking(const PanelScan& s, std::int64_t group, std::int64_t first_asked, const Screen& screen) {
+  std::int64_t lowest = s.panels;
+  for_queries<L>(s.queries, [&](auto tile, std::int64_t query) {
+    const std::int64_t given_up = asking_tile<V, L, decltype(tile)::value>(s, group, query, first_asked, screen);
+    lowest = given_up < lowest ? given_up : lowest;
+  });
   return lowest;
 }
 
+template <class V, class L, int R>
+void scan_whole(const PanelScan& s, std::int64_t group, const Screen& screen) {
+  for_queries<L>(s.queries, [&](auto tile, std::int64_t query) {
+    whole_tile<V, L, R, decltype(tile)::value>(s, group, query, screen);
+  });
+}
+
 // A share of the rows ends where a group does.
-inline std::int64_t last_group(const PanelScan& s, std::int64_t end) { return end == s.count ? s.groups : end / kGroup; }
+inline std::int64_t last_group(const PanelScan& s, std::int64_t end) {
+  return end == s.count ? (end + kGroup - 1) / kGroup : end / kGroup;
+}
 
 template <class V, class L>
 void scan_panels(const PanelScan& s, std::int64_t begin, std::int64_t end, const Screen& screen) {
   Pace pace{s.panels};
   const std::int64_t first = begin / kGroup, last = last_group(s, end);
-  for (std::int64_t group = first; group < last; ++group) {
-    if (group % 16 == 0) amg::share_floors(screen);
-    const bool tries = Pace::tries_group(group - first);
-    const std::int64_t given_up = scan_group<V, L>(s, group, tries ? 0 : pace.first, screen);
-    if (tries) pace.note(given_up);
+  for (std::int64_t group = first, step; group < last; group += step) {
+    const std::int64_t number = group - first;
+    if (number % 16 == 0) amg::share_floors(screen);
+    step = 1;
+    if (Pace::tries_group(number)) {
+      pace.note(scan_asking<V, L>(s, group, 0, screen));
+    } else if (pace.first + 1 < s.panels) {
+      scan_asking<V, L>(s, group, pace.first, screen);
+    } else if (number % L::groups == 0 && group + L::groups <= last) {
+      scan_whole<V, L, L::groups>(s, group, screen);
+      step = L::groups;
+    } else {
+      scan_whole<V, L, 1>(s, group, screen);
+    }
   }
 }
 
@@ -190,7 +240,7 @@ void guess_rows(const PanelScan& s, std::int64_t begin, std::int64_t end, float*
   for (std::int64_t group = begin / kGroup; group < last; ++group)
     for (std::int64_t query = 0; query < s.queries; ++query) {
       typename L::Sum dots[1] = {L::zero()}, unused = L::zero();
-      add_panel<L, 1, false>(s, group, 0, query, dots, unused);
+      add_panel<L, 1, 1, false>(s, group, 0, query, dots, unused);
       L::store(values, dots[0], s.query_biases[query * s.panels]);
       unsigned better = 0;
       for (int lane = 0; lane < kGroup; lane += V::width) {

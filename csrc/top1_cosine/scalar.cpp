@@ -23,7 +23,7 @@ struct ScalarLines {
   struct Sum {
     std::int32_t rows[kGroup];
   };
-  static constexpr int tile = 1;
+  static constexpr int tile = 1, groups = 1;
   static Sum zero() { return {}; }
   static const std::int8_t* load(const std::int8_t* codes) { return codes; }
   static void square(Sum& sum, const std::int8_t* codes) {

@@ -61,7 +61,9 @@ def panel_width(dimension: int) -> int:
 def panel_shape(count: int, dimension: int) -> tuple[int, ...]:
     """Shape of the codes of N rows of D columns."""
     width = panel_width(dimension)
-    return -(-dimension // width), -(-count // GROUP), width // 4, GROUP, 4
+    groups = -(-count // GROUP)
+    groups += (1 - groups) % 8
+    return -(-dimension // width), groups, width // 4, GROUP, 4
 
 
 def check_rows(rows: Tensor) -> None:
