@@ -14,9 +14,10 @@ import torch
 
 from amg.embed.precision import full_precision
 from amg.index.change import extend, remove
+from amg.index.codes import codes_on, map_codes
 from amg.index.coverage import warn_of_a_name_alone, warn_of_no_guard
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
-from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher, map_codes
+from amg.index.exact import NL2_NEIGHBOURS, Nearest, Searcher, make_searcher
 from amg.index.guard import Guard, map_guard
 from amg.index.hits import Closest, Hits
 from amg.index.imported.embeddings import from_embeddings
@@ -25,7 +26,7 @@ from amg.index.members import Members, map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import Manifest, check_hashes, check_sizes, map_rows, read_manifest, read_meta
 from amg.index.usable import require_directions, require_searchable, searchable
-from amg.kernels import Codes
+from amg.kernels import Codes, Panels
 
 
 class Index:
@@ -39,7 +40,7 @@ class Index:
     opening, so threads may share one.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | None):
+    def __init__(self, path: Path, manifest: Manifest, rows: torch.Tensor, codes: Codes | Panels | None):
         self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
         self.data = path / manifest.folder  # where this generation's files lie
         self.guard: Guard | None = map_guard(self.data, manifest, member_rows(self.data, manifest))
@@ -189,7 +190,7 @@ class Index:
             return self
         moved = copy.copy(self)
         moved.rows = self.rows.to(target)
-        moved.codes = None if self.codes is None else Codes(*(part.to(target) for part in self.codes))
+        moved.codes = None if self.codes is None else codes_on(target, self.codes, moved.rows)
         moved.guard = None if self.guard is None else self.guard.to(target)
         moved.members = None if self.members is None else self.members.to(target)
         moved.searcher = make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)

@@ -37,8 +37,8 @@ def test_files_of_the_right_size_with_other_content(index, pictures, embedder, n
 
 def test_codes_of_other_rows(index, pictures, embedder):
     """Permuted codes would let the exact search pass over the very row it looks for."""
-    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(80, -1)
-    overwrite(index.path / "codes.i8", codes[::-1].tobytes())
+    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(len(index.codes.codes), -1, 4)
+    overwrite(index.path / "codes.i8", codes[:, ::-1].tobytes())
     with pytest.raises(IndexCorrupt, match=r"codes\.i8"):
         Index.open(index.path, embedder).closest(images(pictures))
 

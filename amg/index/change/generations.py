@@ -18,7 +18,9 @@ from amg.index.coverage import SKIPPED
 from amg.index.journal import State
 from amg.index.store import (
     CODE_ERRORS,
+    CODE_ROTATION,
     CODE_SCALES,
+    CODE_SQUARES,
     CODES,
     GUARD,
     MEMBER_ROWS,
@@ -33,7 +35,7 @@ from amg.index.store import (
 )
 
 OWN = {*ROWS_FILE.values(), *MEMBERS_FILE.values(), CODES, CODE_SCALES, CODE_ERRORS, META, PICTURES, GUARD}
-OWN |= {MEMBER_ROWS, SKIPPED}
+OWN |= {CODE_SQUARES, CODE_ROTATION, MEMBER_ROWS, SKIPPED}
 GENERATION = re.compile(r"generation-[1-9]\d*(\.partial)?")
 
 
