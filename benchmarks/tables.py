@@ -147,6 +147,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "guard-views": whole("guard_views.csv"),
     "engine": by("bench_engine", "engine.csv"),
     "engine-gpu": by("bench_engine_gpu", "engine-nvidia-h200.csv"),
+    "panels": whole("panels.csv"),
     "whitebox": whole("whitebox.csv"),
     "interval": by("bench_interval", "interval.csv"),
 }

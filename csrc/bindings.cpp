@@ -62,15 +62,16 @@ void guided_step(const std::array<Address, 15>& tensors, const std::array<std::i
   amg::guided_step(args);
 }
 
-void topk_cosine(Address queries, Address rows, Address codes, Address scales, Address errors, Address similarity,
-                 Address row, std::int64_t batch, std::int64_t count, std::int64_t dimension, std::int64_t k, int dtype,
-                 int num_threads) {
+// Addresses: queries, the same in the basis of the codes, rows, codes, scales, errors, squares, limits (0 for those of
+// the last five that are not there), similarity, row; sizes: batch, rows, dimension, k, columns of a panel.
+void topk_cosine(const std::array<Address, 10>& tensors, const std::array<std::int64_t, 5>& sizes, int dtype, int num_threads) {
+  const auto [queries, turned, rows, codes, scales, errors, squares, limits, similarity, row] = tensors;
+  const auto [batch, count, dimension, k, width] = sizes;
   const amg::CosineArgs args{
-      pointer<const double>(queries), pointer<const void>(rows),   pointer<const std::int8_t>(codes),
-      pointer<const float>(scales),   pointer<const float>(errors), pointer<float>(similarity),
-      pointer<std::int64_t>(row),     batch,                        count,
-      dimension,                      k,                            static_cast<amg::DType>(dtype),
-      num_threads};
+      pointer<const double>(queries), pointer<const double>(turned), pointer<const void>(rows),
+      pointer<const std::int8_t>(codes), pointer<const float>(scales), pointer<const float>(errors),
+      pointer<const std::int32_t>(squares), pointer<const float>(limits), pointer<float>(similarity),
+      pointer<std::int64_t>(row), batch, count, dimension, k, width, static_cast<amg::DType>(dtype), num_threads};
   py::gil_scoped_release release;
   amg::topk_cosine(args);
 }

@@ -17,6 +17,7 @@ if __name__ != "kernels":
     from .near_pairs.contract import NearPairs
     from .nl2.contract import NL2
     from .ops import (
+        encode_panels,
         encode_rows,
         guided_step,
         guided_step_into,
@@ -26,7 +27,7 @@ if __name__ != "kernels":
         top1_cosine,
         topk_cosine,
     )
-    from .top1_cosine.contract import Codes, Top1, TopK
+    from .top1_cosine.contract import Codes, Panels, Top1, TopK
 
     __all__ = [
         "COEFFICIENTS",
@@ -35,10 +36,12 @@ if __name__ != "kernels":
         "Codes",
         "GuidedStep",
         "NearPairs",
+        "Panels",
         "PredictX0",
         "Top1",
         "TopK",
         "coefficient_index",
+        "encode_panels",
         "encode_rows",
         "guided_step",
         "guided_step_into",

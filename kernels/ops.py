@@ -11,7 +11,8 @@ from .near_pairs.contract import NearPairs
 from .nl2 import contract as nl2_contract
 from .nl2.contract import NL2
 from .top1_cosine import contract as cosine_contract
-from .top1_cosine.contract import Codes, Top1, TopK
+from .top1_cosine.contract import Codes, Panels, Top1, TopK
+from .top1_cosine.panels import encode_panels as panels_of
 
 LIBRARY = torch.library.Library("amg", "DEF")
 LIBRARY.define(
@@ -23,7 +24,7 @@ LIBRARY.define(
 LIBRARY.define("encode_rows(Tensor rows, str? impl) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     "topk_cosine(Tensor queries, Tensor rows, Tensor? codes, Tensor? scales, Tensor? errors, int k, "
-    "str? impl) -> (Tensor, Tensor)"
+    "str? impl, Tensor? squares=None, Tensor? rotation=None, Tensor? limit=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "nl2(Tensor queries, Tensor rows, int k, float alpha, str? impl) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -152,29 +153,56 @@ def encode_rows(rows: Tensor, *, impl: str | None = None) -> Codes:
     return Codes(*torch.ops.amg.encode_rows(rows, impl))
 
 
+def encode_panels(rows: Tensor, *, rotation: Tensor | None = None, impl: str | None = None) -> Panels:
+    """int8 screening codes of rows [N, D] (fp32, fp16, bf16) for searches on the CPU, by columns: see Panels.
+
+    rotation float64 [D, D], orthonormal: codes are of rows @ rotation, so that the first columns may hold
+    what tells rows apart. ValueError on a wrong shape, dtype or rotation and on non-finite rows. `impl`: of
+    encode_rows.
+    """
+    refuse_grad(rows, rotation)
+    return panels_of(rows, rotation, impl)
+
+
 def top1_cosine(
-    queries: Tensor, rows: Tensor, *, codes: Codes | None = None, impl: str | None = None
+    queries: Tensor,
+    rows: Tensor,
+    *,
+    codes: Codes | Panels | None = None,
+    limit: float | Tensor | None = None,
+    impl: str | None = None,
 ) -> Top1:
     """The nearest of N unit rows to each query, exactly: Top1(similarity [B] fp32, row [B] int64).
 
     queries [B, D] floating, normalised here; rows [N, D] fp32, fp16 or bf16, unit by contract and used as
     stored. The similarity is the float64 dot product rounded to fp32; ties go to the lowest row. codes
-    (from encode_rows) only save work: they screen, the rows decide. No value is looked at on the host: a
+    (from encode_rows, or encode_panels on the CPU) only save work: they screen, the rows decide. limit, a
+    number or fp32 [B]: rows of a smaller similarity are of no interest; where there is no other, similarity
+    is −inf and row −1, all else is as without it. No value is looked at on the host: a
     query that is zero (of norm < 1e-150) or not finite has similarity NaN and row 0, others are untouched;
     rows must be finite (and below 1e18 in the C++), else similarity NaN and row 0 where a search meets one
     that is not. ValueError on a wrong shape, dtype or device.
     """
-    similarity, row = topk_cosine(queries, rows, 1, codes=codes, impl=impl)
+    similarity, row = topk_cosine(queries, rows, 1, codes=codes, limit=limit, impl=impl)
     return Top1(similarity.squeeze(1), row.squeeze(1))
 
 
 def topk_cosine(
-    queries: Tensor, rows: Tensor, k: int, *, codes: Codes | None = None, impl: str | None = None
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    *,
+    codes: Codes | Panels | None = None,
+    limit: float | Tensor | None = None,
+    impl: str | None = None,
 ) -> TopK:
     """The k ≤ min(1024, N) nearest rows, best first, ties to the lowest row; otherwise as top1_cosine."""
     refuse_grad(queries, rows)
-    parts = (None, None, None) if codes is None else codes
-    return TopK(*torch.ops.amg.topk_cosine(queries, rows, *parts, k, impl))
+    if limit is not None and not isinstance(limit, Tensor):
+        limit = torch.full(queries.shape[:1], limit, dtype=torch.float32, device=queries.device)
+    parts = (None, None, None) if codes is None else codes[:3]
+    further = codes[3:] if isinstance(codes, Panels) else (None, None)
+    return TopK(*torch.ops.amg.topk_cosine(queries, rows, *parts, k, impl, *further, limit))
 
 
 def nl2(queries: Tensor, rows: Tensor, *, k: int = 50, alpha: float = 0.5, impl: str | None = None) -> NL2:
@@ -241,13 +269,16 @@ def encode_rows_op(rows, impl):
     return choose("encode_rows", rows, impl)(rows)
 
 
-def topk_cosine_op(queries, rows, codes, scales, errors, k, impl):
+def topk_cosine_op(queries, rows, codes, scales, errors, k, impl, squares=None, rotation=None, limit=None):
     cosine_contract.check_rows(rows)
     cosine_contract.check_queries(queries, rows)
     cosine_contract.check_k(k, len(rows))
     parts = None if codes is None else Codes(codes, scales, errors)
+    if parts is not None and squares is not None:
+        parts = Panels(codes, scales, errors, squares, rotation)
     cosine_contract.check_codes(parts, rows)
-    return choose("topk_cosine", rows, impl)(queries, rows, parts, k)
+    cosine_contract.check_limit(limit, queries)
+    return choose("topk_cosine", rows, impl)(queries, rows, parts, k, limit)
 
 
 def nl2_op(queries, rows, k, alpha, impl):
@@ -270,7 +301,7 @@ def encode_rows_fake(rows, impl):
     return rows.new_empty(rows.shape, dtype=torch.int8), *per_row
 
 
-def topk_cosine_fake(queries, rows, codes, scales, errors, k, impl):
+def topk_cosine_fake(queries, rows, codes, scales, errors, k, impl, squares=None, rotation=None, limit=None):
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 import amg.kernels
-from amg.index.store import CODE_ERRORS, CODE_SCALES, CODES, Manifest, map_file
+from amg.index.store import Manifest
 from amg.index.usable import where_rows
-from amg.kernels import NL2, Codes
+from amg.kernels import NL2, Codes, Panels
 
 NL2_NEIGHBOURS = 50
 NL2_ALPHA = 0.5
@@ -39,7 +39,7 @@ class Searcher(Protocol):
 class ExactCosine:
     """Exact search in unit rows [N, D]; ties to the lowest row."""
 
-    def __init__(self, rows: torch.Tensor, codes: Codes | None = None):
+    def __init__(self, rows: torch.Tensor, codes: Codes | Panels | None = None):
         self.rows, self.codes = rows, codes
 
     def nearest(self, queries: torch.Tensor) -> Nearest:
@@ -99,7 +99,7 @@ def closest_pixels(queries: torch.Tensor, rows: torch.Tensor, k: int) -> tuple[t
     return distance, row.gather(1, order)
 
 
-def make_searcher(spec: str, rows: torch.Tensor, metric: str, codes: Codes | None) -> Searcher:
+def make_searcher(spec: str, rows: torch.Tensor, metric: str, codes: Codes | Panels | None) -> Searcher:
     """The searcher that `spec` names, see `Index.open`."""
     if spec == "exact":
         return ExactCosine(rows, codes) if metric == "cosine" else ExactPixels(rows)
@@ -116,15 +116,3 @@ def warn_of_few_rows(directory: Path, manifest: Manifest) -> None:
             "with fewer, its usual threshold of 1.4 does not mean the same",
             stacklevel=3,
         )
-
-
-def map_codes(directory: Path, manifest: Manifest) -> Codes | None:
-    """The int8 codes of an index on disk, None where it has none."""
-    if not manifest.has_codes:
-        return None
-    count, dimension = manifest.count, manifest.dimension
-    return Codes(
-        map_file(directory / CODES, torch.int8, count, dimension),
-        map_file(directory / CODE_SCALES, torch.float32, count),
-        map_file(directory / CODE_ERRORS, torch.float32, count),
-    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from amg.index.codes import write_codes
 from amg.index.coverage import REMOVED, SkippedFile, make_coverage
 from amg.index.decode import DEPTH_RULE
 from amg.index.encode import MOST_SQUARES
@@ -19,8 +20,6 @@ from amg.index.journal import Journal, read_logs
 from amg.index.notes import Tally, unpack_notes
 from amg.index.plan import BuildPlan
 from amg.index.store import (
-    CODE_ERRORS,
-    CODE_SCALES,
     CODES,
     FORMAT_VERSION,
     GUARD,
@@ -37,7 +36,6 @@ from amg.index.store import (
 )
 
 SKIPPED_KEPT = 100  # names in the manifest
-CODE_BLOCK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ def finish_index(
     partial, state = journal.partial, journal.state
     folding = fold_captions(partial, state.shards, state.kept)
     _write_meta(partial, state.shards, folding)
-    names = [ROWS_FILE[plan.dtype], META, *_write_codes(journal, plan.metric)]
+    names = [ROWS_FILE[plan.dtype], META]
+    names += write_codes(partial, journal.rows()) if plan.metric == "cosine" else []
     names += [GUARD] if journal.guard_length else []
     names.append(_write_pictures(partial, state.shards))
     names += journal.members.finish(partial)
@@ -97,7 +96,7 @@ def finish_index(
         examples={**passed_over.examples, **notes.examples},
         coverage=make_coverage(state.kept, images - state.kept, skipped.counts),
         imported=imported,
-        version=FORMAT_VERSION if generation else 1,
+        version=FORMAT_VERSION if CODES in names else 2 if generation else 1,
         generation=generation,
         folder=folder_of(generation),
     )
@@ -250,28 +249,3 @@ def _borrowed_captions(partial: Path, shards: int, folding: Folding) -> dict[int
         borrowed.update(zip(rows[low:high].tolist(), texts, strict=True))
         position += log.num_rows
     return borrowed
-
-
-def _write_codes(journal: Journal, metric: str) -> list[str]:
-    """int8 codes, scales and error norms of the rows, where the kernels can make them → files written."""
-    import amg.kernels
-
-    if metric != "cosine" or not hasattr(amg.kernels, "encode_rows"):
-        return []
-    rows = journal.rows()
-    names = [CODES, CODE_SCALES, CODE_ERRORS]
-    files = [open(journal.partial / name, "wb") for name in names]  # noqa: SIM115 - closed below
-    try:
-        step = max(1, CODE_BLOCK_VALUES // rows.shape[1])
-        for start in range(0, len(rows), step):
-            codes = amg.kernels.encode_rows(rows[start : start + step])
-            parts = (codes.codes, codes.scales.float(), codes.errors.float())
-            for file, part in zip(files, parts, strict=True):
-                file.write(part.contiguous().numpy().tobytes())
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        for file in files:
-            file.close()
-    return names

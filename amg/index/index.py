@@ -13,9 +13,10 @@ import torch
 
 from amg.embed.precision import full_precision
 from amg.index.change import extend, remove
+from amg.index.codes import codes_on, map_codes
 from amg.index.coverage import warn_of_a_name_alone, warn_of_no_guard
 from amg.index.encode import check_embedder, embedded_directions, resize_images, resize_to_embed
-from amg.index.exact import Nearest, Searcher, make_searcher, map_codes, warn_of_few_rows
+from amg.index.exact import Nearest, Searcher, make_searcher, warn_of_few_rows
 from amg.index.guard import Guard, map_guard
 from amg.index.hits import Closest, Hits
 from amg.index.imported.embeddings import from_embeddings
@@ -34,7 +35,7 @@ from amg.index.store import (
     read_meta,
 )
 from amg.index.usable import require_directions, require_searchable, searchable
-from amg.kernels import Codes
+from amg.kernels import Codes, Panels
 
 SERVED = "ray:"  # before the name of a served index, where a path is asked for
 
@@ -55,7 +56,7 @@ class Index:
         path: Path,
         manifest: Manifest,
         rows: torch.Tensor,
-        codes: Codes | None,
+        codes: Codes | Panels | None,
         trust: str = "hashes",
     ):
         self.path, self.manifest, self.rows, self.codes = path, manifest, rows, codes
@@ -221,7 +222,7 @@ class Index:
             return self
         moved = copy.copy(self)
         moved.rows = self.rows.to(target)
-        moved.codes = None if self.codes is None else Codes(*(part.to(target) for part in self.codes))
+        moved.codes = None if self.codes is None else codes_on(target, self.codes, moved.rows)
         moved.guard = None if self.guard is None else self.guard.to(target)
         moved.members = None if self.members is None else self.members.to(target)
         moved.searcher = make_searcher(self.searcher_spec, moved.rows, self.metric, moved.codes)

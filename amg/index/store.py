@@ -2,9 +2,11 @@
 
 rows.f16 | rows.f32   [count, dimension] unit vectors, little-endian, row-major (metric "cosine")
 rows.u8               [count, 3 * H * W] pixels in CHW order (metric "nl2")
-codes.i8              [count, dimension] int8 codes of the rows        } optional, cosine only
-codes.scales.f32      [count] one scale per row                       }
-codes.errors.f32      [count] norm of each row's rounding error       }
+codes.i8              int8 codes of the rows, in panels of columns    } optional, cosine only; count padded as
+codes.scales.f32      [count] one scale per row                       } in amg.kernels.Panels; up to version 2
+codes.errors.f32      [count] norm of each row's rounding error       } codes are [count, dimension], nothing
+codes.squares.i32     [count] sum of the squares of a row's codes     } padded, without the last two files
+codes.rotation.f64    [dimension, dimension] basis of the codes       } only where it saves work
 skipped.jsonl         the first 1,000 images that were skipped, with the reason; none where there are none
 meta.parquet          id, caption, count, source, caption_count: one line per row
 pictures.parquet      every picture seen, in order: id, source, caption, row (-1: skipped, with the reason),
@@ -19,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections import Counter
@@ -35,13 +38,15 @@ from amg.index.coverage import SKIPPED, Coverage, make_coverage
 from amg.index.decode import check_background
 from amg.index.errors import IndexBuildError, IndexCorrupt, IndexNotFound, IndexVersionError
 from amg.index.fields import read_fields
+from amg.kernels.top1_cosine.contract import GROUP, panel_shape
 
 FORMAT = "amg-index"
-FORMAT_VERSION = 2  # written where the files lie in a folder; what needs no folder is still version 1
+FORMAT_VERSION = 3  # written where codes are in panels; else 2 where the files lie in a folder, 1 where not
 MANIFEST = "manifest.json"
 META, PICTURES = "meta.parquet", "pictures.parquet"
 TEMPORARY = ".amg-temporary-"  # what a killed write leaves, with a random ending
 CODES, CODE_SCALES, CODE_ERRORS = "codes.i8", "codes.scales.f32", "codes.errors.f32"
+CODE_SQUARES, CODE_ROTATION = "codes.squares.i32", "codes.rotation.f64"
 GUARD, MEMBER_ROWS = "guard.f16", "members.rows.i64"
 SKETCH_BYTES = 4096  # of one picture in the guard
 HASH_THREADS = 4  # files are read side by side; sha256 of one file is serial
@@ -50,7 +55,13 @@ ROWS_FILE = {"float16": "rows.f16", "float32": "rows.f32", "uint8": "rows.u8"}
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 METRICS = ("cosine", "nl2")
 OWN_FILES = {*ROWS_FILE.values(), *MEMBERS_FILE.values(), CODES, CODE_SCALES, CODE_ERRORS, META, PICTURES}
-OWN_FILES |= {GUARD, MEMBER_ROWS, SKIPPED}  # all that an index may hold beside its manifest
+OWN_FILES |= {
+    CODE_SQUARES,
+    CODE_ROTATION,
+    GUARD,
+    MEMBER_ROWS,
+    SKIPPED,
+}  # all that an index may hold beside its manifest
 MOST_TEXT = 1 << 20  # bytes of one id, source or caption, on average at most
 
 
@@ -147,6 +158,10 @@ class Manifest:
     @property
     def has_codes(self) -> bool:
         return CODES in self.files
+
+    @property
+    def in_panels(self) -> bool:
+        return CODE_SQUARES in self.files
 
     @property
     def members_file(self) -> str:
@@ -331,8 +346,16 @@ def _sizes_needed(manifest: Manifest) -> dict[str, int]:
     count, width, folded = manifest.count, manifest.dimension, manifest.members
     row = width * DTYPES[manifest.dtype].itemsize
     sizes = {manifest.rows_file: count * row, manifest.members_file: folded * row, MEMBER_ROWS: 8 * folded}
-    codes = {CODES: count * width, CODE_SCALES: 4 * count, CODE_ERRORS: 4 * count}
-    return {**sizes, **codes, GUARD: (count + folded) * SKETCH_BYTES}
+    return {**sizes, **_code_sizes(manifest), GUARD: (count + folded) * SKETCH_BYTES}
+
+
+def _code_sizes(manifest: Manifest) -> dict[str, int]:
+    count, width = manifest.count, manifest.dimension
+    if not manifest.in_panels:
+        return {CODES: count * width, CODE_SCALES: 4 * count, CODE_ERRORS: 4 * count}
+    panels, groups, *inner = panel_shape(count, width)
+    of_rows = dict.fromkeys((CODE_SCALES, CODE_ERRORS, CODE_SQUARES), 4 * GROUP * groups)
+    return {CODES: panels * groups * math.prod(inner), **of_rows, CODE_ROTATION: 8 * width**2}
 
 
 def check_hashes(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = sha256_of) -> None:

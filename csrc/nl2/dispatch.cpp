@@ -86,13 +86,14 @@ PreparedQueries prepare_queries(const Nl2Args& args, std::int64_t padded) {
 
 std::int64_t element_size(DType dtype) { return dtype == DType::u8 ? 1 : dtype == DType::f32 ? 4 : 2; }
 
-// `best` holds −ℓ2 of the k nearest, nearest first; nothing where there is no answer.
-void write_result(const Nl2Args& args, std::int64_t query, const std::vector<Candidate>& best) {
-  if (best.empty()) {
+// `found` holds −ℓ2 of the k nearest, nearest first; null where there is no answer.
+void write_result(const Nl2Args& args, std::int64_t query, const std::vector<Candidate>* found) {
+  if (found == nullptr) {
     args.value[query] = args.distance[query] = args.denominator[query] = std::numeric_limits<float>::quiet_NaN();
     args.row[query] = 0;
     return;
   }
+  const std::vector<Candidate>& best = *found;
   double total = 0;
   for (const Candidate& candidate : best) total -= candidate.upper;
   const double denominator = args.alpha * (total / static_cast<double>(best.size()));
@@ -118,9 +119,9 @@ void nl2(const Nl2Args& args) {
     return -static_cast<float>(kernels.distance(args.queries + query * args.pixels, address, args.dtype, args.pixels));
   };
   const DistanceScanFunction run = args.dtype == DType::u8 ? kernels.scan_bytes : kernels.scan_floats;
-  search_rows(prepared.usable, args.count, args.k, args.num_threads, exact,
+  search_rows(open_floors(prepared.usable), args.count, args.k, args.num_threads, exact,
               [&](std::int64_t begin, std::int64_t end, const Screen& screen) { run(scan, begin, end, screen); },
-              [&](std::int64_t query, const std::vector<Candidate>& best) { write_result(args, query, best); });
+              [&](std::int64_t query, const std::vector<Candidate>* best) { write_result(args, query, best); });
 }
 
 }  // namespace amg

@@ -1,6 +1,7 @@
 // Exact top-k from bounds: keeps every row that may be among a query's k best, re-scores exactly to decide.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -18,7 +19,8 @@ class Candidates {
  public:
   using ExactScore = std::function<float(std::int64_t row)>;
 
-  Candidates(std::int64_t k, ExactScore exact);
+  // Rows scored below `floor` are of no interest.
+  Candidates(std::int64_t k, float floor, ExactScore exact);
 
   // Rejects every row from now on: no answer can be given.
   void fail();
@@ -30,8 +32,9 @@ class Candidates {
   // Adds another thread's candidates for the same query.
   void absorb(const Candidates& other);
 
-  // The k best rows, exactly scored, best first, ties to the lowest row; none where the query failed.
-  const std::vector<Candidate>& settle();
+  // The k best rows of those not below the first floor, exactly scored, best first, ties to the lowest row; null where
+  // the query failed.
+  const std::vector<Candidate>* settle();
 
  private:
   void raise_floor(float lower);
@@ -50,7 +53,8 @@ class Candidates {
 // One thread's candidates for all queries. Filled by the kernels of every level through offer().
 struct CandidateTable {
   std::vector<Candidates> sets;
-  std::vector<float> floors;  // one a query, then +infinity up to a multiple of 16
+  std::vector<float> floors;   // one a query, then +infinity up to a multiple of 16
+  std::atomic<float>* shared;  // one a query: the highest floor of any thread, which is a floor for all
 };
 
 }  // namespace amg

@@ -16,6 +16,9 @@ struct Screen {
 // Takes the bounds score ± slack of a row; updates the query's floor.
 void offer(const Screen& screen, std::int64_t query, std::int64_t row, float score, float slack);
 
+// Raises this thread's floors to the highest of any thread.
+void share_floors(const Screen& screen);
+
 }  // namespace amg
 
 namespace {

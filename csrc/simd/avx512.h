@@ -42,6 +42,10 @@ struct Avx512Vec {
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg sqrt(Reg v) { return _mm512_sqrt_ps(v); }
+  static Reg convert(const std::int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+  // A bit for each lane that is not below: NaN is not.
+  static unsigned not_below(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   // A NaN stays one: the second operand is what these return for it.
   static Reg clamp(Reg v, Reg low, Reg high) { return _mm512_min_ps(high, _mm512_max_ps(low, v)); }
   static float reduce(Reg v) { return _mm512_reduce_add_ps(v); }

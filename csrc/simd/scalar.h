@@ -72,6 +72,9 @@ struct ScalarVec {
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg clamp(Reg v, Reg low, Reg high) { return v < low ? low : v > high ? high : v; }  // a NaN stays one
+  static Reg sqrt(Reg v) { return std::sqrt(v); }
+  static Reg convert(const std::int32_t* p) { return static_cast<float>(*p); }
+  static unsigned not_below(Reg a, Reg b) { return !(a < b); }
   static float reduce(Reg v) { return v; }
   static double sum(Reg v) { return v; }
 };

@@ -1,6 +1,6 @@
 #include "simd/avx2.h"
 
-#include "top1_cosine/body.h"
+#include "top1_cosine/panels.h"
 
 namespace {
 
@@ -65,10 +65,35 @@ void scan_codes(const CosineScan& s, std::int64_t begin, std::int64_t end, const
   for (; row < end; ++row) codes_against_all<1>(s, row, screen);
 }
 
+struct Avx2Lines {
+  struct Sum {
+    __m256i low, high;  // rows 0 to 7, 8 to 15
+  };
+  static constexpr int tile = 4, groups = 1;
+  static Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Sum load(const std::int8_t* codes) {
+    const __m256i* source = reinterpret_cast<const __m256i*>(codes);
+    return {_mm256_loadu_si256(source), _mm256_loadu_si256(source + 1)};
+  }
+  static void square(Sum& sum, const Sum& line) {
+    sum.low = add_products(sum.low, _mm256_abs_epi8(line.low), line.low, line.low);
+    sum.high = add_products(sum.high, _mm256_abs_epi8(line.high), line.high, line.high);
+  }
+  static void add(Sum& sum, const Sum& line, std::int32_t word) {
+    const __m256i query = _mm256_set1_epi32(word);
+    sum.low = add_products(sum.low, _mm256_abs_epi8(line.low), line.low, query);
+    sum.high = add_products(sum.high, _mm256_abs_epi8(line.high), line.high, query);
+  }
+  static void store(std::int32_t* out, const Sum& sum, std::int32_t) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), sum.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 1, sum.high);
+  }
+};
+
 }  // namespace
 
 namespace amg::avx2 {
 
-CosineKernels cosine_kernels() { return make_kernels<Avx2Vec>(scan_codes); }
+CosineKernels cosine_kernels() { return with_panels<Avx2Vec, Avx2Lines>(make_kernels<Avx2Vec>(scan_codes)); }
 
 }  // namespace amg::avx2

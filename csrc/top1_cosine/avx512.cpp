@@ -3,7 +3,7 @@
 #include "simd/avx512.h"
 #include "simd/unroll.h"
 
-#include "top1_cosine/body.h"
+#include "top1_cosine/panels.h"
 
 namespace {
 
@@ -215,10 +215,28 @@ void scan_codes(const CosineScan& s, std::int64_t begin, std::int64_t end, const
   scan_many(s, begin, end, screen);
 }
 
+// Sums are of codes made unsigned by 128: `bias` is 128 times the sum of the query's.
+struct Avx512Lines {
+  using Sum = __m512i;
+  static constexpr int tile = 8, groups = 2;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static __m512i load(const std::int8_t* codes) { return _mm512_loadu_si512(codes); }
+  static void square(Sum& sum, __m512i line) {
+    const __m512i magnitude = _mm512_abs_epi8(line);
+    add_products(sum, magnitude, magnitude);
+  }
+  static void add(Sum& sum, __m512i line, std::int32_t word) {
+    add_products(sum, _mm512_xor_si512(line, _mm512_set1_epi8(-128)), _mm512_set1_epi32(word));
+  }
+  static void store(std::int32_t* out, Sum sum, std::int32_t bias) {
+    _mm512_storeu_si512(out, _mm512_sub_epi32(sum, _mm512_set1_epi32(bias)));
+  }
+};
+
 }  // namespace
 
 namespace amg::avx512 {
 
-CosineKernels cosine_kernels() { return make_kernels<Avx512Vec>(scan_codes); }
+CosineKernels cosine_kernels() { return with_panels<Avx512Vec, Avx512Lines>(make_kernels<Avx512Vec>(scan_codes)); }
 
 }  // namespace amg::avx512

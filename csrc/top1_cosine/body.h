@@ -126,7 +126,7 @@ bool encode_row(const void* row, DType dtype, std::int64_t dimension, std::int8_
 
 template <class V>
 CosineKernels make_kernels(amg::ScanFunction scan_codes) {
-  return {scan_rows<V>, scan_codes, exact_dot<V>, encode_row<V>};
+  return {scan_rows<V>, scan_codes, exact_dot<V>, encode_row<V>, nullptr, nullptr};
 }
 
 // Shared end of the code kernels: bounds of one row's score from its integer dot product with query q.

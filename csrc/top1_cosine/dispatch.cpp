@@ -36,6 +36,8 @@ struct PreparedQueries {
   std::vector<std::int8_t> codes;
   std::vector<std::uint8_t> packed;
   std::vector<std::int32_t> sums;
+  std::vector<std::int32_t> biases;  // these two of panels
+  std::vector<float> tails;
 };
 
 // Sums in eight lanes, so that no addition waits for the one before; `term` of [0, size).
@@ -93,6 +95,25 @@ void pack_queries(std::int64_t batch, std::int64_t padded, PreparedQueries& prep
   }
 }
 
+// What is left of each query beyond each panel.
+void prepare_tails(const CosineArgs& args, std::int64_t panels, std::int64_t padded, PreparedQueries& prepared) {
+  prepared.biases.assign(args.batch * panels, 0);
+  prepared.tails.assign(args.batch * panels, 0.0f);
+  for (std::int64_t query = 0; query < args.batch; ++query) {
+    const std::int8_t* codes = prepared.codes.data() + query * padded;
+    std::int32_t sum = 0, squares = 0;
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      for (std::int64_t i = 0; i < args.width; ++i) sum += codes[panel * args.width + i];
+      prepared.biases[query * panels + panel] = 128 * sum;
+    }
+    for (std::int64_t panel = panels; panel-- > 0;) {
+      const double tail = prepared.scales[query] * std::sqrt(static_cast<double>(squares)) * (1 + 1e-6);
+      prepared.tails[query * panels + panel] = static_cast<float>(tail);
+      for (std::int64_t i = 0; i < args.width; ++i) squares += codes[panel * args.width + i] * codes[panel * args.width + i];
+    }
+  }
+}
+
 PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
   const std::int64_t lanes = (args.batch + kLanes - 1) / kLanes * kLanes;
   PreparedQueries prepared;
@@ -110,26 +131,67 @@ PreparedQueries prepare_queries(const CosineArgs& args, std::int64_t padded) {
     prepared.norms[query] = std::sqrt(lane_sum(args.dimension, [raw](std::int64_t i) { return raw[i] * raw[i]; }));
     prepared.usable[query] = prepared.norms[query] >= kMinNorm && std::isfinite(prepared.norms[query]);
     if (!prepared.usable[query]) continue;
+    const double* screened = args.turned + query * args.dimension;
     for (std::int64_t i = 0; i < args.dimension; ++i) {
-      unit[i] = raw[i] / prepared.norms[query];
+      unit[i] = screened[i] / prepared.norms[query];
       prepared.unit[query * padded + i] = static_cast<float>(unit[i]);
     }
     if (args.codes != nullptr) encode_query(unit, query, prepared);
   }
-  if (args.codes != nullptr && args.batch >= kPackedFrom) pack_queries(args.batch, padded, prepared);
+  if (args.codes != nullptr && args.squares == nullptr && args.batch >= kPackedFrom) pack_queries(args.batch, padded, prepared);
   return prepared;
 }
 
 std::int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-void write_result(const CosineArgs& args, std::int64_t query, const std::vector<Candidate>& best) {
+void write_result(const CosineArgs& args, std::int64_t query, const std::vector<Candidate>* found) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   float* similarity = args.similarity + query * args.k;
   std::int64_t* row = args.row + query * args.k;
-  std::fill_n(similarity, args.k, std::numeric_limits<float>::quiet_NaN());
-  std::fill_n(row, args.k, std::int64_t{0});
-  for (std::size_t rank = 0; rank < best.size(); ++rank) {
-    similarity[rank] = best[rank].upper;
-    row[rank] = best[rank].row;
+  std::fill_n(similarity, args.k, found == nullptr ? std::numeric_limits<float>::quiet_NaN() : -kInfinity);
+  std::fill_n(row, args.k, std::int64_t{found == nullptr ? 0 : -1});
+  if (found == nullptr) return;
+  for (std::size_t rank = 0; rank < found->size(); ++rank) {
+    similarity[rank] = (*found)[rank].upper;
+    row[rank] = (*found)[rank].row;
+  }
+}
+
+using ExactScore = std::function<float(std::int64_t query, std::int64_t row)>;
+using ScanShare = std::function<void(std::int64_t begin, std::int64_t end, const Screen& screen)>;
+
+std::vector<float> limit_floors(const CosineArgs& args, const PreparedQueries& prepared) {
+  std::vector<float> floors = open_floors(prepared.usable);
+  if (args.limits != nullptr)
+    for (std::int64_t query = 0; query < args.batch; ++query)
+      if (args.limits[query] > floors[query]) floors[query] = args.limits[query];
+  return floors;
+}
+
+// Whether the first panel holds more than four times its share of what the queries are.
+bool first_panel_tells(const PanelScan& scan) {
+  double rest = 0;
+  for (std::int64_t query = 0; query < scan.queries; ++query) {
+    const double tail = scan.query_tails[query * scan.panels];
+    rest += tail * tail;
+  }
+  return rest * scan.panels <= (scan.panels - 4.0) * scan.queries;
+}
+
+// Raises each query's floor to the similarity of a row that looks like the closest.
+void raise_floors(const PanelScan& scan, GuessFunction guess, const ExactScore& exact, int num_threads,
+                  std::vector<float>& floors) {
+#pragma omp parallel for num_threads(num_threads) schedule(static, 1)
+  for (int share = 0; share < num_threads; ++share) {
+    std::vector<float> scores(scan.queries, -std::numeric_limits<float>::infinity());
+    std::vector<std::int64_t> rows(scan.queries, -1);
+    guess(scan, scan.count * share / num_threads, scan.count * (share + 1) / num_threads, scores.data(), rows.data());
+    for (std::int64_t query = 0; query < scan.queries; ++query) {
+      if (rows[query] < 0 || std::isnan(floors[query])) continue;
+      const float similarity = exact(query, rows[query]);
+#pragma omp critical
+      if (std::isfinite(similarity)) floors[query] = std::max(floors[query], similarity);
+    }
   }
 }
 
@@ -137,21 +199,35 @@ void write_result(const CosineArgs& args, std::int64_t query, const std::vector<
 
 void topk_cosine(const CosineArgs& args) {
   const CosineKernels kernels = level_kernels();
-  const std::int64_t padded = (args.dimension + kPadding - 1) / kPadding * kPadding;
-  const PreparedQueries prepared = prepare_queries(args, padded);
+  const bool in_panels = args.squares != nullptr;
+  const std::int64_t panels = in_panels ? (args.dimension + args.width - 1) / args.width : 0;
+  const std::int64_t padded = (std::max(args.dimension, panels * args.width) + kPadding - 1) / kPadding * kPadding;
+  PreparedQueries prepared = prepare_queries(args, padded);
+  if (in_panels) prepare_tails(args, panels, padded, prepared);
   const CosineScan scan{args.rows, args.dtype, args.count, args.dimension, args.codes, args.scales, args.errors, args.batch,
                         padded, prepared.unit.data(), prepared.codes.data(), prepared.packed.data(),
                         prepared.scales.data(), prepared.errors.data(), prepared.reach.data(), prepared.sums.data()};
+  const PanelScan panel_scan{args.codes, args.scales, args.errors, args.squares, args.count, ((args.count + kGroup - 1) / kGroup + 6) / 8 * 8 + 1,
+                             panels, args.width / 4, args.batch, padded, prepared.codes.data(), prepared.scales.data(),
+                             prepared.errors.data(), prepared.biases.data(), prepared.tails.data()};
   const std::int64_t row_bytes = args.dimension * element_size(args.dtype);
-  const std::function<float(std::int64_t, std::int64_t)> exact = [&](std::int64_t query, std::int64_t row) {
+  const ExactScore exact = [&](std::int64_t query, std::int64_t row) {
     const void* address = static_cast<const char*>(args.rows) + row * row_bytes;
     const double dot = kernels.dot(args.queries + query * args.dimension, address, args.dtype, args.dimension);
     return static_cast<float>(dot / prepared.norms[query]);
   };
+  std::vector<float> floors = limit_floors(args, prepared);
+  if (in_panels && args.k == 1 && first_panel_tells(panel_scan))
+    raise_floors(panel_scan, kernels.guess_rows, exact, args.num_threads, floors);
   const ScanFunction run = args.codes == nullptr ? kernels.scan_rows : kernels.scan_codes;
-  search_rows(prepared.usable, args.count, args.k, args.num_threads, exact,
-              [&](std::int64_t begin, std::int64_t end, const Screen& screen) { run(scan, begin, end, screen); },
-              [&](std::int64_t query, const std::vector<Candidate>& best) { write_result(args, query, best); });
+  const ScanShare screen = [&](std::int64_t begin, std::int64_t end, const Screen& view) {
+    if (in_panels)
+      kernels.scan_panels(panel_scan, begin, end, view);
+    else
+      run(scan, begin, end, view);
+  };
+  search_rows(floors, args.count, args.k, args.num_threads, exact, screen,
+              [&](std::int64_t query, const std::vector<Candidate>* found) { write_result(args, query, found); });
 }
 
 void encode_rows(const void* rows, DType dtype, std::int64_t count, std::int64_t dimension, std::int8_t* codes,

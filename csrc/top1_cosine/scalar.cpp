@@ -1,6 +1,6 @@
 #include "simd/scalar.h"
 
-#include "top1_cosine/body.h"
+#include "top1_cosine/panels.h"
 
 namespace {
 
@@ -19,10 +19,28 @@ void scan_codes(const CosineScan& s, std::int64_t begin, std::int64_t end, const
   }
 }
 
+struct ScalarLines {
+  struct Sum {
+    std::int32_t rows[kGroup];
+  };
+  static constexpr int tile = 1, groups = 1;
+  static Sum zero() { return {}; }
+  static const std::int8_t* load(const std::int8_t* codes) { return codes; }
+  static void square(Sum& sum, const std::int8_t* codes) {
+    for (int i = 0; i < kLine; ++i) sum.rows[i / 4] += codes[i] * codes[i];
+  }
+  static void add(Sum& sum, const std::int8_t* codes, std::int32_t word) {
+    std::int8_t query[4];
+    std::memcpy(query, &word, sizeof query);
+    for (int i = 0; i < kLine; ++i) sum.rows[i / 4] += codes[i] * query[i % 4];
+  }
+  static void store(std::int32_t* out, const Sum& sum, std::int32_t) { std::memcpy(out, sum.rows, sizeof sum.rows); }
+};
+
 }  // namespace
 
 namespace amg::scalar {
 
-CosineKernels cosine_kernels() { return make_kernels<ScalarVec>(scan_codes); }
+CosineKernels cosine_kernels() { return with_panels<ScalarVec, ScalarLines>(make_kernels<ScalarVec>(scan_codes)); }
 
 }  // namespace amg::scalar

@@ -16,3 +16,11 @@ def ranked_or_nan(score: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """
     failed = ~score[:, :1].isfinite()
     return score.masked_fill(failed, torch.nan), row.masked_fill(failed, 0)
+
+
+def above_limit(score: Tensor, row: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return best scores and rows [B, k]; −inf and −1 for those below their query's limit [B]."""
+    if limit is None:
+        return score, row
+    below = score < limit[:, None]
+    return score.masked_fill(below, -torch.inf), row.masked_fill(below, -1)

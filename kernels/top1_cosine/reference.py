@@ -5,20 +5,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..search.answer import ranked_or_nan, surfacing
-from .contract import MIN_NORM, Codes
+from ..search.answer import above_limit, ranked_or_nan, surfacing
+from .contract import MIN_NORM, Codes, Panels
 
 BLOCK_BYTES = 32 * 2**20
 CODE_MAX = 127
 
 
-def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
+def topk_cosine(
+    queries: Tensor, rows: Tensor, codes: Codes | Panels | None, k: int, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] fp32, best first, and row [B, k]; ties go to the lowest row.
 
     The similarity is the float64 dot product with the row as stored, over the query's norm, rounded to
     fp32; rows whose rounded similarities are equal tie. Codes are not needed here.
     At most BLOCK_BYTES of float64 are held at a time. No value is looked at: where a query has no direction,
-    or a row is not finite, its similarities are NaN and its rows 0.
+    or a row is not finite, its similarities are NaN and its rows 0; below its limit [B] −inf and −1.
     """
     directions = queries.double()
     norms = directions.norm(dim=1, keepdim=True)
@@ -32,7 +34,7 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
         keep = lowest_largest(similarity, k)
         similarity, row = similarity.gather(1, keep), row.gather(1, keep)
     order = similarity.sort(dim=1, descending=True, stable=True).indices
-    return ranked_or_nan(similarity.gather(1, order), row.gather(1, order))
+    return above_limit(*ranked_or_nan(similarity.gather(1, order), row.gather(1, order)), limit)
 
 
 def row_blocks(

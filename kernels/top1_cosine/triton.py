@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..search import triton as search
+from ..search.answer import above_limit
 from . import contract
 from .contract import Codes
 from .reference import CODE_MAX, round_up
@@ -199,7 +200,9 @@ def encode_blocks(
     tl.store(errors + row, tl.sqrt(square), row < count)
 
 
-def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> tuple[Tensor, Tensor]:
+def topk_cosine(
+    queries: Tensor, rows: Tensor, codes: Codes | None, k: int, limit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return similarity [B, k] fp32, best first, and row [B, k]; arguments as in amg.kernels.topk_cosine."""
     rows, queries = rows.contiguous(), queries.contiguous()
     if len(queries) == 0:
@@ -207,7 +210,7 @@ def topk_cosine(queries: Tensor, rows: Tensor, codes: Codes | None, k: int) -> t
     prepared = prepare(queries, search.screening_dtype(rows) if codes is None else torch.int8)
     bounds = block_bounds(prepared, len(queries), rows, codes)
     exact = search.Exact(rows, queries, prepared.norms, exact_similarity)
-    return search.best_rows(exact, bounds, k)
+    return above_limit(*search.best_rows(exact, bounds, k), limit)
 
 
 class Prepared(NamedTuple):

@@ -302,7 +302,7 @@ def quietly(read: Callable[[Path], Any], folder: Path) -> Any:
 
 
 OF_AN_INDEX = (
-    *("manifest.json", "rows.f16", "codes.i8", "codes.scales.f32", "codes.errors.f32"),
+    *("manifest.json", "rows.f16", "codes.i8", "codes.scales.f32", "codes.errors.f32", "codes.squares.i32"),
     *("meta.parquet", "pictures.parquet", "guard.f16", "members.f16", "members.rows.i64"),
 )
 TARGETS = {

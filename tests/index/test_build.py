@@ -238,7 +238,7 @@ def test_cosine_near_copies_fold_at_0_98(tmp_path):
 def test_index_is_never_pickled_and_reads_lazily(tmp_path, pictures, embedder):
     index = build(pictures, embedder=embedder, path=tmp_path / "i")
     files = sorted(file.name for file in (tmp_path / "i").iterdir())
-    codes = ["codes.errors.f32", "codes.i8", "codes.scales.f32"]
+    codes = ["codes.errors.f32", "codes.i8", "codes.scales.f32", "codes.squares.i32"]
     assert files == [*codes, "guard.f16", "manifest.json", "meta.parquet", "pictures.parquet", "rows.f16"]
     assert not (tmp_path / "i.partial").exists()
     (tmp_path / "i" / "meta.parquet").rename(tmp_path / "meta")
@@ -247,9 +247,12 @@ def test_index_is_never_pickled_and_reads_lazily(tmp_path, pictures, embedder):
 
 def test_codes_belong_to_the_rows(tmp_path, pictures, embedder):
     index = build(pictures, embedder=embedder, path=tmp_path / "i")
-    decoded = index.codes.codes.double() * index.codes.scales.double()[:, None]
-    assert ((decoded - index.rows.double()).norm(dim=1) <= index.codes.errors.double()).all()
-    assert (index.codes.errors < 0.05).all()
+    codes, count = index.codes, index.count
+    by_rows = codes.codes.permute(1, 3, 0, 2, 4).reshape(len(codes.scales), -1)[:count, : index.dimension]
+    decoded = by_rows.double() * codes.scales[:count].double()[:, None]
+    assert ((decoded - index.rows.double()).norm(dim=1) <= codes.errors[:count].double()).all()
+    assert (codes.errors[:count] < 0.05).all()
+    assert torch.equal(codes.squares[:count], by_rows.int().square().sum(1).int())
 
 
 @pytest.mark.parametrize("resume", [True, False])

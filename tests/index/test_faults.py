@@ -207,7 +207,8 @@ def test_images_need_the_embedder_vectors_do_not(index):
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.f16", "meta.parquet", "codes.i8", "codes.scales.f32", "codes.errors.f32"]
+    "name",
+    ["rows.f16", "meta.parquet", "codes.i8", "codes.scales.f32", "codes.errors.f32", "codes.squares.i32"],
 )
 @pytest.mark.parametrize("damage", ["cut", "grown", "gone"])
 def test_size_faults_are_found_when_opening(index, name, damage):
@@ -222,7 +223,8 @@ def test_size_faults_are_found_when_opening(index, name, damage):
 
 
 @pytest.mark.parametrize(
-    "name", ["rows.f16", "meta.parquet", "codes.i8", "codes.scales.f32", "codes.errors.f32"]
+    "name",
+    ["rows.f16", "meta.parquet", "codes.i8", "codes.scales.f32", "codes.errors.f32", "codes.squares.i32"],
 )
 def test_a_flipped_bit_is_found_by_verify(index, name):
     file = index.path / name
@@ -250,8 +252,8 @@ def rewrite(index: Index, **changes) -> None:
 def test_newer_and_damaged_manifests(index):
     file = index.path / "manifest.json"
     good = file.read_bytes()
-    rewrite(index, version=3)
-    with pytest.raises(IndexVersionError, match=r"format version 3, this package reads up to 2: upgrade amg"):
+    rewrite(index, version=4)
+    with pytest.raises(IndexVersionError, match=r"format version 4, this package reads up to 3: upgrade amg"):
         Index.open(index.path)
     for changes in ({"count": 79}, {"metric": "nl2"}, {"format": "else"}, {"version": 0}):
         file.write_bytes(good)

@@ -41,8 +41,8 @@ def test_files_of_the_right_size_with_other_content(index, pictures, embedder, n
 
 def test_codes_of_other_rows(index, pictures, embedder):
     """Permuted codes would let the exact search pass over the very row it looks for."""
-    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(80, -1)
-    overwrite(index.path / "codes.i8", codes[::-1].tobytes())
+    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(len(index.codes.codes), -1, 4)
+    overwrite(index.path / "codes.i8", codes[:, ::-1].tobytes())
     with pytest.raises(IndexCorrupt, match=r"codes\.i8"):
         Index.open(index.path, embedder).closest(images(pictures))
 
@@ -191,8 +191,8 @@ def test_by_size_nothing_is_hashed_and_every_verdict_says_so(index, pictures, em
 
 
 def test_by_size_codes_of_other_rows_hide_nothing(index, pictures, embedder):
-    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(80, -1)
-    overwrite(index.path / "codes.i8", codes[::-1].tobytes())
+    codes = np.fromfile(index.path / "codes.i8", dtype=np.int8).reshape(-1, 16 * 32)  # groups of one panel
+    overwrite(index.path / "codes.i8", np.concatenate([codes[:5][::-1], codes[5:]]).tobytes())
     found = Index.open(index.path, embedder, trust="size").closest(images(pictures))
     assert found.row.tolist() == [0, 1, 2] and float(found.similarity.min()) > 0.999
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import amg.kernels
+from amg.index.codes import map_codes
 from amg.index.errors import IndexCorrupt
-from amg.index.exact import closest_pixels, map_codes
+from amg.index.exact import closest_pixels
 from amg.index.guard import map_guard
 from amg.index.members import map_members, member_rows
 from amg.index.seal import Seal
 from amg.index.store import META, Manifest, check_hashes, check_sizes, import_parquet, map_rows
 from amg.index.usable import finite_rows, where_rows
-from amg.kernels import Codes
+from amg.kernels import Codes, Panels
 
 COLUMNS = ("id", "caption", "count", "source", "caption_count")
 
@@ -71,8 +72,7 @@ class Shard:
         self.seal = Seal(self.data, manifest)
         start, stop = part.rows
         self.rows = map_rows(self.data, manifest)[start:stop]
-        codes = map_codes(self.data, manifest)
-        self.codes = None if codes is None else Codes(*(column[start:stop] for column in codes))
+        self.codes = _codes_of(self.rows, map_codes(self.data, manifest), part)
         self.members = map_members(self.data, manifest)
         self.guard = map_guard(self.data, manifest, member_rows(self.data, manifest))
 
@@ -127,7 +127,9 @@ class Shard:
         """Rows that have a caption with a word in it."""
         return sum(caption is not None and bool(caption.strip()) for caption in self._meta["caption"])
 
-    def _among(self, rows: Tensor, codes: Codes | None, queries: Tensor, k: int, first: int) -> Ranked:
+    def _among(
+        self, rows: Tensor, codes: Codes | Panels | None, queries: Tensor, k: int, first: int
+    ) -> Ranked:
         if self.manifest.metric == "nl2":
             return _pixels(rows, queries, k, first)
         return _cosine(rows, codes, queries, k, first)
@@ -139,6 +141,13 @@ class Shard:
         except Exception as error:  # pyarrow raises many types on damaged files
             raise IndexCorrupt(f"{self.data / META} cannot be read ({error})") from error
         return {name: [value for table in tables for value in table[name].to_pylist()] for name in COLUMNS}
+
+
+def _codes_of(rows: Tensor, codes: Codes | Panels | None, part: Part) -> Codes | Panels | None:
+    """The codes of a shard's rows: cut out, or where they lie in panels of many rows made anew."""
+    if isinstance(codes, Panels):
+        return amg.kernels.encode_panels(rows, rotation=codes.rotation)
+    return None if codes is None else Codes(*(column[slice(*part.rows)] for column in codes))
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[Any]:
@@ -154,7 +163,7 @@ def _lines(path: Path, start: int, stop: int) -> Iterator[Any]:
             first = after
 
 
-def _cosine(rows: Tensor, codes: Codes | None, queries: Tensor, k: int, first: int) -> Ranked:
+def _cosine(rows: Tensor, codes: Codes | Panels | None, queries: Tensor, k: int, first: int) -> Ranked:
     """The k closest of unit `rows`, of which the first is number `first`."""
     if len(rows) == 0:
         return _nothing(queries)
