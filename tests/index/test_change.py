@@ -13,6 +13,7 @@ import torch
 
 from amg.cli import main
 from amg.index import Index, IndexBuildError, IndexCorrupt, extend, gc, merge, remove
+from amg.index.journal import Journal
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.filterwarnings(
@@ -225,6 +226,25 @@ elif act == "remove":
 else:
     merge([path + "/i", path + "/o"], path + "/m", progress=False)
 """
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_merge_that_was_stopped_takes_every_picture_once(tmp_path, build, monkeypatch, shards):
+    """At the end of the first index, and of the second."""
+    build("i", slice(0, 60)), build("o", slice(60, 110))
+    paths, commit = [tmp_path / "i", tmp_path / "o"], Journal.commit
+
+    def stopping(self, *arguments):
+        commit(self, *arguments)
+        if self.state.shards == shards:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "commit", stopping)
+        merge(paths, tmp_path / "m", progress=False)
+    for name in ("m", "whole"):
+        merge(paths, tmp_path / name, progress=False)
+    assert_same(Index.open(tmp_path / "m"), Index.open(tmp_path / "whole"))
 
 
 @pytest.mark.slow

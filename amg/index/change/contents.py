@@ -78,6 +78,11 @@ class Contents:
                 yield self._part([*_numbered(entries, position)])
             position += len(entries)
 
+    def length(self, dropped: np.ndarray | None = None) -> int:
+        """Pictures seen, without those `dropped`."""
+        seen = sum(len(table) for table in logs(self.data))
+        return seen if dropped is None else seen - int(np.count_nonzero(dropped))
+
     def _entries(self, dropped: np.ndarray | None) -> Iterator[LogEntry]:
         number = 0
         for table in logs(self.data):

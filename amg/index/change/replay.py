@@ -78,7 +78,7 @@ def replay(
                 journal.commit(part.rows, part.guard, entries, ("", ""))
                 if bar is not None:
                     bar.update(len(entries))
-            offset = max(journal.state.position, offset)
+            offset += contents.length(dropped)
             passed_over.join(passed_over_of(contents.manifest), "")
     number = manifest.generation + 1 if generation is None else generation
     finish_index(journal, plan, passed_over, imported, manifest, removed, number)
