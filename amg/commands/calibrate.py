@@ -53,6 +53,16 @@ def add_parser(commands: Any) -> None:
         help="part of the trajectory that is guided: `AMGConfig.guidance_interval`",
     )
     parser.add_argument("--images", type=int, default=1, help="images per prompt")
+    _add_rates(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="images sampled together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; the plot gets the suffix .png")
+    interval.add_arguments(parser)
+    parser.set_defaults(run=run, interrupted="nothing is written")
+
+
+def _add_rates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--miss-rate", type=float, default=0.1, help="share of copies a check may pass over")
     parser.add_argument(
         "--false-alarm-rate",
@@ -66,12 +76,6 @@ def add_parser(commands: Any) -> None:
         default=0.01,
         help="share of ordinary images the guard may mark; 0.01 needs 99 of them that are no copies",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="images sampled together")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; the plot gets the suffix .png")
-    interval.add_arguments(parser)
-    parser.set_defaults(run=run, interrupted="nothing is written")
 
 
 def run(arguments: argparse.Namespace) -> int:
