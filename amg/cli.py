@@ -143,7 +143,8 @@ def add_sample(commands: Any) -> None:
     parser.add_argument(
         "--guard-false-alarm-rate",
         type=float,
-        help="hold pictures to the guard's threshold of this rate, by `--calibration` (default: 0.8)",
+        help="hold pictures to the guard's threshold at this rate, by `--calibration` "
+        "(by default the threshold is 0.8)",
     )
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument(

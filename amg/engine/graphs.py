@@ -33,9 +33,8 @@ class Graphs:
     It is called as the network is: (sample, t, **conditions) -> raw output, a tensor of its own. A form is
     the shapes, dtypes and structure of the arguments, their values that are no tensors, and the modes of
     autocast and inference; it is captured at its third call, and of more than `KEPT` the least recently used
-    goes.
-    Where gradients are recorded, or an argument is an object that cannot be told from another, the network
-    itself runs. A tensor given again, the same object, is not copied again, so it must not be written to.
+    goes. Where gradients are recorded, or an argument is an object that cannot be told from another, the
+    network itself runs. A tensor given again, the same object, is not copied again: it must not be written to.
     What the network reads besides its arguments (weights, scales of adapters) is read where it was: a network
     whose weights moved wants new `Graphs`. Errors: RuntimeError for a network that cannot be captured.
     """
@@ -89,8 +88,8 @@ class Capture:
 
     def __call__(self, call: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        torch.clear_autocast_cache()  # weights cast before would not be cast in the graph, those cast in it
-        try:  # must not be used outside
+        torch.clear_autocast_cache()  # a weight that was cast before would not be cast by a replay
+        try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = call()
         except Exception as error:
@@ -99,7 +98,7 @@ class Capture:
                 f"or reads values on the host): {error}"
             ) from error
         finally:
-            torch.clear_autocast_cache()
+            torch.clear_autocast_cache()  # what was cast inside is the graph's
 
         def replay() -> Tensor:
             graph.replay()

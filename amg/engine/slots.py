@@ -36,8 +36,8 @@ class Slot:
     """One sample in flight: the image `place` of `job`, at row `tick - began` of its plan.
 
     `first`: on its request's first run, whose noise the caller's generators draw. `kept`: of the picture that
-    it paints into. `segments`: the steps made
-    before this plan; `notes`: of its steps that looked, by their place in the trace.
+    it paints into. `segments`: the steps made before this plan; `notes`: of its steps that looked, by their
+    place in the trace.
     """
 
     job: Job
