@@ -34,7 +34,8 @@ class Graphs:
     the shapes, dtypes and structure of the arguments, their values that are no tensors, and the modes of
     autocast and inference; it is captured at its third call, and of more than `KEPT` the least recently used
     goes. Where gradients are recorded, or an argument is an object that cannot be told from another, the
-    network itself runs. A tensor given again, the same object, is not copied again: it must not be written to.
+    network itself runs. A tensor that is given again, the same object, is not copied again: nobody may write
+    to it.
     What the network reads besides its arguments (weights, scales of adapters) is read where it was: a network
     whose weights moved wants new `Graphs`. Errors: RuntimeError for a network that cannot be captured.
     """
